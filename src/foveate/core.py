@@ -1,0 +1,478 @@
+"""The nouns of the library: Method, Scorer, Signals, Selection, Budget, and the errors they raise.
+
+Shapes are written here, once: B images of one size, N visual tokens, T text tokens, L sequence, K kept, H heads, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Keep: TypeAlias = int | float
+Grid: TypeAlias = tuple[int, int]
+Site: TypeAlias = Literal["tower", "input", "layer", "cache"]
+
+
+class FoveateError(ValueError):
+    """Every error that a user can cause: the message names the value, the limit and the nearest valid choice."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The tail of an error message: the nearest of `choices` to `name`, then all of them."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Choices: {', '.join(known) or 'none'}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# keep
+
+
+def check_keep(keep: object, name: str = "keep") -> None:
+    """Refuse a `keep` that is neither a count of tokens (int >= 1) nor a share of them (float in (0, 1])."""
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise FoveateError(f"{name}={keep!r} is neither a number of tokens (int) nor a share of them (float)")
+    if isinstance(keep, int):
+        if keep < 1:
+            raise FoveateError(f"{name}={keep} is below 1 token; the smallest budget is {name}=1")
+    elif not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+        nearest = 1.0 if keep > 1 else 0.01
+        hint = f"; write {round(keep)} without a point for tokens" if math.isfinite(keep) and keep > 1 else ""
+        raise FoveateError(f"{name}={keep} is no share in (0, 1]; the nearest is {name}={nearest}{hint}")
+
+
+def tokens_to_keep(keep: Keep, original: int, left: int | None = None, name: str = "keep") -> int:
+    """The number of tokens that `keep` asks of an image of `original` tokens, of which `left` are still there.
+
+    A share is taken of the original tokens and rounded half to even (Python's `round`), at least 1.
+
+    Raises:
+        FoveateError: `keep` asks for more tokens than are left.
+    """
+    count = keep if isinstance(keep, int) else max(1, round(original * keep))
+    left = original if left is None else left
+    if count > left:
+        has = f"{left} of its {original} tokens are left" if left != original else f"the image has {original} tokens"
+        raise FoveateError(f"{name}={keep} asks for {count} tokens but {has}; the most is {name}={left}")
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """What one transformer block shows a method. Every field is None unless a method needs it.
+
+    Encoder blocks speak of patches (N) and CLS, decoder blocks of visual tokens (N) and text (T).
+    """
+
+    hidden: Tensor | None = None  # (B, N, E) the block's output for the visual tokens
+    cls: Tensor | None = None  # (B, E) ... and for CLS
+    cls_attention: Tensor | None = None  # (B, H, N) CLS query; softmax over CLS + patches, CLS column dropped
+    received: Tensor | None = None  # (B, N) attention received, mean over heads and patch queries
+    given: Tensor | None = None  # (B, N) attention given, mean over heads and patch keys
+    received_all: Tensor | None = None  # (B, N) received, the CLS query included
+    keys: Tensor | None = None  # (B, H, N, d) as the block computes them (decoder: post-RoPE, Hkv heads)
+    key_cls: Tensor | None = None  # (B, H, d)
+    query_cls: Tensor | None = None  # (B, H, d)
+    last_query: Tensor | None = None  # (B, H, N) decoder: attention of the last prompt token to the visual tokens
+    text_query: Tensor | None = None  # (B, H, T, N) ... of every text token
+    next_query: Tensor | None = None  # (B, H, N) last prompt token through the NEXT block's norm, q and k
+    text_hidden: Tensor | None = None  # (B, T, D)
+    text_keys: Tensor | None = None  # (B, Hkv, T, d)
+    normed: Tensor | None = None  # (B, N, D) hidden states after the decoder's final norm
+    text_normed: Tensor | None = None  # (B, T, D)
+    cross: Tensor | None = None  # (B, E) CrossGET's cross token
+    cross_key: Tensor | None = None  # (B, H, d)
+    cross_attention: Tensor | None = None  # (B, H, N)
+
+
+@dataclass(frozen=True, eq=False)
+class CacheBlock:
+    """One layer's KV cache at a `cache` site; L counts the entries that the layer holds."""
+
+    scores: Tensor | None = None  # (B, Hkv, L) attention accumulated on each entry
+    age: Tensor | None = None  # (B, Hkv, L) timeline position of each entry
+    keys: Tensor | None = None  # (B, Hkv, L, d)
+    window_queries: Tensor | None = None  # (B, H, w, d) the last w prompt queries
+    prompt_length: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What a method may look at. B images of one size; the N axis is the tokens as they stand at this stage.
+
+    `original` is the number of tokens an image had before any stage, `stage` which stage of its part a method is
+    asked for, `memory` is carried between the stages of one part within one prefill.
+    """
+
+    original: int
+    index: Tensor  # (B, N) original raster index of each token
+    stage: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+    grid: Grid | None = None  # raster shape (h, w); None once tokens have left
+    tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
+    size: Tensor | None = None  # (B, N) how many original tokens each stands for
+    features: Tensor | None = None  # (B, N, D) after the projector
+    tower: Mapping[int | str, Block] = field(default_factory=dict)  # by 0-based block, "read" and "last"
+    decoder: Block | None = None  # layer=k: block k-1
+    text: Tensor | None = None  # (B, T, D) input embeddings of the prompt's text
+    text_mask: Tensor | None = None  # (B, T) bool
+    after_image: Tensor | None = None  # (B, T) bool
+    image_clip: Tensor | None = None  # (B, N, C) CLIP's joint space
+    text_clip: Tensor | None = None  # (B, Q, C)
+    cache: CacheBlock | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N)."""
+        batch, tokens = self.index.shape
+        return batch, tokens
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the image; 1 without anyres."""
+        return 1 if self.tile is None else int(self.tile.max()) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a method decided for B images: which original tokens stay, and what stands in their place.
+
+    Output token k of an image takes the position id, the timeline slot and the place in the picture of the original
+    token `indices[b][k]`; a merged token carries its representative's index. `features`, when given, has one row per
+    index. `extra` marks tokens that are not to be drawn.
+    """
+
+    indices: list[Tensor]  # B tensors (K_b,) int64, distinct
+    features: list[Tensor] | None = None  # B tensors (K_b, D)
+    space: Literal["encoded", "projected"] = "projected"
+    extra: list[Tensor] | None = None  # B tensors (K_b,) bool
+    ordered: bool = True
+
+    def check(self, original: int, batch: int, method: str) -> None:
+        """Refuse a selection that breaks the contract, naming the method and the image.
+
+        Raises:
+            FoveateError: wrong number of rows, indices out of range, repeated, out of order, or features that do not
+                match them or are not finite.
+        """
+        if len(self.indices) != batch:
+            raise FoveateError(f"{method} answered for {len(self.indices)} images but was asked for {batch}")
+        for image, kept in enumerate(self.indices):
+            problem = self._problem(image, kept, original)
+            if problem:
+                raise FoveateError(f"{method}, image {image}: {problem}")
+
+    def _problem(self, image: int, kept: Tensor, original: int) -> str | None:
+        if kept.numel() == 0:
+            return "no token was kept; at least 1 must stay"
+        low, high = kept.min().item(), kept.max().item()
+        if low < 0 or high >= original:
+            return f"kept index {low if low < 0 else high} is outside 0..{original - 1}"
+        if kept.unique().numel() != kept.numel():
+            return f"{kept.numel()} tokens were kept but only {kept.unique().numel()} of them are distinct"
+        if self.ordered and not bool((kept[1:] > kept[:-1]).all()):
+            return "kept indices do not ascend; a method that wants another order says ordered=False"
+        if self.features is not None:
+            rows = self.features[image]
+            if rows.shape[0] != kept.numel():
+                return f"{rows.shape[0]} feature rows for {kept.numel()} kept tokens"
+            if not bool(rows.isfinite().all()):
+                return "features hold NaN or infinity"
+        if self.extra is not None and self.extra[image].shape != kept.shape:
+            return f"the mask of extra tokens has {self.extra[image].numel()} entries for {kept.numel()} kept tokens"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class CacheSelection:
+    """What stays of one layer's cache, per KV head, in timeline coordinates."""
+
+    positions: Tensor  # (B, Hkv, K) int64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Method
+
+
+@dataclass(frozen=True)
+class Method:
+    """One paper with its hyper-parameters. A frozen dataclass; it sees `Signals`, never the model.
+
+    Class attributes: `paper` (URL), `site` (where it acts), `needs` (signals it reads, such as
+    "tower.read.cls_attention"), `adaptive` (decides its own count).
+    """
+
+    paper: ClassVar[str] = ""
+    site: ClassVar[Site] = "input"
+    adaptive: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Signals this method reads; a plain class attribute in methods whose needs do not depend on their fields."""
+        return ()
+
+    def select(self, signals: Signals) -> Selection:
+        """Decide which of the tokens stay."""
+        raise NotImplementedError(f"{type(self).__name__} has no select()")
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """Tokens of an image that are left after each stage, by arithmetic alone; None when adaptive.
+
+        Raises:
+            FoveateError: the budget cannot be met by an image of `original` tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no count()")
+
+    def parts(self) -> tuple[Method, ...]:
+        """The single-site methods this one is made of."""
+        return (self,)
+
+    @classmethod
+    def example(cls, config: Any = None) -> Method:
+        """An instance that needs no arguments and no files, so that registry tests cover every method."""
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        return cls(**{name: 0.5 for name in required})
+
+    def __str__(self) -> str:
+        from foveate.spec import format as format_spec
+
+        return format_spec(self)
+
+
+@dataclass(frozen=True)
+class Scorer(Method):
+    """A method that is one number per token: the highest `keep` stay, in raster order, the lowest index first on ties."""
+
+    keep: Keep = 0.5
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def score(self, signals: Signals) -> Tensor:
+        """(B, N), the higher the better."""
+        raise NotImplementedError(f"{type(self).__name__} has no score()")
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        return (tokens_to_keep(self.keep, original),)
+
+    def select(self, signals: Signals) -> Selection:
+        from foveate.ops.subsets import top_k
+
+        kept = top_k(self.score(signals), tokens_to_keep(self.keep, signals.original, signals.shape[1]))
+        return Selection([row[chosen] for row, chosen in zip(signals.index, kept, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Budget
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a prefill costs, defined once for every method.
+
+    Attributes:
+        tokens: (layers,) visual tokens per image at each decoder layer, mean over the images.
+        prefill_flops: floating-point operations of the prefill, tower and projector included, all rows together.
+        kv_bytes: bytes of keys and values that the prompt leaves in the cache, all rows together.
+    """
+
+    tokens: tuple[float, ...]
+    prefill_flops: float
+    kv_bytes: int
+
+    @property
+    def equivalent_tokens(self) -> float:
+        """Visual tokens averaged over the decoder layers."""
+        return sum(self.tokens) / len(self.tokens) if self.tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {
+            "tokens": list(self.tokens),
+            "equivalent_tokens": self.equivalent_tokens,
+            "prefill_flops": self.prefill_flops,
+            "kv_bytes": self.kv_bytes,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trace
+
+
+@dataclass(frozen=True, eq=False)
+class StageRecord:
+    """What one stage did to one image."""
+
+    method: str  # its spec
+    site: Site
+    layer: int | None  # decoder blocks that ran at full length before it; None before the decoder
+    before: int
+    after: int
+    kept: Tensor  # (K,) original indices
+    extra: Tensor | None = None  # (K,) bool: tokens that are not to be drawn
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """One image of a call: its prompt row, its tokens before any stage, its grid and what each stage left."""
+
+    row: int
+    original: int
+    grid: Grid | None
+    stages: tuple[StageRecord, ...]
+
+    @property
+    def after(self) -> int:
+        """Tokens left after the last stage."""
+        return self.stages[-1].after if self.stages else self.original
+
+    @property
+    def kept(self) -> Tensor:
+        """(K,) original indices left after the last stage."""
+        return self.stages[-1].kept
+
+    @property
+    def extra(self) -> Tensor | None:
+        """(K,) bool over `kept`: tokens that are not to be drawn."""
+        return self.stages[-1].extra
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One prefill: what came in, what each stage left, and what it cost beside the unpruned prompt."""
+
+    images: tuple[ImageRecord, ...]
+    prompt_length: int  # padded length of the caller's prompt
+    length: int  # ... of the shortened one
+    text: float  # tokens per row that are neither visual nor padding, mean over the rows
+    index: Tensor  # (B, length) original position of each shortened one, -1 in padding
+    budget: Budget
+    unpruned: Budget
+    kv_lengths: tuple[int, ...]  # entries that each decoder layer's cache holds after the prefill
+    stopwatch: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values after the prefill, re-padding of ragged rows included."""
+        return self.budget.kv_bytes
+
+    @property
+    def milliseconds(self) -> float:
+        """Time spent choosing tokens; waits for the device on first reading."""
+        return self.stopwatch()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, ready for JSON; kept indices as lists."""
+        images = [
+            {
+                "row": image.row,
+                "original": image.original,
+                "grid": image.grid,
+                "stages": [
+                    {
+                        "method": stage.method,
+                        "site": stage.site,
+                        "layer": stage.layer,
+                        "before": stage.before,
+                        "after": stage.after,
+                        "kept": stage.kept.tolist(),
+                    }
+                    for stage in image.stages
+                ],
+            }
+            for image in self.images
+        ]
+        return {
+            "images": images,
+            "prompt_length": self.prompt_length,
+            "length": self.length,
+            "text": self.text,
+            "kv_lengths": list(self.kv_lengths),
+            "budget": self.budget.to_dict(),
+            "unpruned": self.unpruned.to_dict(),
+            "milliseconds": self.milliseconds,
+        }
+
+    def __str__(self) -> str:
+        counts = []
+        for image in self.images:
+            steps = [image.original, *(stage.after for stage in image.stages)]
+            counts.append(" -> ".join(map(str, steps)))
+        tokens = f"{counts[0]} tokens" if len(set(counts)) == 1 else "; ".join(counts) + " tokens"
+        if len(counts) > 1 and len(set(counts)) == 1:
+            tokens += f" in each of {len(counts)} images"
+        flops, full = self.budget.prefill_flops, self.unpruned.prefill_flops
+        saved = f" ({flops / full:.0%})" if full else ""
+        return (
+            f"{tokens} | prefill {readable(full, 'FLOPs')} -> {readable(flops, 'FLOPs')}{saved} | "
+            f"KV {readable(self.unpruned.kv_bytes, 'B')} -> {readable(self.kv_bytes, 'B')} | "
+            f"choosing {self.milliseconds:.2f} ms"
+        )
+
+
+class Trace:
+    """What a handle did: the latest call's record, earlier ones in `history`.
+
+    Every attribute of the latest `Call` can be read on the trace itself.
+    """
+
+    history_limit: ClassVar[int] = 1000
+
+    def __init__(self) -> None:
+        self.history: list[Call] = []
+
+    @property
+    def latest(self) -> Call:
+        """The latest call.
+
+        Raises:
+            FoveateError: no prompt with an image has run yet.
+        """
+        if not self.history:
+            raise FoveateError("nothing has been pruned yet: the trace fills when the model sees a prompt with an image")
+        return self.history[-1]
+
+    def add(self, call: Call) -> None:
+        """Record a call; the oldest goes once `history_limit` are kept."""
+        self.history.append(call)
+        del self.history[: -self.history_limit]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in _CALL_ATTRIBUTES:
+            raise AttributeError(f"Trace has no attribute {name!r}")
+        return getattr(self.latest, name)
+
+    def __str__(self) -> str:
+        return str(self.latest) if self.history else "nothing pruned yet"
+
+    def __repr__(self) -> str:
+        return f"<Trace of {len(self.history)} calls: {self}>"
+
+
+_CALL_ATTRIBUTES = frozenset(
+    {f.name for f in dataclasses.fields(Call)} | {n for n, v in vars(Call).items() if isinstance(v, property)} | {"to_dict"}
+)
+
+
+def readable(value: float, unit: str) -> str:
+    """A number with a decimal prefix: 8.453e12, "FLOPs" -> "8.45 TFLOPs"."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"

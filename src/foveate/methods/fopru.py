@@ -1,0 +1,122 @@
+"""FoPru: prune by the attention that the vision encoder itself pays to each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.ops.scores import less_dispersed, more_dispersed
+from foveate.ops.subsets import descending, split_budget
+
+
+@dataclass(frozen=True)
+class FoPru(Method):
+    """FoPru: keeps the tokens that the encoder's penultimate block attends to most, one by one or in whole rows.
+
+    Significance is the attention received or given by each patch, whichever varies more over the picture
+    (equations 1 to 4); `rank` keeps the tokens of highest significance, `row` the grid rows of highest summed
+    significance; the kept tokens go on in raster order.
+
+    Args:
+        keep: tokens per image, or a share of them. Rounding: round(N * keep) tokens for `rank`,
+            max(1, round(rows * keep)) whole rows for `row`; the paper states ratios only.
+        strategy: "rank" (global) or "row" (local, continuous).
+        direction: "high" takes the vector of larger variance, "low" the other (ablation "w/o Variance", Table 3).
+        reorder: False hands the tokens on in order of significance (ablation "w/o Reordering", Table 3).
+        budget: with several tiles, "tile" shares the budget evenly (the paper's ratios are per 576-token tile),
+            "image" lets the tiles compete.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.14164"
+    site: ClassVar[Site] = "input"
+    needs = ("tower.read.received", "tower.read.given")
+
+    keep: Keep = 0.25
+    strategy: Literal["rank", "row"] = "rank"
+    direction: Literal["high", "low"] = "high"
+    reorder: bool = True
+    budget: Literal["tile", "image"] = "tile"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """One stage. `row` needs the grid; a square one is assumed where none is given."""
+        if self.strategy == "row":
+            height, width = grid or _square(original)
+            return (self._rows(height, width) * width,)
+        if self.budget == "tile" and tiles > 1 and isinstance(self.keep, float) and original % tiles == 0:
+            return (tiles * tokens_to_keep(self.keep, original // tiles),)
+        return (tokens_to_keep(self.keep, original),)
+
+    def select(self, signals: Signals) -> Selection:
+        block = signals.tower["read"]
+        assert block.received is not None and block.given is not None
+        choose = more_dispersed if self.direction == "high" else less_dispersed
+        significance = choose(block.given, block.received)
+        if self.strategy == "row":
+            kept = self._best_rows(significance, signals)
+        else:
+            kept = self._best_tokens(significance, signals)
+        indices = [row[positions] for row, positions in zip(signals.index, kept, strict=True)]
+        if self.reorder:
+            indices = [index.sort().values for index in indices]
+        return Selection(indices, ordered=self.reorder)
+
+    def _best_tokens(self, significance: Tensor, signals: Signals) -> list[Tensor]:
+        order = descending(significance)
+        left = signals.shape[1]
+        if signals.tile is None or self.budget == "image":
+            return list(order[:, : tokens_to_keep(self.keep, signals.original, left)])
+        kept = []
+        for row, tile in zip(order, signals.tile, strict=True):
+            shares = self._tile_shares(torch.bincount(tile).tolist(), signals.original)
+            of_order = tile[row]
+            # A cumulative count per tile keeps the order of significance over all tiles.
+            rank = torch.stack([(of_order == number).cumsum(0) for number in range(len(shares))])
+            limit = torch.tensor(shares, device=row.device)
+            kept.append(row[rank.gather(0, of_order[None])[0] <= limit[of_order]])
+        return kept
+
+    def _tile_shares(self, capacity: list[int], original: int) -> list[int]:
+        counted = self.count(original, tiles=len(capacity))
+        assert counted is not None
+        return split_budget(min(counted[0], sum(capacity)), capacity)
+
+    def _best_rows(self, significance: Tensor, signals: Signals) -> list[Tensor]:
+        if signals.grid is None:
+            raise FoveateError(
+                "FoPru strategy='row' needs the whole grid of the image, but an earlier stage has taken tokens from "
+                "it; put FoPru first or use strategy='rank'"
+            )
+        height, width = signals.grid
+        rows = descending(significance.unflatten(-1, (height, width)).sum(dim=-1))
+        rows = rows[:, : self._rows(height, width)]
+        columns = torch.arange(width, device=rows.device)
+        return list((rows[..., None] * width + columns).flatten(1))
+
+    def _rows(self, height: int, width: int) -> int:
+        if isinstance(self.keep, float):
+            return max(1, round(height * self.keep))
+        rows, rest = divmod(self.keep, width)
+        if rest or not 1 <= rows <= height:
+            below = max(1, min(height, rows)) * width
+            above = min(height, rows + 1) * width
+            raise FoveateError(
+                f"FoPru strategy='row' keeps whole rows of {width} tokens, at most {height}; keep={self.keep} is not "
+                f"a multiple; the nearest are keep={below} and keep={above}"
+            )
+        return rows
+
+
+def _square(tokens: int) -> Grid:
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise FoveateError(
+            f"FoPru strategy='row' needs the grid of the image; {tokens} tokens are no square, so pass grid=(h, w)"
+        )
+    return side, side

@@ -1,0 +1,49 @@
+"""Pool: neighbouring tokens averaged into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.ops.subsets import cell_centres, lattice
+
+
+@dataclass(frozen=True)
+class Pool(Method):
+    """Pool: merges neighbouring tokens by their mean, so that nothing is dropped but detail.
+
+    The grid is cut into as many cells as tokens are kept; keep=0.25 is the mean over 2 x 2 blocks, which FoPru calls
+    "w/o Significance" (Table 3). The mean is taken after the projector, where every family has its tokens.
+
+    Args:
+        keep: tokens per image, or a share of them, rounded half to even.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.14164"
+    site: ClassVar[Site] = "input"
+    needs = ("features",)
+
+    keep: Keep = 0.25
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        return (tokens_to_keep(self.keep, original),)
+
+    def select(self, signals: Signals) -> Selection:
+        assert signals.features is not None
+        if signals.grid is None:
+            raise FoveateError("Pool needs the whole grid of the image, but an earlier stage has taken tokens from it")
+        kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        cell = lattice(*signals.grid, kept)
+        centres = cell_centres(cell, signals.grid).to(signals.index.device)
+        cell = cell.to(signals.index.device)
+        weights = torch.nn.functional.one_hot(cell, kept).T.float()
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        pooled = torch.einsum("kn,bnd->bkd", weights, signals.features.float()).to(signals.features.dtype)
+        order = centres.argsort()  # centres of uneven bands may leave raster order
+        return Selection([row[centres[order]] for row in signals.index], features=[rows[order] for rows in pooled])

@@ -1,0 +1,214 @@
+"""Text to Method and back: `name[:field=value[,field=value]...]`, stages joined by `+`, `@file` for a stored one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from foveate import methods
+from foveate.core import FoveateError, Method, did_you_mean
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+_BARE = re.compile(r"[^,:+/\"'\\\s]+$")
+_WORDS = {"none": None, "true": True, "false": False}
+
+
+def parse(text: str) -> Method:
+    """The one method that `text` names.
+
+    Raises:
+        FoveateError: unknown method or field, a value of the wrong type or range, or several stages.
+    """
+    stages = parse_stages(text)
+    if len(stages) != 1:
+        raise FoveateError(f"{text!r} names {len(stages)} stages where one method is expected")
+    return stages[0]
+
+
+def parse_stages(text: str) -> tuple[Method, ...]:
+    """Every stage of `a:keep=0.5+b:keep=0.25`, or of the JSON behind `@file`."""
+    if text.startswith("@"):
+        return _load(Path(text[1:]))
+    parts = _split(text, "+")
+    if not all(part.strip() for part in parts):
+        raise FoveateError(f"{text!r} has an empty stage; write name[:field=value,...], stages joined by +")
+    return tuple(_parse_one(part.strip()) for part in parts)
+
+
+def format(what: Method | Sequence[Method]) -> str:  # noqa: A001 - the pair of `parse`, and public API
+    """The text of a method or of several stages: `keep`, and the fields that differ from their default."""
+    if not isinstance(what, Method):
+        return "+".join(format(stage) for stage in what)
+    fields = []
+    for field in dataclasses.fields(what):
+        value = getattr(what, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if not field.init or (field.name != "keep" and _same(value, default)):
+            continue
+        fields.append(f"{field.name}={_write(value)}")
+    name = methods.name_of(what)
+    return f"{name}:{','.join(fields)}" if fields else name
+
+
+def _same(left: object, right: object) -> bool:
+    """Equal and of one type: 1 token and 1.0 of all tokens are not the same."""
+    return type(left) is type(right) and left == right
+
+
+def _parse_one(text: str) -> Method:
+    name, colon, rest = text.partition(":")
+    kind = methods.get(name.strip())
+    known = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for item in _split(rest, ",") if colon else []:
+        field, equals, value = item.partition("=")
+        field = field.strip()
+        if not equals:
+            raise FoveateError(f"{item.strip()!r} in {text!r} is no field=value")
+        if field == "from" and hasattr(kind, "from_pretrained"):
+            field = "path"
+        elif field not in known:
+            raise FoveateError(f"{name} has no field {field!r}; {did_you_mean(field, known)}")
+        if field in values:
+            raise FoveateError(f"{name} is given {field!r} twice")
+        values[field] = _read(value.strip(), hints.get(field, Any), f"{name}: {field}")
+    if "path" in values and hasattr(kind, "from_pretrained"):
+        loaded: Method = kind.from_pretrained(values.pop("path"), **values)
+        return loaded
+    missing = [key for key, field in known.items() if key not in values and _required(field)]
+    if missing:
+        raise FoveateError(f"{name} needs {' and '.join(missing)}; write {name}:{missing[0]}=...")
+    return kind(**values)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at `separator` outside quotes."""
+    parts, current, quote, escaped = [], "", "", False
+    for letter in text:
+        if escaped:
+            escaped = False
+        elif letter == "\\" and quote:
+            escaped = True
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter == separator and not (separator == "+" and re.search(r"\d[eE]$", current)):
+            parts.append(current)
+            current = ""
+            continue
+        current += letter
+    if quote:
+        raise FoveateError(f"{text!r} has an open {quote} quote")
+    return [*parts, current]
+
+
+def _read(text: str, hint: Any, where: str) -> Any:
+    value = _value(text, where)
+    if _fits(value, hint):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and _fits(float(value), hint):
+        return float(value)
+    if not isinstance(value, tuple) and _fits((value,), hint):
+        return (value,)
+    if not isinstance(value, str) and _fits(text, hint):
+        return text
+    choices = [choice for part in _alternatives(hint) for choice in typing.get_args(part) if _is_literal(part)]
+    if choices:
+        raise FoveateError(f"{where}={text} is not among its choices; {did_you_mean(text, map(str, choices))}")
+    raise FoveateError(f"{where}={text} is {type(value).__name__}, not {_hint_name(hint)}")
+
+
+def _value(text: str, where: str) -> Any:
+    if text[:1] in {'"', "'"}:
+        return _unquote(text, where)
+    if "/" in text:
+        return tuple(_value(part, where) for part in text.rstrip("/").split("/"))
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if text.endswith("%") and _NUMBER.match(text[:-1]):
+        return float(text[:-1]) / 100
+    if _NUMBER.match(text):
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if not _BARE.match(text):
+        raise FoveateError(f"{where}={text or '(nothing)'}: a string that is empty or holds , : + / or space is quoted")
+    return text
+
+
+def _unquote(text: str, where: str) -> str:
+    if len(text) < 2 or text[-1] != text[0]:
+        raise FoveateError(f"{where}={text} has an open quote")
+    return re.sub(r"\\(.)", r"\1", text[1:-1])
+
+
+def _write(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "/".join(_write(item) for item in value) + ("/" if len(value) == 1 else "")
+    text = str(value)
+    plain = _BARE.match(text) and text.lower() not in _WORDS and not _NUMBER.match(text.rstrip("%"))
+    return text if plain else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in {typing.Union, types.UnionType}:
+        return tuple(inner for part in typing.get_args(hint) for inner in _alternatives(part))
+    return (hint,)
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    for part in _alternatives(hint):
+        if _is_literal(part):
+            if any(_same(value, choice) for choice in typing.get_args(part)):
+                return True
+        elif typing.get_origin(part) is tuple:
+            items = typing.get_args(part)
+            if isinstance(value, tuple) and _items_fit(value, items):
+                return True
+        elif part is None or part is type(None):
+            if value is None:
+                return True
+        elif isinstance(part, type) and type(value) is part:
+            return True
+    return False
+
+
+def _items_fit(value: tuple[Any, ...], items: tuple[Any, ...]) -> bool:
+    if len(items) == 2 and items[1] is Ellipsis:
+        return all(_fits(item, items[0]) for item in value)
+    return len(value) == len(items) and all(_fits(item, part) for item, part in zip(value, items, strict=True))
+
+
+def _hint_name(hint: Any) -> str:
+    return " or ".join(getattr(part, "__name__", str(part)) for part in _alternatives(hint))
+
+
+def _load(path: Path) -> tuple[Method, ...]:
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"@{path} cannot be read as JSON: {error}") from error
+    spec = stored.get("prune") if isinstance(stored, dict) else stored
+    if not isinstance(spec, str):
+        raise FoveateError(f'@{path} has no "prune" entry that holds a spec')
+    return parse_stages(spec)
