@@ -1,0 +1,196 @@
+"""Shapes: the presets, reading configs, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from foveate.core import FoveateError
+from foveate.cost import PRESETS, DecoderShape, ModelShape, ProjectorShape, TowerShape, shape
+
+# The entries of LLaVA-1.5-7B that a published config.json states; the decoder's sizes are left to llama's defaults.
+LLAVA_7B: dict[str, Any] = {
+    "model_type": "llava",
+    "_name_or_path": "org/llava-1.5-7b-hf",
+    "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32000},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+
+
+def changed(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+    return {
+        **LLAVA_7B,
+        "text_config": {**LLAVA_7B["text_config"], **(text or {})},
+        "vision_config": {**LLAVA_7B["vision_config"], **(vision or {})},
+        **top,
+    }
+
+
+def test_weights_of_the_7b_blocks() -> None:
+    decoder, tower = PRESETS["llava-1.5-7b"].decoder, PRESETS["llava-1.5-7b"].tower
+    assert decoder.block_weights == 4 * 4096**2 + 3 * 4096 * 11008 == 202_375_168
+    assert decoder.head_weights == 131_072_000
+    assert tower.block_weights == 12 * 1024**2
+    assert tower.patch_weights == 3 * 14 * 14 * 1024
+    assert tower.length == 577
+    assert PRESETS["llava-1.5-7b"].projector.weights == 1024 * 4096 + 4096 * 4096
+
+
+def test_grouped_queries_and_plain_feed_forward() -> None:
+    # q 4x4, o 4x4, k and v 4x2 each: 48. Two matrices 4x6: 48.
+    decoder = DecoderShape(layers=2, width=4, ffn=6, heads=2, kv_heads=1, head_width=2, vocabulary=10, gated=False)
+    assert decoder.block_weights == 96
+    # Three heads of width 2 beside a model width of 4: q and o 4x6 each, k and v 4x6 each.
+    wide = DecoderShape(layers=2, width=4, ffn=6, heads=3, kv_heads=3, head_width=2, vocabulary=10)
+    assert wide.block_weights == 4 * 24 + 72
+    assert TowerShape(2, 4, 8, 2, tokens=4, cls=False, patch=2, gated=True).block_weights == 64 + 96
+
+
+def test_a_published_config_is_the_preset() -> None:
+    read = ModelShape.from_config(LLAVA_7B)
+    assert read == PRESETS["llava-1.5-7b"]
+    assert read.name == "llava-1.5-7b-hf"
+
+
+def test_a_padded_vocabulary_is_read_as_it_is() -> None:
+    read = ModelShape.from_config(changed(text={"vocab_size": 32064}))
+    preset = PRESETS["llava-1.5-7b"]
+    assert read == dataclasses.replace(preset, decoder=dataclasses.replace(preset.decoder, vocabulary=32064))
+
+
+def test_13b_from_config() -> None:
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    assert ModelShape.from_config(changed(text=sizes)) == PRESETS["llava-1.5-13b"]
+
+
+def test_objects_read_like_dicts() -> None:
+    nested = SimpleNamespace(
+        **{**LLAVA_7B, "text_config": SimpleNamespace(**LLAVA_7B["text_config"])},
+    )
+    assert shape(nested) == PRESETS["llava-1.5-7b"]
+    assert shape(SimpleNamespace(to_dict=lambda: LLAVA_7B)) == PRESETS["llava-1.5-7b"]
+
+
+def test_transformers_own_config() -> None:
+    from transformers import LlavaConfig
+
+    assert shape(LlavaConfig()) == PRESETS["llava-1.5-7b"]
+    assert shape(LlavaConfig()).name == "llava"
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_sizes_left_out_are_those_of_transformers(kind: str) -> None:
+    from transformers import AutoConfig
+
+    assert DecoderShape.from_config({"model_type": kind}) == DecoderShape.from_config(AutoConfig.for_model(kind))
+
+
+def test_mini_is_the_model_that_ships() -> None:
+    package = find_spec("foveate.core")
+    assert package is not None
+    assert package.origin is not None
+    config = Path(package.origin).parent / "scenes" / "checkpoint" / "config.json"
+    assert ModelShape.from_config(json.loads(config.read_text())) == PRESETS["mini"]
+
+
+def test_text_config_inside_a_larger_one() -> None:
+    text = {
+        "model_type": "qwen2_5_vl_text",
+        "num_hidden_layers": 36,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    }
+    wanted = DecoderShape(36, 2048, 11008, 16, 2, 128, 151936, tied=True)
+    assert DecoderShape.from_config({"text_config": text, "tie_word_embeddings": True}) == wanted
+    assert DecoderShape.from_config({**text, "tie_word_embeddings": True}) == wanted
+
+
+def test_feature_selection_sets_the_projector() -> None:
+    full = ModelShape.from_config(changed(vision_feature_select_strategy="full"))
+    assert full.projector == ProjectorShape(((1024, 4096), (4096, 4096)), tokens=577)
+    two = ModelShape.from_config(changed(vision_feature_layer=[-2, -5]))
+    assert two.projector == ProjectorShape(((2048, 4096), (4096, 4096)), tokens=576)
+
+
+def test_shape_gives_presets_and_shapes() -> None:
+    mini = PRESETS["mini"]
+    assert shape(mini) is mini
+    assert shape("mini") is mini
+    assert shape("LLaVA-1.5-7B") is PRESETS["llava-1.5-7b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llava-1.5-7bb", "no preset is called 'llava-1.5-7bb'; did you mean 'llava-1.5-7b'?"),
+        ("zzz", "no preset is called 'zzz'; Choices: llava-1.5-13b, llava-1.5-7b, mini."),
+    ],
+)
+def test_unknown_preset(name: str, message: str) -> None:
+    with pytest.raises(FoveateError) as caught:
+        shape(name)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (3, "a int is no config"),
+        ({"model_type": "llava_nex"}, "'llava_nex' model is not known; did you mean 'llava_next'?"),
+        (changed(text={"model_type": "qwen3_moe"}), "'qwen3_moe' decoder is not known; did you mean 'qwen3'?"),
+        (changed(vision={"model_type": "pixtral"}), "'pixtral' tower is not known"),
+        (changed(vision={"patch_size": None}), "the clip_vision_model config states patch_size=None"),
+        (changed(text={"model_type": "qwen2"}), "the qwen2 config states hidden_size=None"),
+        (changed(text={"num_hidden_layers": 0}), "DecoderShape.layers=0 is below 1"),
+        (changed(text={"num_key_value_heads": 5}), "32 query heads cannot share 5 key-value heads"),
+    ],
+)
+def test_configs_that_are_refused(config: Any, message: str) -> None:
+    with pytest.raises(FoveateError) as caught:
+        shape(config)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"]
+)
+def test_block_weights_are_those_of_the_real_block(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(
+        kind,
+        num_hidden_layers=1,
+        hidden_size=32,
+        intermediate_size=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=11,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    counted = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    assert DecoderShape.from_config(config).block_weights == counted
