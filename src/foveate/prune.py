@@ -1,0 +1,59 @@
+"""The one verb: `prune(model, methods)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from foveate.core import FoveateError, Method
+
+if TYPE_CHECKING:
+    from foveate.runtime.handle import Handle
+
+
+def prune(
+    model: Any,
+    methods: Method | str | Sequence[Method | str],
+    *,
+    processor: Any = None,
+    question: str | Sequence[str] | None = None,
+    clip: Any = None,
+) -> Handle:
+    """A handle that prunes the visual tokens of `model` while it is active.
+
+    Args:
+        model: a loaded vision-language model of transformers.
+        methods: a method, its spec ("fopru:keep=0.25"), or several of them, which act one after the other.
+        processor: the model's processor, for methods that read the question as text.
+        question: what those methods are to read in place of the prompt's text after the image; one, or one per row.
+        clip: a CLIP model or its name, for methods that compare image and question in CLIP's joint space.
+
+    Returns:
+        The handle: `with handle as trace: ...`, or `handle.start()` and `handle.stop()`.
+
+    Raises:
+        FoveateError: the model is no VLM of a known family, a method cannot run on it, or an argument is missing.
+    """
+    from foveate.runtime.handle import Handle
+    from foveate.runtime.support import check_parts
+
+    parts = tuple(part for method in _listed(methods) for part in method.parts())
+    if not parts:
+        raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
+    check_parts(model, parts, processor=processor, question=question, clip=clip)
+    return Handle(model, parts)
+
+
+def _listed(methods: Method | str | Sequence[Method | str]) -> list[Method]:
+    from foveate.spec import parse_stages
+
+    given = [methods] if isinstance(methods, Method | str) else list(methods)
+    stages: list[Method] = []
+    for one in given:
+        if isinstance(one, Method):
+            stages.append(one)
+        elif isinstance(one, str):
+            stages.extend(parse_stages(one))
+        else:
+            raise FoveateError(f"{one!r} is no method; give a Method such as foveate.FoPru(keep=0.25), or its spec")
+    return stages

@@ -1,0 +1,1 @@
+"""The only rooms that touch a running model; everything they change is put back when their handle stops."""

@@ -1,0 +1,184 @@
+"""The Timeline that a pruned cache carries, and the caches that carry it.
+
+Coordinates: the timeline counts the caller's prompt, padding included, and then every generated token. A pruned cache
+holds fewer entries; `kept` says which place of the timeline each of them is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+from foveate.core import FoveateError
+
+
+class Owner(Protocol):
+    """Whoever pruned the cache; only while it is active may the cache be used."""
+
+    active: bool
+
+
+@dataclass(eq=False)
+class Timeline:
+    """Where the entries of a pruned cache stand in the caller's sequence. B rows, n entries of the prompt.
+
+    Entries that follow the prompt (generated tokens) are not listed: they are consecutive in both coordinates.
+    """
+
+    kept: Tensor  # (B, n) place of each prompt entry
+    valid: Tensor  # (B, n) bool, False for re-padding and for the caller's own padding
+    length: int  # places that the prompt takes on the timeline
+    next_position: Tensor  # (B,) position id of the token after the prompt
+    lag: Tensor | None  # (B,) what generate() must add to its positions when a prompt ends in dropped tokens
+    owner: Owner
+
+    @property
+    def entries(self) -> int:
+        """Prompt entries in the cache, re-padding included."""
+        return self.kept.shape[1]
+
+    def places(self, entries: int) -> Tensor:
+        """(B, entries) place of every cache entry, generated ones included."""
+        grown = torch.arange(entries - self.entries, device=self.kept.device) + self.length
+        return torch.cat([self.kept, grown.expand(self.kept.shape[0], -1)], dim=1)
+
+    def valid_places(self, entries: int) -> Tensor:
+        """(B, entries) bool: entries that may be attended to."""
+        more = self.valid.new_ones(self.valid.shape[0], entries - self.entries)
+        return torch.cat([self.valid, more], dim=1)
+
+    def reached(self, entries: int) -> int:
+        """Length of the timeline when the cache holds so many entries."""
+        return self.length + entries - self.entries
+
+    def positions(self, entries: int, new: int) -> Tensor:
+        """(B, new) position ids of the tokens that follow `entries` cached ones."""
+        first = self.next_position + (entries - self.entries)
+        return first[:, None] + torch.arange(new, device=first.device)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows."""
+        rows = rows.to(self.kept.device)
+        self.kept, self.valid = self.kept[rows], self.valid[rows]
+        self.next_position = self.next_position[rows]
+        self.lag = None if self.lag is None else self.lag[rows]
+
+    def crop(self, entries: int) -> None:
+        """Follow a cut of the cache to its first `entries` entries.
+
+        Raises:
+            FoveateError: the cut goes through pruned tokens, where rows would end at different places.
+        """
+        removed = self.entries - entries
+        if removed <= 0:
+            return
+        if entries < 1 or bool((self.kept[:, -1] - self.kept[:, entries - 1] != removed).any()):
+            raise FoveateError(
+                f"crop removes {removed} of the {self.entries} prompt entries and cuts through pruned visual tokens; "
+                "crop only text that follows the image, or reset() the cache"
+            )
+        self.kept, self.valid = self.kept[:, :entries], self.valid[:, :entries]
+        self.length -= removed
+        self.next_position = self.next_position - removed
+
+
+class _Timelined(Cache):
+    """What both pruned caches share: they follow their timeline and refuse to work without their handle."""
+
+    timeline: Timeline | None = None
+
+    def _check_owner(self) -> None:
+        if self.timeline is not None and not self.timeline.owner.active:
+            raise FoveateError(
+                "this cache was pruned by a handle that has been stopped: its entries no longer match the prompt. "
+                "Use it inside `with foveate.prune(...)`, call handle.start() again, or reset() it"
+            )
+
+    def update(self, *arguments: Any, **options: Any) -> Any:
+        self._check_owner()
+        return super().update(*arguments, **options)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        self._check_owner()
+        return super().get_seq_length(layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.timeline is not None:
+            self.timeline.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.timeline is not None:
+            self.timeline.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.timeline is not None:
+            rows = torch.arange(self.timeline.kept.shape[0], device=self.timeline.kept.device)
+            self.timeline.select_rows(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.timeline is not None and tokens_to_remove < 0:
+            self.timeline.crop(int(self.get_seq_length()) + tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.timeline = None
+
+
+class TimelineCache(_Timelined, DynamicCache):
+    """A dynamic cache whose prompt was pruned."""
+
+
+class StaticTimelineCache(_Timelined, StaticCache):
+    """A static cache whose prompt was pruned."""
+
+
+_UPGRADES: dict[type[Cache], type[_Timelined]] = {DynamicCache: TimelineCache, StaticCache: StaticTimelineCache}
+
+
+def timeline_of(cache: object) -> Timeline | None:
+    """The timeline that a cache carries; None for one that was never pruned."""
+    return getattr(cache, "timeline", None)
+
+
+def check_usable(cache: object, owner: Owner) -> None:
+    """Refuse a cache that pruning cannot work with, before any work is done.
+
+    Raises:
+        FoveateError: a filled cache of another prompt, one pruned by another handle, or a kind that cannot carry a
+            timeline (quantized, offloaded, encoder-decoder).
+    """
+    if cache is None:
+        return
+    if isinstance(cache, _Timelined):
+        cache._check_owner()
+        if cache.timeline is not None and cache.timeline.owner is not owner:
+            raise FoveateError("this cache was pruned by another handle; give each handle a cache of its own")
+        return
+    name = type(cache).__name__
+    if type(cache) not in _UPGRADES:
+        raise FoveateError(f"{name} cannot hold a pruned prompt; use an empty DynamicCache or StaticCache, or none")
+    if getattr(cache, "offloading", False):
+        raise FoveateError(f"an offloaded {name} cannot hold a pruned prompt; use one without offloading, or none")
+    assert isinstance(cache, Cache)
+    if cache.get_seq_length() > 0:
+        raise FoveateError(
+            f"this {name} holds {cache.get_seq_length()} tokens of a prompt that was not pruned; "
+            "start with an empty cache, or continue it outside the handle"
+        )
+
+
+def attach(cache: Cache, timeline: Timeline) -> None:
+    """Make an empty stock cache carry `timeline`, in place, so that the caller's own variable is the pruned cache."""
+    if not isinstance(cache, _Timelined):
+        cache.__class__ = _UPGRADES[type(cache)]  # same layout: the subclass adds behaviour, no storage
+    assert isinstance(cache, _Timelined)
+    cache.timeline = timeline

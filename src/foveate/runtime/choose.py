@@ -1,0 +1,214 @@
+"""Runs the stages before the decoder on the images of one call: collects Signals, asks each method, checks its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core import Block, FoveateError, Grid, Method, Selection, Signals, StageRecord
+from foveate.spec import format as format_spec
+
+# The axis of each Block field that counts visual tokens; the others hold one value per image.
+_TOKEN_AXIS = {
+    "hidden": 1,
+    "cls_attention": 2,
+    "received": 1,
+    "given": 1,
+    "received_all": 1,
+    "keys": 2,
+    "cross_attention": 2,
+}
+
+
+@dataclass(eq=False)
+class Image:
+    """One image on its way to the decoder. N tokens before any stage, K of them left."""
+
+    row: int  # of the prompt batch
+    columns: Tensor  # (N,) columns of its placeholders in that row
+    features: Tensor  # (K, D), rows of `index`
+    grid: Grid | None
+    index: Tensor = field(init=False)  # (K,) original indices
+    extra: Tensor | None = None  # (K,) bool
+    whole: bool = True  # no stage has acted yet
+    merged: bool = False  # its features are no longer the encoder's own
+    stages: list[StageRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.index = torch.arange(self.original, device=self.features.device)
+
+    @property
+    def original(self) -> int:
+        """N, the tokens before any stage."""
+        return self.columns.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the methods may read of the text. B rows of S columns."""
+
+    embeddings: Callable[[], Tensor]  # (B, S, D)
+    is_text: Tensor  # (B, S) neither visual nor padding
+
+
+def choose(
+    parts: Sequence[Method],
+    images: Sequence[Image],
+    blocks: Mapping[int | str, Block],
+    prompt: Prompt,
+    project: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """Let every part act on every image in turn; afterwards each image holds what is left of it.
+
+    Args:
+        blocks: what the probe saw, B = the images in order, N = their original tokens.
+        project: maps encoded tokens (K, E) to decoder tokens (K, D); None where the projector is not pointwise.
+    """
+    adaptive_before = False
+    for part in parts:
+        for group in _groups(images):
+            fitted = _fit(part, group[0], adaptive_before, images[group[0]])
+            _ask(fitted, [images[number] for number in group], group, blocks, prompt, project)
+        adaptive_before = adaptive_before or part.adaptive
+
+
+def _groups(images: Sequence[Image]) -> list[list[int]]:
+    """Numbers of the images that share original count, present count and grid: one Signals each."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, image in enumerate(images):
+        key = (image.original, image.index.numel(), image.grid, image.whole)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _fit(part: Method, number: int, adaptive_before: bool, image: Image) -> Method:
+    """After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave."""
+    left = image.index.numel()
+    if not adaptive_before or part.adaptive or not hasattr(part, "keep"):
+        return part
+    counts = part.count(image.original, image.grid)
+    if counts is None or counts[0] <= left:
+        return part
+    return dataclasses.replace(part, keep=left)  # type: ignore[call-arg]
+
+
+def _ask(
+    part: Method,
+    group: Sequence[Image],
+    numbers: Sequence[int],
+    blocks: Mapping[int | str, Block],
+    prompt: Prompt,
+    project: Callable[[Tensor], Tensor] | None,
+) -> None:
+    signals = _signals(part, group, numbers, blocks, prompt)
+    selection = part.select(signals)
+    name = format_spec(part)
+    selection.check(signals.original, len(group), name)
+    for place, image in enumerate(group):
+        _apply(name, part, selection, place, image, project)
+
+
+def _signals(
+    part: Method,
+    group: Sequence[Image],
+    numbers: Sequence[int],
+    blocks: Mapping[int | str, Block],
+    prompt: Prompt,
+) -> Signals:
+    index = torch.stack([image.index for image in group])
+    first = group[0]
+    rows = torch.tensor(numbers, device=index.device)
+    text: dict[str, Any] = {}
+    if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
+        text = _text(prompt, group)
+    return Signals(
+        original=first.original,
+        index=index,
+        grid=first.grid if first.whole else None,
+        features=torch.stack([image.features for image in group]) if "features" in part.needs else None,
+        tower={name: _narrow(block, rows, index) for name, block in blocks.items()},
+        **text,
+    )
+
+
+def _narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
+    """The block's values for some images, and of those the tokens that are still there."""
+    fields = {}
+    for name, value in vars(block).items():
+        if value is None:
+            continue
+        rows, index = rows.to(value.device), index.to(value.device)
+        value = value[rows]
+        axis = _TOKEN_AXIS.get(name)
+        if axis is not None and not (index.shape[1] == value.shape[axis]):
+            shape = [1] * value.ndim
+            shape[0], shape[axis] = index.shape
+            expanded = index.view(shape).expand(*value.shape[:axis], index.shape[1], *value.shape[axis + 1 :])
+            value = value.gather(axis, expanded)
+        elif axis is not None and not bool((index[:, 1:] > index[:, :-1]).all()):
+            value = torch.stack([row.index_select(axis - 1, order) for row, order in zip(value, index, strict=True)])
+        fields[name] = value
+    return Block(**fields)
+
+
+def _text(prompt: Prompt, group: Sequence[Image]) -> dict[str, Tensor]:
+    """Embeddings of each image's row without visual tokens and padding, right-padded to (B, T)."""
+    embeddings = prompt.embeddings()
+    columns = [prompt.is_text[image.row].nonzero().squeeze(-1) for image in group]
+    longest = max(one.numel() for one in columns)
+    text = embeddings.new_zeros(len(group), longest, embeddings.shape[-1])
+    mask = torch.zeros(len(group), longest, dtype=torch.bool, device=text.device)
+    after = torch.zeros_like(mask)
+    for place, (image, places) in enumerate(zip(group, columns, strict=True)):
+        count = places.numel()
+        text[place, :count] = embeddings[image.row, places]
+        mask[place, :count] = True
+        after[place, :count] = places > image.columns[-1]
+    return {"text": text, "text_mask": mask, "after_image": after}
+
+
+def _apply(
+    name: str,
+    part: Method,
+    selection: Selection,
+    place: int,
+    image: Image,
+    project: Callable[[Tensor], Tensor] | None,
+) -> None:
+    kept = selection.indices[place].to(image.index.device)
+    before = image.index.numel()
+    if selection.features is None:
+        image.features = image.features[_positions(name, kept, image)]
+    else:
+        features = selection.features[place]
+        if selection.space == "encoded":
+            if project is None:
+                raise FoveateError(
+                    f"{name} returns encoded tokens, but this family's projector merges neighbours and cannot map "
+                    "single ones; methods that return projected tokens, or none, work"
+                )
+            features = project(features)
+        image.features = features.to(image.features.dtype)
+        image.merged = True
+    image.extra = None if selection.extra is None else selection.extra[place]
+    image.index = kept
+    image.whole = image.whole and kept.numel() == image.original and selection.ordered
+    image.stages.append(
+        StageRecord(name, part.site, None, before, kept.numel(), kept.detach().cpu(), image.extra)
+    )
+
+
+def _positions(name: str, kept: Tensor, image: Image) -> Tensor:
+    """Where the kept original indices stand among the tokens that are left."""
+    place = torch.full((image.original,), -1, device=kept.device)
+    place[image.index] = torch.arange(image.index.numel(), device=kept.device)
+    positions = place[kept]
+    if bool((positions < 0).any()):
+        gone = kept[positions < 0][0].item()
+        raise FoveateError(f"{name} keeps token {gone}, which an earlier stage has dropped")
+    return positions

@@ -1,0 +1,289 @@
+"""One prefill, from the caller's arguments to the decoder's: encode, choose, gather, and note it all in a Timeline.
+
+Shapes: B rows, S columns of the caller's new tokens, S' of the shortened ones, E entries that a cache already holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core import Call, FoveateError, Method
+from foveate.families import Family
+from foveate.runtime.cache import Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
+from foveate.runtime.choose import Image, Prompt, choose
+from foveate.runtime.probe import Probe
+from foveate.runtime.record import Stopwatch, record
+from foveate.runtime.shorten import Plan, Side, find_images, padding_side, plan
+
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+@dataclass(eq=False)
+class Shortened:
+    """What one prefill hands to the decoder."""
+
+    ids: Tensor  # (B, E + S') where the caller's ids repeat the cached prompt, else (B, S')
+    options: dict[str, Any]
+    timeline: Timeline
+    plan: Plan
+    images: list[Image]
+    call: Call | None
+    encoded: Any = None  # transformers' output for the images, before shortening
+    removed: int = 0
+    repeats: int = 1
+
+    def repeat_encoded(self, times: int) -> dict[str, Any]:
+        """`mm_encoder_outputs` with what is left of each image, each row's group of images repeated."""
+        rows = range(self.plan.index.shape[0])
+        groups = [[image.features for image in self.images if image.row == row] for row in rows]
+        features = [one for group in groups for _ in range(times) for one in group]
+        return {"image": type(self.encoded)(pooler_output=features)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """The caller's new tokens and what the cache knows of earlier ones."""
+
+    ids: Tensor  # (B, S)
+    mask: Tensor  # (B, S) bool
+    positions: Tensor  # (..., B, S)
+    past_mask: Tensor | None  # (B, E) bool: the caller's mask on what the cache holds
+    timeline: Timeline | None
+    entries: int  # E
+
+    @property
+    def reached(self) -> int:
+        """Places of the timeline that the cache covers."""
+        return self.timeline.reached(self.entries) if self.timeline is not None else 0
+
+    @property
+    def next_position(self) -> Tensor:
+        """(B,) position of the token after the prompt: one past the largest on any axis."""
+        largest = self.positions.masked_fill(~self.mask, -1).amax(dim=-1)
+        return largest.reshape(-1, self.ids.shape[0]).amax(dim=0) + 1
+
+
+class Prefill:
+    """Shortens the prompts of one model; holds no state between calls."""
+
+    def __init__(self, model: Any, family: Family, parts: Sequence[Method], probe: Probe, owner: Owner) -> None:
+        self.model, self.family, self.parts, self.probe, self.owner = model, family, parts, probe, owner
+        self.image_token = family.image_token_id(model.config)
+
+    def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> None:
+        """Refuse prompts and pictures that do not belong together, before anything is encoded.
+
+        Raises:
+            FoveateError: pictures without placeholders, placeholders without pictures, or neither.
+        """
+        placeholders = int((ids == self.image_token).sum())
+        pictures = given.get("pixel_values") is not None
+        if timeline_of(cache) is not None:
+            return
+        if not placeholders:
+            has = "pixel_values were given but the prompt has" if pictures else "the prompt has"
+            raise FoveateError(
+                f"{has} no image: no token {self.image_token} among {ids.numel()}; write the image into the prompt, "
+                "or call the model outside the handle for text alone"
+            )
+        if not pictures:
+            raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
+
+    # -- generate() -----------------------------------------------------------------------------------------------
+
+    def for_generate(self, ids: Tensor, options: dict[str, Any], contains_past: bool, repeats: int) -> Shortened:
+        """Shorten what generate() has prepared: images encoded, rows not yet repeated for beams.
+
+        Args:
+            ids: (B, S), or (B, reached + S) when `contains_past`.
+        """
+        cache = options.get("past_key_values")
+        new = self._input(ids, options, cache, contains_past)
+        encoded = (options.get("mm_encoder_outputs") or {}).get("image")
+        shortened = self._shorten(new, encoded, "left", repeats)
+        kept_ids = shortened.plan.gather(new.ids, self._pad_id())
+        if new.timeline is not None and contains_past:
+            kept_ids = torch.cat([ids.gather(1, new.timeline.places(new.entries)), kept_ids], dim=1)
+        valid = shortened.plan.valid
+        padded = options.get("attention_mask") is not None and not bool(options["attention_mask"].all())
+        mask: Tensor | None = valid.long()
+        if new.past_mask is not None:
+            mask = torch.cat([new.past_mask, valid], dim=1).long()
+        elif bool(valid.all()) and (padded or options.get("attention_mask") is None):
+            mask = None
+        shortened.options = {
+            **options,
+            **self._aligned(options, shortened.plan, new),
+            "attention_mask": mask,
+            "mm_encoder_outputs": {},
+        }
+        shortened.removed = ids.shape[1] - kept_ids.shape[1]
+        shortened.ids = kept_ids
+        return shortened
+
+    # -- forward() ------------------------------------------------------------------------------------------------
+
+    def for_forward(self, given: dict[str, Any]) -> Shortened:
+        """Shorten a direct call of the model: encodes its pictures, or follows a pruned cache one step on."""
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        if ids is None or given.get("mm_encoder_outputs"):
+            raise FoveateError("pruning needs input_ids and pixel_values; embeddings hide what is visual")
+        check_usable(cache, self.owner)
+        self.check_images(ids, given, cache)
+        if isinstance(given.get("logits_to_keep"), Tensor):
+            raise FoveateError("logits_to_keep as a tensor counts the unpruned prompt; give a number of last tokens")
+        options = dict(given)
+        new = self._input(ids, options, cache, contains_past=False)
+        encoded = self._encode(options)
+        side = padding_side(new.mask)
+        shortened = self._shorten(new, encoded, side, 1)
+        valid = shortened.plan.valid if new.past_mask is None else torch.cat([new.past_mask, shortened.plan.valid], 1)
+        options.update(self._aligned(options, shortened.plan, new))
+        options["attention_mask"] = valid.long()
+        if options.get("labels") is not None:
+            options["labels"] = shortened.plan.gather(options["labels"], -100)
+        shortened.ids = options["input_ids"] = shortened.plan.gather(ids, self._pad_id())
+        if encoded is not None:
+            options["mm_encoder_outputs"] = shortened.repeat_encoded(1)
+        self._give_cache(options, cache, shortened.timeline)
+        shortened.options = options
+        return shortened
+
+    def _encode(self, options: dict[str, Any]) -> Any:
+        """Run the vision encoder as generate() would, and take its arguments away from forward()."""
+        encode = self.model.base_model.get_image_features
+        names = [name for name in inspect.signature(encode).parameters if name != "kwargs" and name in options]
+        arguments = {name: options.pop(name) for name in names}
+        if arguments.get("pixel_values") is None:
+            return None
+        return encode(**{name: value for name, value in arguments.items() if value is not None}, return_dict=True)
+
+    def _give_cache(self, options: dict[str, Any], cache: Any, timeline: Timeline) -> None:
+        wanted = options.get("use_cache")
+        if wanted is None:
+            wanted = text_config(self.model).use_cache and not self.model.training
+        if cache is None and wanted:
+            cache = options["past_key_values"] = TimelineCache(config=text_config(self.model))
+        if cache is not None:
+            attach(cache, timeline)
+
+    # -- both -----------------------------------------------------------------------------------------------------
+
+    def _input(self, ids: Tensor, options: dict[str, Any], cache: Any, contains_past: bool) -> _Input:
+        timeline = timeline_of(cache)
+        entries = int(cache.get_seq_length()) if timeline is not None else 0
+        reached = timeline.reached(entries) if timeline is not None else 0
+        new = ids[:, reached:] if contains_past else ids
+        if new.shape[1] == 0:
+            raise FoveateError(f"the cache holds {reached} tokens already and the prompt brings no new one")
+        whole = reached + new.shape[1]
+        mask = options.get("attention_mask")
+        mask = ids.new_ones(ids.shape[0], whole) if mask is None else mask
+        if mask.ndim != 2 or mask.shape[1] != whole:
+            raise FoveateError(
+                f"attention_mask has shape {tuple(mask.shape)}; a mask of (rows, {whole}) is needed: one column for "
+                "each token of the unpruned sequence"
+            )
+        mask = mask.to(ids.device).bool()
+        past_mask = None
+        if timeline is not None:
+            if timeline.kept.shape[0] != ids.shape[0]:
+                raise FoveateError(f"the cache holds {timeline.kept.shape[0]} rows, the prompt has {ids.shape[0]}")
+            past_mask = mask.gather(1, timeline.places(entries)) & timeline.valid_places(entries)
+        positions = self._positions(options.get("position_ids"), new, timeline, entries)
+        return _Input(new, mask[:, reached:], positions, past_mask, timeline, entries)
+
+    def _positions(self, given: Tensor | None, new: Tensor, timeline: Timeline | None, entries: int) -> Tensor:
+        batch, length = new.shape
+        reached = timeline.reached(entries) if timeline is not None else 0
+        if given is not None and given.shape[-1] in {length, reached + length}:
+            # generate() without a mask counts from 0 again; its caller means a continuation.
+            if timeline is None or given.shape[-1] == reached + length:
+                return given[..., -length:].expand(*given.shape[:-2], batch, -1).to(new.device)
+        if timeline is not None:
+            return timeline.positions(entries, length)
+        return torch.arange(length, device=new.device).expand(batch, -1)
+
+    def _shorten(self, new: _Input, encoded: Any, side: Side, repeats: int) -> Shortened:
+        features = [] if encoded is None else list(encoded.pooler_output)
+        images = find_images(new.ids, self.image_token, features, self.family.grid(self.model.config))
+        blocks = self.probe.take()
+        for name, block in blocks.items():
+            for value in vars(block).values():
+                if value is not None and value.shape[0] != len(images):
+                    raise FoveateError(f"encoder block {name} saw {value.shape[0]} pictures, the prompt {len(images)}")
+        is_text = new.mask & (new.ids != self.image_token)
+        stopwatch = Stopwatch(new.ids.device)
+        with stopwatch:
+            prompt = Prompt(lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0)), is_text)
+            choose(self.parts, images, blocks, prompt, self._projector())
+        made = plan(new.mask, images, side)
+        call = self._record(new, images, made, is_text, repeats, stopwatch) if images else None
+        timeline = self._timeline(new, made, repeats)
+        return Shortened(new.ids, {}, timeline, made, images, call, encoded, repeats=repeats)
+
+    def _record(
+        self, new: _Input, images: list[Image], made: Plan, is_text: Tensor, repeats: int, stopwatch: Stopwatch
+    ) -> Call:
+        past = [0] * new.ids.shape[0] if new.past_mask is None else new.past_mask.sum(dim=1).tolist()
+        return record(
+            self.model,
+            images,
+            index=made.original + torch.where(made.filled, new.reached, 0),
+            prompt_length=new.ids.shape[1],
+            text=is_text.sum(dim=1).tolist(),
+            past=past,
+            past_entries=new.entries,
+            repeats=repeats,
+            stopwatch=stopwatch,
+        )
+
+    def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
+        kept, valid = made.index + new.reached, made.valid
+        if new.timeline is not None:
+            kept = torch.cat([new.timeline.places(new.entries), kept], dim=1)
+            valid = torch.cat([new.past_mask, valid], dim=1)  # type: ignore[list-item]
+        after = made.gather(new.positions, 0)[..., -1].reshape(-1, new.ids.shape[0]).amax(dim=0) + 1
+        lag = new.next_position - after
+        timeline = Timeline(
+            kept=kept,
+            valid=valid,
+            length=new.reached + new.ids.shape[1],
+            next_position=new.next_position,
+            lag=lag if bool(lag.any()) else None,
+            owner=self.owner,
+        )
+        if repeats > 1:
+            timeline.select_rows(torch.arange(kept.shape[0]).repeat_interleave(repeats))
+        return timeline
+
+    def _aligned(self, options: dict[str, Any], made: Plan, new: _Input) -> dict[str, Any]:
+        """Every tensor that has a column per token, gathered with the one index."""
+        aligned: dict[str, Any] = {"position_ids": made.gather(new.positions, 0)}
+        for name in _TOKEN_TYPES:
+            if options.get(name) is not None:
+                aligned[name] = made.gather(options[name][:, -new.ids.shape[1] :], 0)
+        return aligned
+
+    def _projector(self) -> Any:
+        if not self.family.pointwise:
+            return None
+        projector = getattr(self.model.base_model, self.family.projector)
+        return lambda encoded: projector(encoded[None])[0]
+
+    def _pad_id(self) -> int:
+        """Any id but the placeholder's: padding is masked, but placeholders are counted."""
+        pad = getattr(text_config(self.model), "pad_token_id", None)
+        pad = 0 if pad is None or pad < 0 else int(pad)
+        return pad if pad != self.image_token else pad + 1
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the decoder."""
+    return model.config.get_text_config(decoder=True)

@@ -1,0 +1,122 @@
+"""Shortens a prompt before the decoder: which columns of it stay, and every aligned tensor gathered with one index.
+
+Shapes: B rows, S columns of the caller's prompt, S' of the shortened one, N tokens of an image before and K after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError, Grid
+from foveate.runtime.choose import Image
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which column of the caller's prompt each shortened column is."""
+
+    index: Tensor  # (B, S') columns; 0 in re-padding
+    filled: Tensor  # (B, S') bool, False in re-padding
+    valid: Tensor  # (B, S') bool, False in re-padding and in the caller's own padding
+
+    def gather(self, values: Tensor, fill: int) -> Tensor:
+        """(..., B, S) -> (..., B, S'); `fill` where there is no column."""
+        index = self.index.expand(*values.shape[:-1], -1)
+        return values.gather(-1, index).masked_fill(~self.filled, fill)
+
+    def repeat(self, times: int) -> Plan:
+        """Each row several times in a row, as beams and samples want it."""
+        if times == 1:
+            return self
+        return Plan(*(part.repeat_interleave(times, dim=0) for part in (self.index, self.filled, self.valid)))
+
+    @property
+    def original(self) -> Tensor:
+        """(B, S') columns, -1 in re-padding."""
+        return self.index.masked_fill(~self.filled, -1)
+
+
+def find_images(ids: Tensor, token: int, features: Sequence[Tensor], grid: Grid | None) -> list[Image]:
+    """Match encoded images, in order, with their placeholders in a (B, S) batch of prompts.
+
+    Args:
+        features: one (N, D) tensor per image, in the order of the prompts.
+        grid: raster shape of an image's tokens; dropped for images that have another number of tokens.
+
+    Raises:
+        FoveateError: placeholders and features differ in number, or an image spans two rows.
+    """
+    places = (ids == token).nonzero()  # (placeholders, 2), row by row
+    tokens = sum(one.shape[0] for one in features)
+    if places.shape[0] != tokens:
+        raise FoveateError(
+            f"the prompt has {places.shape[0]} visual placeholders but its {len(features)} images give {tokens} tokens; "
+            "pass each image once and let the processor write the placeholders"
+        )
+    images, start = [], 0
+    for number, one in enumerate(features):
+        count = one.shape[0]
+        mine = places[start : start + count]
+        start += count
+        if count == 0:
+            raise FoveateError(f"image {number} has no tokens; every image needs at least 1")
+        row = int(mine[0, 0])
+        if int(mine[-1, 0]) != row:
+            raise FoveateError(f"image {number} begins in row {row} and ends in row {int(mine[-1, 0])} of the prompts")
+        fits = grid is not None and grid[0] * grid[1] == count
+        images.append(Image(row, mine[:, 1], one, grid if fits else None))
+    return images
+
+
+def plan(mask: Tensor, images: Sequence[Image], side: Side) -> Plan:
+    """Which columns stay: all text, and of each image what its stages left, in their order.
+
+    Rows that end up shorter than the longest are padded anew on `side`; where no image lost or re-ordered a token the
+    prompt stays as it is, padding included.
+
+    Args:
+        mask: (B, S) bool, False in padding.
+    """
+    batch, length = mask.shape
+    columns = torch.arange(length, device=mask.device)
+    if all(_untouched(image) for image in images):
+        return Plan(columns.expand(batch, -1), torch.ones_like(mask), mask)
+    rows = [_row(columns, mask[number], [i for i in images if i.row == number]) for number in range(batch)]
+    longest = max(row.numel() for row in rows)
+    index = torch.zeros(batch, longest, dtype=torch.int64, device=mask.device)
+    filled = torch.zeros(batch, longest, dtype=torch.bool, device=mask.device)
+    for number, row in enumerate(rows):
+        where = slice(longest - row.numel(), None) if side == "left" else slice(0, row.numel())
+        index[number, where] = row
+        filled[number, where] = True
+    return Plan(index, filled, filled)
+
+
+def _untouched(image: Image) -> bool:
+    index = image.index
+    return index.numel() == image.original and bool((index[1:] > index[:-1]).all())
+
+
+def _row(columns: Tensor, valid: Tensor, images: Sequence[Image]) -> Tensor:
+    stays = valid.clone()
+    for image in images:
+        stays[image.columns] = False
+        stays[image.columns[image.index]] = True
+    row = columns[stays]
+    for image in images:
+        wanted = image.columns[image.index]
+        if bool((wanted[1:] < wanted[:-1]).any()):  # a method that wants another order than the picture's
+            row[torch.searchsorted(row, wanted.sort().values)] = wanted
+    return row
+
+
+def padding_side(mask: Tensor) -> Side:
+    """The side on which a caller who makes no other promise has padded: right where a row ends in padding."""
+    return "right" if bool((~mask[:, -1]).any()) else "left"
