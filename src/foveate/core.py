@@ -1,6 +1,7 @@
 """The nouns of the library: Method, Scorer, Signals, Selection, Budget, and the errors they raise.
 
-Shapes are written here, once: B images of one size, N visual tokens, T text tokens, L sequence, K kept, H heads, D width.
+Shapes are written here, once: B images of one size, N visual tokens, T text tokens, L sequence, K kept, H heads,
+D width.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -49,6 +52,14 @@ def check_keep(keep: object, name: str = "keep") -> None:
         raise FoveateError(f"{name}={keep} is no share in (0, 1]; the nearest is {name}={nearest}{hint}")
 
 
+def check_choices(method: Method) -> None:
+    """Refuse a field of a method that is none of the choices of its `Literal` annotation."""
+    for name, hint in typing.get_type_hints(type(method)).items():
+        value, choices = getattr(method, name, None), typing.get_args(hint)
+        if typing.get_origin(hint) is Literal and value not in choices:
+            raise FoveateError(f"{name}={value!r} is not among its choices; {did_you_mean(str(value), choices)}")
+
+
 def tokens_to_keep(keep: Keep, original: int, left: int | None = None, name: str = "keep") -> int:
     """The number of tokens that `keep` asks of an image of `original` tokens, of which `left` are still there.
 
@@ -63,6 +74,33 @@ def tokens_to_keep(keep: Keep, original: int, left: int | None = None, name: str
         has = f"{left} of its {original} tokens are left" if left != original else f"the image has {original} tokens"
         raise FoveateError(f"{name}={keep} asks for {count} tokens but {has}; the most is {name}={left}")
     return count
+
+
+def scaled_layers(stages: tuple[int, ...], of: int, layers: int) -> tuple[int, ...]:
+    """A paper's pruning depths, given for a decoder of `of` blocks, on one of `layers`: round(layers * k / of).
+
+    At least 1 and strictly rising.
+
+    Raises:
+        FoveateError: the decoder has too few blocks for so many stages.
+    """
+    if layers <= len(stages):
+        raise FoveateError(f"{len(stages)} stages need a decoder of at least {len(stages) + 1} blocks, not {layers}")
+    depths: list[int] = []
+    for place, stage in enumerate(stages):
+        lowest = depths[-1] + 1 if depths else 1
+        highest = layers - (len(stages) - place)
+        depths.append(min(highest, max(lowest, round(layers * stage / of))))
+    return tuple(depths)
+
+
+def check_depths(depths: tuple[int, ...], layers: int, method: str) -> None:
+    """Refuse depths outside 1..layers-1 or not strictly rising."""
+    for depth in depths:
+        if not 1 <= depth < layers:
+            raise FoveateError(f"{method}: layer={depth} is outside 1..{layers - 1} of a decoder of {layers} blocks")
+    if any(later <= earlier for earlier, later in pairwise(depths)):
+        raise FoveateError(f"{method}: layers {depths} do not rise strictly; nearest: {tuple(sorted(set(depths)))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,12 +211,17 @@ class Selection:
         """
         if len(self.indices) != batch:
             raise FoveateError(f"{method} answered for {len(self.indices)} images but was asked for {batch}")
+        for name, rows in (("features", self.features), ("masks of extra tokens", self.extra)):
+            if rows is not None and len(rows) != batch:
+                raise FoveateError(f"{method} gave {name} for {len(rows)} images but was asked for {batch}")
         for image, kept in enumerate(self.indices):
             problem = self._problem(image, kept, original)
             if problem:
                 raise FoveateError(f"{method}, image {image}: {problem}")
 
     def _problem(self, image: int, kept: Tensor, original: int) -> str | None:
+        if kept.ndim != 1 or str(kept.dtype) != "torch.int64":
+            return f"kept indices are {kept.dtype} of shape {tuple(kept.shape)}; they must be torch.int64 of shape (K,)"
         if kept.numel() == 0:
             return "no token was kept; at least 1 must stay"
         low, high = kept.min().item(), kept.max().item()
@@ -190,6 +233,8 @@ class Selection:
             return "kept indices do not ascend; a method that wants another order says ordered=False"
         if self.features is not None:
             rows = self.features[image]
+            if rows.ndim != 2:
+                return f"features of shape {tuple(rows.shape)}; they must be (K, D)"
             if rows.shape[0] != kept.numel():
                 return f"{rows.shape[0]} feature rows for {kept.numel()} kept tokens"
             if not bool(rows.isfinite().all()):
@@ -239,6 +284,10 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} has no count()")
 
+    def depths(self, layers: int) -> tuple[int, ...]:
+        """Decoder blocks, of `layers`, that run at full length before each stage; empty at other sites than `layer`."""
+        return ()
+
     def parts(self) -> tuple[Method, ...]:
         """The single-site methods this one is made of."""
         return (self,)
@@ -247,7 +296,7 @@ class Method:
     def example(cls, config: Any = None) -> Method:
         """An instance that needs no arguments and no files, so that registry tests cover every method."""
         required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-        return cls(**{name: 0.5 for name in required})
+        return cls(**dict.fromkeys(required, 0.5))
 
     def __str__(self) -> str:
         from foveate.spec import format as format_spec
@@ -257,7 +306,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Scorer(Method):
-    """A method that is one number per token: the highest `keep` stay, in raster order, the lowest index first on ties."""
+    """A method that is one number per token: the highest `keep` stay, in raster order; ties go to the lowest index."""
 
     keep: Keep = 0.5
 
@@ -445,7 +494,9 @@ class Trace:
             FoveateError: no prompt with an image has run yet.
         """
         if not self.history:
-            raise FoveateError("nothing has been pruned yet: the trace fills when the model sees a prompt with an image")
+            raise FoveateError(
+                "nothing has been pruned yet: the trace fills when the model sees a prompt with an image"
+            )
         return self.history[-1]
 
     def add(self, call: Call) -> None:
@@ -466,13 +517,15 @@ class Trace:
 
 
 _CALL_ATTRIBUTES = frozenset(
-    {f.name for f in dataclasses.fields(Call)} | {n for n, v in vars(Call).items() if isinstance(v, property)} | {"to_dict"}
+    {f.name for f in dataclasses.fields(Call)}
+    | {n for n, v in vars(Call).items() if isinstance(v, property)}
+    | {"to_dict"}
 )
 
 
 def readable(value: float, unit: str) -> str:
     """A number with a decimal prefix: 8.453e12, "FLOPs" -> "8.45 TFLOPs"."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:  # what three digits would round up to 1000 of the smaller unit
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"

@@ -46,6 +46,7 @@ class Family:
         pointwise: the projector maps each token by itself.
         read: the encoder block (0-based, of how many) whose output the projector reads.
         grid: raster shape of one image's tokens, from the configuration.
+        check: refuses configurations whose decoder tokens are not the tower's patches.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Family:
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
     pointwise: bool = True
+    check: Callable[[Any, Tower], None] | None = None
 
     def image_token_id(self, config: Any) -> int:
         """Id of the placeholder that stands for one visual token."""
@@ -79,9 +81,20 @@ class Family:
         raise FoveateError(f"{self.name}: the vision encoder {kind!r} is not described; known encoders: {known}")
 
     def read_block(self, model: Any) -> int:
-        """0-based number of the encoder block whose output the projector reads."""
+        """0-based number of the encoder block whose output the projector reads.
+
+        Raises:
+            FoveateError: the projector reads the patch embeddings, before any block, or a block that is not there.
+        """
         tower, row = self.tower_of(model)
-        return self.read(model.config, len(row.blocks_of(tower)))
+        blocks = len(row.blocks_of(tower))
+        block = self.read(model.config, blocks)
+        if not 0 <= block < blocks:
+            raise FoveateError(
+                f"{self.name}: the projector reads encoder block {block}, outside 0..{blocks - 1}; set "
+                f"vision_feature_layer to 1..{blocks} or -{blocks}..-1"
+            )
+        return block
 
 
 def _llava_read(config: Any, blocks: int) -> int:
@@ -89,6 +102,16 @@ def _llava_read(config: Any, blocks: int) -> int:
     layer = config.vision_feature_layer
     layer = layer if isinstance(layer, int) else list(layer)[-1]
     return (layer if layer >= 0 else layer + blocks + 1) - 1
+
+
+def _llava_check(config: Any, tower: Tower) -> None:
+    """The strategy "default" cuts off one token, "full" none: with the wrong tower, patches would be off by one."""
+    strategy, right = config.vision_feature_select_strategy, "default" if tower.summary else "full"
+    if strategy != right:
+        raise FoveateError(
+            f"vision_feature_select_strategy={strategy!r} on {tower.type}, which has {tower.summary} CLS tokens, hands "
+            f"the decoder other tokens than the patches; pruning needs {right!r}"
+        )
 
 
 def _square_grid(config: Any) -> Grid:
@@ -103,6 +126,7 @@ FAMILIES = (
         hub_ids=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "llava-hf/bakLlava-v1-hf"),
         read=_llava_read,
         grid=_square_grid,
+        check=_llava_check,
     ),
 )
 
@@ -116,7 +140,9 @@ def family_of(model: Any) -> Family:
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind is None:
-        raise FoveateError(f"{type(model).__name__} is no transformers model; load one with AutoModelForImageTextToText")
+        raise FoveateError(
+            f"{type(model).__name__} is no transformers model; load one with AutoModelForImageTextToText"
+        )
     for family in FAMILIES:
         if kind in family.types:
             if not hasattr(model, "generate"):

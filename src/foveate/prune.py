@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError, Method
@@ -47,7 +47,7 @@ def prune(
 def _listed(methods: Method | str | Sequence[Method | str]) -> list[Method]:
     from foveate.spec import parse_stages
 
-    given = [methods] if isinstance(methods, Method | str) else list(methods)
+    given = list(methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else [methods]
     stages: list[Method] = []
     for one in given:
         if isinstance(one, Method):

@@ -7,15 +7,16 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from foveate import methods
 from foveate.core import FoveateError, Method, did_you_mean
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
-_BARE = re.compile(r"[^,:+/\"'\\\s]+$")
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
+_EXPONENT = re.compile(r".*[=/,]\s*[+-]?(\d+\.?\d*|\.\d+)[eE]", re.DOTALL)
+_BARE = re.compile(r"[^,:+/\"'\\\s]+")
 _WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -41,7 +42,7 @@ def parse_stages(text: str) -> tuple[Method, ...]:
     return tuple(_parse_one(part.strip()) for part in parts)
 
 
-def format(what: Method | Sequence[Method]) -> str:  # noqa: A001 - the pair of `parse`, and public API
+def format(what: Method | Sequence[Method]) -> str:
     """The text of a method or of several stages: `keep`, and the fields that differ from their default."""
     if not isinstance(what, Method):
         return "+".join(format(stage) for stage in what)
@@ -58,6 +59,8 @@ def format(what: Method | Sequence[Method]) -> str:  # noqa: A001 - the pair of 
 
 def _same(left: object, right: object) -> bool:
     """Equal and of one type: 1 token and 1.0 of all tokens are not the same."""
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(_same, left, right))
     return type(left) is type(right) and left == right
 
 
@@ -78,7 +81,7 @@ def _parse_one(text: str) -> Method:
             raise FoveateError(f"{name} has no field {field!r}; {did_you_mean(field, known)}")
         if field in values:
             raise FoveateError(f"{name} is given {field!r} twice")
-        values[field] = _read(value.strip(), hints.get(field, Any), f"{name}: {field}")
+        values[field] = _read(value.strip(), hints.get(field, str), f"{name}: {field}")
     if "path" in values and hasattr(kind, "from_pretrained"):
         loaded: Method = kind.from_pretrained(values.pop("path"), **values)
         return loaded
@@ -95,7 +98,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 def _split(text: str, separator: str) -> list[str]:
     """Split at `separator` outside quotes."""
     parts, current, quote, escaped = [], "", "", False
-    for letter in text:
+    for place, letter in enumerate(text):
         if escaped:
             escaped = False
         elif letter == "\\" and quote:
@@ -104,7 +107,9 @@ def _split(text: str, separator: str) -> list[str]:
             quote = "" if letter == quote else quote
         elif letter in "\"'":
             quote = letter
-        elif letter == separator and not (separator == "+" and re.search(r"\d[eE]$", current)):
+        elif letter == separator and not (
+            separator == "+" and text[place + 1 : place + 2].isdigit() and _EXPONENT.fullmatch(current)
+        ):
             parts.append(current)
             current = ""
             continue
@@ -116,32 +121,48 @@ def _split(text: str, separator: str) -> list[str]:
 
 def _read(text: str, hint: Any, where: str) -> Any:
     value = _value(text, where)
-    if _fits(value, hint):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and _fits(float(value), hint):
-        return float(value)
-    if not isinstance(value, tuple) and _fits((value,), hint):
-        return (value,)
-    if not isinstance(value, str) and _fits(text, hint):
-        return text
+    for reading in _readings(text, value):
+        if _fits(reading, hint):
+            return reading
     choices = [choice for part in _alternatives(hint) for choice in typing.get_args(part) if _is_literal(part)]
     if choices:
         raise FoveateError(f"{where}={text} is not among its choices; {did_you_mean(text, map(str, choices))}")
-    raise FoveateError(f"{where}={text} is {type(value).__name__}, not {_hint_name(hint)}")
+    raise FoveateError(f"{where}={text} is {_kind_name(value)}, not {_hint_name(hint)}")
+
+
+def _readings(text: str, value: Any) -> Iterator[Any]:
+    """What a field may take `text` for, the most literal first: as written, as floats, as one item, as a string."""
+    yield value
+    yield _floats(value)
+    if not isinstance(value, tuple):
+        yield (value,)
+        yield (_floats(value),)
+    if '"' not in text and "'" not in text:
+        yield text
+        yield tuple(part for part in _split(text, "/") if part)
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_floats, value))
+    return float(value) if type(value) is int else value
 
 
 def _value(text: str, where: str) -> Any:
+    if text == "/":
+        return ()
+    parts = [part.strip() for part in _split(text, "/")]
+    if len(parts) > 1 and all(parts[:-1]):
+        return tuple(_value(part, where) for part in parts if part)
     if text[:1] in {'"', "'"}:
         return _unquote(text, where)
-    if "/" in text:
-        return tuple(_value(part, where) for part in text.rstrip("/").split("/"))
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    if text.endswith("%") and _NUMBER.match(text[:-1]):
+    if text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
         return float(text[:-1]) / 100
-    if _NUMBER.match(text):
-        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-    if not _BARE.match(text):
+    if _NUMBER.fullmatch(text):
+        return int(text) if re.fullmatch(r"[+-]?\d{1,300}", text) else float(text)
+    if not _BARE.fullmatch(text):
         raise FoveateError(f"{where}={text or '(nothing)'}: a string that is empty or holds , : + / or space is quoted")
     return text
 
@@ -156,11 +177,11 @@ def _write(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return repr(value)
+        return repr(int(value) if isinstance(value, int) else float(value))  # NumPy's floats write their type
     if isinstance(value, tuple):
-        return "/".join(_write(item) for item in value) + ("/" if len(value) == 1 else "")
+        return "/".join(map(_write, value)) + ("/" if len(value) < 2 else "")
     text = str(value)
-    plain = _BARE.match(text) and text.lower() not in _WORDS and not _NUMBER.match(text.rstrip("%"))
+    plain = _BARE.fullmatch(text) and text.lower() not in _WORDS and not _NUMBER.fullmatch(text.rstrip("%"))
     return text if plain else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
@@ -199,16 +220,27 @@ def _items_fit(value: tuple[Any, ...], items: tuple[Any, ...]) -> bool:
     return len(value) == len(items) and all(_fits(item, part) for item, part in zip(value, items, strict=True))
 
 
+def _kind_name(value: Any) -> str:
+    return "none" if value is None else type(value).__name__
+
+
 def _hint_name(hint: Any) -> str:
-    return " or ".join(getattr(part, "__name__", str(part)) for part in _alternatives(hint))
+    """The types that a hint allows, as a user writes them: "int or float or none"."""
+    names = []
+    for part in _alternatives(hint):
+        plain = isinstance(part, type) and not typing.get_args(part)
+        names.append("none" if part in {None, type(None)} else part.__name__ if plain else str(part))
+    return " or ".join(names)
 
 
 def _load(path: Path) -> tuple[Method, ...]:
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FoveateError(f"@{path} cannot be read as JSON: {error}") from error
     spec = stored.get("prune") if isinstance(stored, dict) else stored
     if not isinstance(spec, str):
         raise FoveateError(f'@{path} has no "prune" entry that holds a spec')
+    if spec.startswith("@"):
+        raise FoveateError(f"@{path} points on to {spec}; the file itself holds the spec")
     return parse_stages(spec)

@@ -75,7 +75,7 @@ def _stages(part: Method, original: int, layers: int, grid: Grid | None, tiles: 
 def _depths(part: Method, layers: int) -> tuple[int, ...]:
     """The decoder blocks that run in full before each stage of a part."""
     name = type(part).__name__
-    stated = getattr(part, "layers", None)
+    stated = part.depths(layers) or getattr(part, "layers", None)
     if stated is None:
         single = getattr(part, "layer", None)
         if single is None:

@@ -44,11 +44,15 @@ def get(name: str) -> type[Method]:
 
 
 def name_of(method: Method | type[Method]) -> str:
-    """The public name of a method: its file's name; the class name in lower case for one from elsewhere."""
+    """The public name of a method: its file's or its entry point's; the class name in lower case without either."""
     kind = method if isinstance(method, type) else type(method)
     last = kind.__module__.rpartition(".")[2]
     if last in names() and get(last) is kind:
         return last
+    for point in entry_points(group=ENTRY_POINTS):
+        # Only an entry point whose class is called the same is worth loading.
+        if point.value.endswith(f":{kind.__qualname__}") and get(point.name) is kind:
+            return point.name
     return kind.__name__.lower()
 
 
@@ -64,7 +68,7 @@ def by_class_name(name: str) -> type[Method] | None:
 
 def summary(kind: type[Method]) -> str:
     """What the method keeps and why: the first line of its docstring after the name."""
-    first = (kind.__doc__ or "").strip().splitlines()[0]
+    first = (kind.__doc__ or "").strip().partition("\n")[0]
     return first.partition(": ")[2] or first
 
 

@@ -27,6 +27,8 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise FoveateError(f"seed={self.seed!r} is no whole number; the smallest is seed=0")
         if self.seed < 0:
             raise FoveateError(f"seed={self.seed} is negative; the smallest is seed=0")
 

@@ -28,7 +28,7 @@ def attention_sums(queries: Tensor, keys: Tensor, scale: float, skip: int = 0) -
     """What each token receives and gives under softmax(q k^T * scale), in O(N) memory.
 
     The softmax runs over all keys, the `skip` leading ones included; those are then dropped on both axes without
-    renormalising (FoPru, equations 1 to 3, where the map has one row and column per visual token).
+    renormalising (FoPru, equations 2 and 3, where the map has one row and column per visual token).
 
     Args:
         queries: (B, H, skip + N, d).
@@ -49,7 +49,7 @@ def attention_sums(queries: Tensor, keys: Tensor, scale: float, skip: int = 0) -
 
 
 def _received(queries: Tensor, keys: Tensor, scale: float, skip: int = 0) -> tuple[Tensor, Tensor]:
-    """Column sums (B, N) of a few rows of the map, mean over heads, and each row's mass on the first `skip` keys (B, M).
+    """Column sums (B, N) of a few rows of the map, mean over heads; each row's mass on the first `skip` keys (B, M).
 
     The division by the row sum is folded into the sum over rows, so that the map is written once and read once.
     """
@@ -76,3 +76,82 @@ def less_dispersed(first: Tensor, second: Tensor) -> Tensor:
     """(B, N) each: the vector that `more_dispersed` rejects (FoPru, Table 3, "w/o Variance")."""
     wins = first.var(dim=-1, unbiased=False) > second.var(dim=-1, unbiased=False)
     return torch.where(wins[:, None], second, first)
+
+
+def causal_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention that each key receives, summed over the queries, in O(L) memory: (B, Hkv, L), float32.
+
+    The queries are those of the last M of L tokens and see what stands before them. Query heads that share a KV head
+    are averaged. Adding the sums of later queries accumulates H2O's score.
+
+    Args:
+        queries: (B, H, M, d), M <= L.
+        keys: (B, Hkv, L, d), H a multiple of Hkv.
+    """
+    batch, heads, new, _ = queries.shape
+    length = keys.shape[2]
+    received = queries.new_zeros(batch, keys.shape[1], length, dtype=torch.float32)
+    rows = max(1, CHUNK_VALUES // (batch * heads * length))
+    for start in range(0, new, rows):
+        first = length - new + start
+        received += _grouped_attention(queries[:, :, start : start + rows], keys, scale, first).sum(dim=3).mean(dim=2)
+    return received
+
+
+def window_attention(queries: Tensor, keys: Tensor, kernel: int) -> Tensor:
+    """SnapKV's score of the entries before the window: (B, Hkv, L - M), float32.
+
+    Attention of the last M tokens under scale 1 / sqrt(d), summed over them, averaged over the query heads that share
+    a KV head, then over `kernel` neighbouring entries; entries beyond either end count as zero.
+
+    Args:
+        queries: (B, H, M, d) of the window.
+        keys: (B, Hkv, L, d), H a multiple of Hkv.
+        kernel: an odd number.
+    """
+    window, length = queries.shape[2], keys.shape[2]
+    weights = _grouped_attention(queries, keys, queries.shape[-1] ** -0.5, length - window)
+    looked_at = weights[..., : length - window].sum(dim=3).mean(dim=2)
+    return torch.nn.functional.avg_pool1d(looked_at, kernel, stride=1, padding=kernel // 2)
+
+
+def _grouped_attention(queries: Tensor, keys: Tensor, scale: float, first: int) -> Tensor:
+    """(B, Hkv, G, M, L) causal probabilities, float32; the first query stands at `first`, G heads share a KV head."""
+    group = queries.shape[1] // keys.shape[1]
+    # Queries of one group lie behind each other, so that no key is repeated.
+    stacked = queries.unflatten(1, (-1, group)).flatten(2, 3) * scale
+    weights = torch.matmul(stacked, keys.transpose(-1, -2)).float().unflatten(2, (group, -1))
+    place = torch.arange(keys.shape[2], device=keys.device)
+    own = first + torch.arange(queries.shape[2], device=keys.device)
+    return weights.masked_fill(place > own[:, None], -torch.inf).softmax(dim=-1)
+
+
+def text_raters(features: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """Text tokens that the picture resembles most: (B, T) bool (SparseVLM).
+
+    Every visual token spreads a softmax of its dot products over the text; a text token rates when its mean share is
+    above the average. Where none stands out, all do.
+
+    Args:
+        features: (B, N, D) visual tokens as the decoder gets them.
+        text: (B, T, D) input embeddings.
+        mask: (B, T) bool, text tokens that may rate; at least one per row.
+    """
+    likeness = torch.matmul(features.float(), text.float().transpose(-1, -2))
+    likeness = likeness.masked_fill(~mask[:, None], -torch.inf)
+    share = likeness.softmax(dim=-1).mean(dim=1)
+    above = mask & (share > share.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True))
+    return torch.where(above.any(dim=-1, keepdim=True), above, mask)
+
+
+def rated(text_query: Tensor, raters: Tensor) -> Tensor:
+    """Attention of the raters to each visual token: mean over heads, then over raters. (B, H, T, N) -> (B, N)."""
+    by_word = text_query.float().mean(dim=1)
+    total = by_word.masked_fill(~raters[..., None], 0.0).sum(dim=1)
+    return total / raters.sum(dim=-1, keepdim=True)
+
+
+def cls_similarity(hidden: Tensor, cls: Tensor) -> Tensor:
+    """softmax(cls . hidden / sqrt(E)) over the patches: (B, N, E), (B, E) -> (B, N), float32 (image-text, eq. 1)."""
+    logits = torch.matmul(hidden.float(), cls.float()[:, :, None]).squeeze(-1)
+    return (logits * hidden.shape[-1] ** -0.5).softmax(dim=-1)

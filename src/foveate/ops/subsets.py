@@ -61,7 +61,7 @@ def top_k_by_tile(scores: Tensor, tile: Tensor, k: int) -> list[Tensor]:
 
 
 def lattice(height: int, width: int, cells: int) -> Tensor:
-    """Cut a height x width grid into exactly `cells` cells, as square as they come: (height * width,) cell of each token.
+    """Cut a height x width grid into exactly `cells` cells, as square as they come: (height * width,) cell of each.
 
     Rows are cut into bands as even as possible, each band into columns as even as possible; cells are numbered in
     raster order. 24 x 24 into 144 gives the 2 x 2 blocks, 24 x 24 into 576 every token its own cell.
@@ -74,9 +74,7 @@ def lattice(height: int, width: int, cells: int) -> Tensor:
     for count in per_band:
         starts.append(starts[-1] + count)
     band_of_row = [row * bands // height for row in range(height)]
-    cell = [
-        starts[band] + column * per_band[band] // width for band in band_of_row for column in range(width)
-    ]
+    cell = [starts[band] + column * per_band[band] // width for band in band_of_row for column in range(width)]
     return torch.tensor(cell, dtype=torch.int64)
 
 
@@ -101,5 +99,31 @@ def cell_centres(cell: Tensor, grid: Grid) -> Tensor:
 
 def random_subset(tokens: int, k: int, seed: int, device: torch.device) -> Tensor:
     """(k,) ascending positions out of `tokens`, drawn by a generator made from (seed, tokens) alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + tokens)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + tokens) % 2**63)
     return torch.randperm(tokens, generator=generator)[:k].sort().values.to(device)
+
+
+def long_tail_split(scores: Tensor) -> list[int]:
+    """Where the head of each row's descending curve ends: B counts in 1..N-1, N where the curve is flat.
+
+    With d the row in descending order, the i in 1..N-1 that maximises (N - i) * (d_1 - d_i) / (d_1 - d_N); the first
+    of several (image-text interaction, equations 2 and 3; the divisor is the same for all i).
+    """
+    tokens = scores.shape[-1]
+    curve = scores.gather(-1, descending(scores))
+    drop = curve[:, :1] - curve
+    behind = torch.arange(tokens - 1, -1, -1, device=scores.device)
+    split = (drop * behind)[:, : max(1, tokens - 1)].argmax(dim=-1) + 1
+    return torch.where(drop[:, -1] > 0, split, tokens).tolist()
+
+
+def heavy_and_recent(older: Tensor, age: Tensor, heavy: int) -> Tensor:
+    """The `heavy` highest of the older cache entries and every newer one: (B, Hkv, heavy + newer), ascending.
+
+    Args:
+        older: (B, Hkv, M) scores of the first M entries; the lowest age wins a tie.
+        age: (B, Hkv, L) timeline position of every entry, ascending, L >= M.
+        heavy: at most M.
+    """
+    chosen = top_k(older.flatten(0, 1), heavy).unflatten(0, older.shape[:2])
+    return torch.cat([age.gather(-1, chosen), age[..., older.shape[-1] :]], dim=-1)

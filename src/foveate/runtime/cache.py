@@ -6,7 +6,8 @@ holds fewer entries; `kept` says which place of the timeline each of them is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,60 @@ class Owner(Protocol):
 
 
 @dataclass(eq=False)
+class Group:
+    """What the decoder layers from `first` on hold, in entries of layer 0. R rows, n entries of the prompt.
+
+    Layer-0 entries from `reach` on are in every layer.
+    """
+
+    first: int
+    kept: Tensor  # (R, n) layer-0 entry of each of this group's entries
+    valid: Tensor  # (R, n) bool, False in padding and re-padding
+    reach: int
+    static: Tensor | None = None  # (R, width) layer-0 entry behind each slot of a static cache
+    blocked: Tensor | None = None  # (R, width) bool, slots that hold padding
+
+    def __post_init__(self) -> None:
+        self.whole = bool(self.valid.all())
+
+    def columns(self, length: int) -> Tensor:
+        """(R, ...) layer-0 entry of each entry when layer 0 holds `length`."""
+        if length == self.reach:
+            return self.kept
+        grown = torch.arange(self.reach, length, device=self.kept.device)
+        return torch.cat([self.kept, grown.expand(self.kept.shape[0], -1)], dim=1)
+
+    def valid_columns(self, length: int) -> Tensor:
+        """(R, ...) bool: entries that are no padding when layer 0 holds `length`."""
+        return torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], length - self.reach)], dim=1)
+
+    def fill(self, width: int) -> None:
+        """Note what each of the `width` slots of a static cache stands for."""
+        if self.static is None:
+            self.static = self.columns(self.reach + width - self.kept.shape[1])
+            self.blocked = ~self.valid_columns(self.reach + width - self.kept.shape[1])
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows."""
+        self.kept, self.valid = self.kept[rows], self.valid[rows]
+        self.static = None if self.static is None else self.static[rows]
+        self.blocked = None if self.blocked is None else self.blocked[rows]
+
+    def crop(self, length: int) -> None:
+        """Follow a cut of layer 0 to its first `length` entries."""
+        removed = self.reach - length
+        if removed <= 0:
+            return
+        entries = self.kept.shape[1] - removed
+        if entries < 1 or bool((self.kept[:, -1] - self.kept[:, entries - 1] != removed).any()):
+            raise FoveateError(
+                f"crop removes {removed} prompt entries and cuts through visual tokens that layer {self.first} has "
+                "dropped; crop only text that follows the image, or reset() the cache"
+            )
+        self.kept, self.valid, self.reach = self.kept[:, :entries], self.valid[:, :entries], length
+
+
+@dataclass(eq=False)
 class Timeline:
     """Where the entries of a pruned cache stand in the caller's sequence. B rows, n entries of the prompt.
 
@@ -36,11 +91,16 @@ class Timeline:
     next_position: Tensor  # (B,) position id of the token after the prompt
     lag: Tensor | None  # (B,) what generate() must add to its positions when a prompt ends in dropped tokens
     owner: Owner
+    groups: list[Group] = field(default_factory=list)  # of deep layers, by their first layer
 
     @property
     def entries(self) -> int:
         """Prompt entries in the cache, re-padding included."""
         return self.kept.shape[1]
+
+    def group(self, number: int) -> Group | None:
+        """What layer `number` holds; None while it holds everything."""
+        return group_of(self.groups, number)
 
     def places(self, entries: int) -> Tensor:
         """(B, entries) place of every cache entry, generated ones included."""
@@ -67,6 +127,8 @@ class Timeline:
         self.kept, self.valid = self.kept[rows], self.valid[rows]
         self.next_position = self.next_position[rows]
         self.lag = None if self.lag is None else self.lag[rows]
+        for group in self.groups:
+            group.select_rows(rows)
 
     def crop(self, entries: int) -> None:
         """Follow a cut of the cache to its first `entries` entries.
@@ -74,10 +136,13 @@ class Timeline:
         Raises:
             FoveateError: the cut goes through pruned tokens, where rows would end at different places.
         """
+        for group in self.groups:
+            group.crop(entries)
         removed = self.entries - entries
         if removed <= 0:
             return
-        if entries < 1 or bool((self.kept[:, -1] - self.kept[:, entries - 1] != removed).any()):
+        cut = entries < 1 or bool((self.kept[:, entries - 1] != self.length - 1 - removed).any())
+        if cut or bool((self.kept[:, -1] != self.length - 1).any()):
             raise FoveateError(
                 f"crop removes {removed} of the {self.entries} prompt entries and cuts through pruned visual tokens; "
                 "crop only text that follows the image, or reset() the cache"
@@ -85,6 +150,15 @@ class Timeline:
         self.kept, self.valid = self.kept[:, :entries], self.valid[:, :entries]
         self.length -= removed
         self.next_position = self.next_position - removed
+
+
+def group_of(groups: Sequence[Group], number: int) -> Group | None:
+    """The group that layer `number` belongs to, of groups ordered by their first layer."""
+    found = None
+    for group in groups:
+        if group.first <= number:
+            found = group
+    return found
 
 
 class _Timelined(Cache):
@@ -106,6 +180,24 @@ class _Timelined(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         self._check_owner()
         return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        # Masks are made in layer-0 coordinates, whichever layer of a kind comes first.
+        return super().get_query_offset(0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        self._check_owner()
+        groups = self.timeline.groups if self.timeline is not None else []
+        if not groups or layer_idx < groups[0].first or layer_idx >= len(self.layers):
+            return super().get_mask_sizes(query_length, layer_idx)
+        past = super().get_seq_length(0)
+        layer: Any = self.layers[layer_idx]
+        if getattr(layer, "is_compileable", False):
+            return int(self.layers[0].get_mask_sizes(query_length)[0]), 0
+        if not layer.is_sliding:
+            return past + query_length, 0
+        offset = max(past - layer.sliding_window + 1, 0)
+        return past - offset + query_length, offset
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -160,11 +252,12 @@ def check_usable(cache: object, owner: Owner) -> None:
         return
     if isinstance(cache, _Timelined):
         cache._check_owner()
-        if cache.timeline is not None and cache.timeline.owner is not owner:
-            raise FoveateError("this cache was pruned by another handle; give each handle a cache of its own")
-        return
+        if cache.timeline is not None:
+            if cache.timeline.owner is not owner:
+                raise FoveateError("this cache was pruned by another handle; give each handle a cache of its own")
+            return
     name = type(cache).__name__
-    if type(cache) not in _UPGRADES:
+    if not isinstance(cache, _Timelined) and type(cache) not in _UPGRADES:
         raise FoveateError(f"{name} cannot hold a pruned prompt; use an empty DynamicCache or StaticCache, or none")
     if getattr(cache, "offloading", False):
         raise FoveateError(f"an offloaded {name} cannot hold a pruned prompt; use one without offloading, or none")

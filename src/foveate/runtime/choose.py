@@ -1,4 +1,4 @@
-"""Runs the stages before the decoder on the images of one call: collects Signals, asks each method, checks its answer."""
+"""Runs stages on the images of one call: collects their Signals, asks the method, checks its answer, applies it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Image:
     index: Tensor = field(init=False)  # (K,) original indices
     extra: Tensor | None = None  # (K,) bool
     whole: bool = True  # no stage has acted yet
-    merged: bool = False  # its features are no longer the encoder's own
+    merged: bool = False  # its features are no longer those it came with
+    adapted: bool = False  # an adaptive stage has acted
     stages: list[StageRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,25 +57,36 @@ class Prompt:
     is_text: Tensor  # (B, S) neither visual nor padding
 
 
+@dataclass(frozen=True, eq=False)
+class Depth:
+    """A stage inside the decoder."""
+
+    stage: int
+    layer: int
+    memory: dict[tuple[int, ...], dict[str, Any]]  # by the images that are asked about together
+    block: Callable[[Sequence[int], set[str]], Block]  # images and wanted fields -> what the decoder shows of them
+
+
 def choose(
     parts: Sequence[Method],
     images: Sequence[Image],
     blocks: Mapping[int | str, Block],
     prompt: Prompt,
     project: Callable[[Tensor], Tensor] | None,
+    at: Depth | None = None,
 ) -> None:
     """Let every part act on every image in turn; afterwards each image holds what is left of it.
 
     Args:
         blocks: what the probe saw, B = the images in order, N = their original tokens.
         project: maps encoded tokens (K, E) to decoder tokens (K, D); None where the projector is not pointwise.
+        at: the stage inside the decoder; None before it.
     """
-    adaptive_before = False
     for part in parts:
         for group in _groups(images):
-            fitted = _fit(part, group[0], adaptive_before, images[group[0]])
-            _ask(fitted, [images[number] for number in group], group, blocks, prompt, project)
-        adaptive_before = adaptive_before or part.adaptive
+            _ask(_fit(part, images[group[0]]), images, group, _Sources(blocks, prompt, project, at))
+        for image in images:
+            image.adapted = image.adapted or part.adaptive
 
 
 def _groups(images: Sequence[Image]) -> list[list[int]]:
@@ -86,53 +98,57 @@ def _groups(images: Sequence[Image]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _fit(part: Method, number: int, adaptive_before: bool, image: Image) -> Method:
+@dataclass(frozen=True, eq=False)
+class _Sources:
+    """Where the signals of a stage come from."""
+
+    blocks: Mapping[int | str, Block]
+    prompt: Prompt
+    project: Callable[[Tensor], Tensor] | None
+    at: Depth | None
+
+
+def _fit(part: Method, image: Image) -> Method:
     """After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave."""
     left = image.index.numel()
-    if not adaptive_before or part.adaptive or not hasattr(part, "keep"):
+    if not image.adapted or part.adaptive or not hasattr(part, "keep"):
         return part
     counts = part.count(image.original, image.grid)
-    if counts is None or counts[0] <= left:
+    if counts is None:
         return part
-    return dataclasses.replace(part, keep=left)  # type: ignore[call-arg]
+    if len(counts) == 1:
+        return part if counts[0] <= left else dataclasses.replace(part, keep=left)  # type: ignore[call-arg]
+    return dataclasses.replace(part, keep=tuple(min(count, left) for count in counts))  # type: ignore[call-arg]
 
 
-def _ask(
-    part: Method,
-    group: Sequence[Image],
-    numbers: Sequence[int],
-    blocks: Mapping[int | str, Block],
-    prompt: Prompt,
-    project: Callable[[Tensor], Tensor] | None,
-) -> None:
-    signals = _signals(part, group, numbers, blocks, prompt)
+def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources: _Sources) -> None:
+    group = [images[number] for number in numbers]
+    signals = _signals(part, group, numbers, sources)
     selection = part.select(signals)
     name = format_spec(part)
     selection.check(signals.original, len(group), name)
     for place, image in enumerate(group):
-        _apply(name, part, selection, place, image, project)
+        _apply(name, part, selection, place, image, sources)
 
 
-def _signals(
-    part: Method,
-    group: Sequence[Image],
-    numbers: Sequence[int],
-    blocks: Mapping[int | str, Block],
-    prompt: Prompt,
-) -> Signals:
+def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sources: _Sources) -> Signals:
     index = torch.stack([image.index for image in group])
     first = group[0]
     rows = torch.tensor(numbers, device=index.device)
-    text: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
-        text = _text(prompt, group)
+        more = _text(sources.prompt, group)
+    if sources.at is not None:
+        wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
+        memory = sources.at.memory.setdefault(tuple(numbers), {})
+        more.update(decoder=sources.at.block(numbers, wanted), stage=sources.at.stage, memory=memory)
     return Signals(
         original=first.original,
         index=index,
         grid=first.grid if first.whole else None,
         features=torch.stack([image.features for image in group]) if "features" in part.needs else None,
-        tower={name: _narrow(block, rows, index) for name, block in blocks.items()},
-        **text,
+        tower={name: _narrow(block, rows, index) for name, block in sources.blocks.items()},
+        **more,
     )
 
 
@@ -145,7 +161,7 @@ def _narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
         rows, index = rows.to(value.device), index.to(value.device)
         value = value[rows]
         axis = _TOKEN_AXIS.get(name)
-        if axis is not None and not (index.shape[1] == value.shape[axis]):
+        if axis is not None and index.shape[1] != value.shape[axis]:
             shape = [1] * value.ndim
             shape[0], shape[axis] = index.shape
             expanded = index.view(shape).expand(*value.shape[:axis], index.shape[1], *value.shape[axis + 1 :])
@@ -178,7 +194,7 @@ def _apply(
     selection: Selection,
     place: int,
     image: Image,
-    project: Callable[[Tensor], Tensor] | None,
+    sources: _Sources,
 ) -> None:
     kept = selection.indices[place].to(image.index.device)
     before = image.index.numel()
@@ -187,20 +203,21 @@ def _apply(
     else:
         features = selection.features[place]
         if selection.space == "encoded":
-            if project is None:
+            if sources.at is not None:
+                raise FoveateError(f"{name} returns encoded tokens inside the decoder, where only its stream fits")
+            if sources.project is None:
                 raise FoveateError(
                     f"{name} returns encoded tokens, but this family's projector merges neighbours and cannot map "
                     "single ones; methods that return projected tokens, or none, work"
                 )
-            features = project(features)
+            features = sources.project(features)
         image.features = features.to(image.features.dtype)
         image.merged = True
     image.extra = None if selection.extra is None else selection.extra[place]
     image.index = kept
     image.whole = image.whole and kept.numel() == image.original and selection.ordered
-    image.stages.append(
-        StageRecord(name, part.site, None, before, kept.numel(), kept.detach().cpu(), image.extra)
-    )
+    layer = None if sources.at is None else sources.at.layer
+    image.stages.append(StageRecord(name, part.site, layer, before, kept.numel(), kept.detach().cpu(), image.extra))
 
 
 def _positions(name: str, kept: Tensor, image: Image) -> Tensor:

@@ -6,18 +6,21 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.core import FoveateError, Method, Trace
 from foveate.families import family_of
 from foveate.runtime import cache as caches
-from foveate.runtime.probe import Probe
+from foveate.runtime.layers import Descent, decode_mask, stages_of
 from foveate.runtime.prefill import Prefill, Shortened
+from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.spec import format as format_spec
 
 _OVERRIDDEN = (
     "generate",
@@ -50,12 +53,17 @@ class Handle:
         self.trace = Trace()
         self.active = False
         self.family = family_of(model)
-        probe = Probe(model, self.family, {need for part in parts for need in part.needs})
-        self._prefill = Prefill(model, self.family, self.parts, probe, self)
-        self._probe = probe
+        decoder = model.get_decoder()
+        self._layers: Sequence[nn.Module] = decoder.layers
+        self._stages = stages_of(self.parts, len(decoder.layers))
+        self._probe = Probe(model, self.family, {need for part in parts for need in part.needs})
+        self._decoder_probe = DecoderProbe(decoder.layers, self._stages)
+        self._prefill = Prefill(model, self.family, self.parts, self._probe, self)
         self._run: _Run | None = None
         self._direct: Shortened | None = None
-        self._lock = threading.RLock()
+        self._descent: Descent | None = None
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # at work on the model
         self._hooks: list[Any] = []
         self._stock: dict[str, Callable[..., Any]] = {}
 
@@ -84,15 +92,20 @@ class Handle:
     def _install(self) -> None:
         self.model._foveate_handle = self
         self._stock = {name: getattr(self.model, name) for name in _OVERRIDDEN}
+        replacements: tuple[Callable[..., Any], ...]
         replacements = (self._generate, self._expand, self._correct_length, self._prepare_cache)
         for name, replacement in zip(_OVERRIDDEN, replacements, strict=True):
             # The signature and name that transformers inspects stay those of the stock method.
             setattr(self.model, name, _as_method(replacement, self._stock[name]))
         self._hooks.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._hooks.append(self.model.register_forward_hook(self._after_forward, always_call=True))
-        for layer in self.model.get_decoder().layers:
-            self._hooks.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+        for number, layer in enumerate(self._layers):
+            hook = partial(self._before_layer, number)
+            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self._stages:
+            self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
         self._probe.install()
+        self._decoder_probe.install()
         self.active = True
 
     def stop(self) -> None:
@@ -101,6 +114,7 @@ class Handle:
             return
         if self.active:
             self._probe.remove()
+            self._decoder_probe.remove()
         self.active = False
         for hook in self._hooks:
             hook.remove()
@@ -108,7 +122,7 @@ class Handle:
         for name in _OVERRIDDEN:
             vars(self.model).pop(name, None)
         del self.model._foveate_handle
-        self._run = self._direct = None
+        self._run = self._direct = self._descent = self._thread = None
 
     def __enter__(self) -> Trace:
         self.start()
@@ -119,14 +133,22 @@ class Handle:
     ) -> None:
         self.stop()
 
+    def _claim(self) -> None:
+        """Take the model for this thread until its call is over."""
+        with self._lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise FoveateError(
+                    "another thread is using this pruned model; one call at a time, or one model per thread"
+                )
+            self._thread = threading.get_ident()
+
     # -- generate() -----------------------------------------------------------------------------------------------
 
     def _generate(self, *arguments: Any, **options: Any) -> Any:
-        if not self._lock.acquire(blocking=False):
-            raise FoveateError("another thread is using this pruned model; one call at a time, or one model per thread")
+        self._claim()
+        if self._run is not None:
+            return self._stock["generate"](*arguments, **options)
         try:
-            if self._run is not None:
-                return self._stock["generate"](*arguments, **options)
             bound = inspect.signature(self._stock["generate"]).bind_partial(*arguments, **options).arguments
             given = {**bound, **bound.pop("kwargs", {})}
             self._check_generate(given)
@@ -136,8 +158,36 @@ class Handle:
             return self._restore_prompt(self._stock["generate"](**given), self._run)
         finally:
             self._run = None
-            self._probe.take()
-            self._lock.release()
+            self._finish()
+            self._thread = None
+
+    def _begin(self, shortened: Shortened) -> None:
+        """A shortened prompt is about to enter the decoder: note it, and get ready for the stages inside."""
+        if shortened.record is None:
+            return
+        self.trace.add(shortened.record())
+        if self._stages:
+            self._descent = Descent(
+                stages=list(self._stages),
+                images=shortened.images,
+                prompt=shortened.prompt,
+                plan=shortened.plan,
+                timeline=shortened.timeline,
+                probe=self._decoder_probe,
+                layers=self._layers,
+                norm=self.model.get_decoder().norm,
+                entries=shortened.entries,
+                repeats=shortened.repeats,
+                earlier=shortened.earlier,
+                stopwatches=shortened.stopwatches,
+            )
+
+    def _finish(self) -> None:
+        """A prefill is over, well or not: nothing of it stays."""
+        self._probe.take()
+        if self._descent is not None:
+            self._decoder_probe.close()
+        self._descent = None
 
     def _check_generate(self, given: dict[str, Any]) -> None:
         config = given.get("generation_config") or self.model.generation_config
@@ -145,11 +195,25 @@ class Handle:
         if kind in _UNSUPPORTED_CACHES:
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
         caches.check_usable(given.get("past_key_values"), self)
+        if self._stages:
+            self._check_inside(config, given)
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
         ids = given.get("input_ids", given.get("inputs"))
         if isinstance(ids, Tensor):
             self._prefill.check_images(ids, given, given.get("past_key_values"))
+
+    def _check_inside(self, config: Any, given: dict[str, Any]) -> None:
+        """What stages inside the decoder cannot work with."""
+        name = format_spec(self._stages[0].part)
+        for option in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
+            if given.get(option, getattr(config, option, None)) is not None:
+                raise FoveateError(
+                    f"{name} acts inside the decoder and chooses once per prompt; {option} feeds the prompt or the "
+                    "answer in pieces. Leave it out, or use a method that acts before the decoder"
+                )
+        if given.get("use_cache", config.use_cache) is False:
+            raise FoveateError(f"{name} acts inside the decoder and keeps its choice on the cache; use_cache=False")
 
     def _expand(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **options: Any
@@ -164,7 +228,7 @@ class Handle:
         input_ids, options = stock(expand_size, is_encoder_decoder, shortened.ids, **shortened.options)
         if shortened.encoded is not None:
             options["mm_encoder_outputs"] = shortened.repeat_encoded(expand_size)
-        self.trace.add(shortened.call)
+        self._begin(shortened)
         return input_ids, options
 
     def _correct_length(self, *arguments: Any, **options: Any) -> Any:
@@ -210,41 +274,61 @@ class Handle:
     # -- forward() ------------------------------------------------------------------------------------------------
 
     def _before_forward(self, model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():  # a compiled step is generate()'s own
+            self._claim()
         if self._run is not None:
             return self._generate_step(arguments, options)
-        if not self._lock.acquire(blocking=False):
-            raise FoveateError("another thread is using this pruned model; one call at a time, or one model per thread")
-        try:
-            bound = inspect.signature(type(model).forward).bind_partial(model, *arguments, **options).arguments
-            given = {**bound, **bound.pop("kwargs", {})}
-            given.pop("self")
-            self._direct = self._prefill.for_forward(given)
-        finally:
-            self._probe.take()
-            self._lock.release()
-        if self._direct.call is not None:
-            self.trace.add(self._direct.call)
+        bound = inspect.signature(type(model).forward).bind_partial(model, *arguments, **options).arguments
+        given = {**bound, **bound.pop("kwargs", {})}
+        given.pop("self")
+        self._direct = self._prefill.for_forward(given)
+        self._begin(self._direct)
         return (), self._direct.options
 
     def _generate_step(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """generate() counts positions on from the last shortened token; where the prompt ended in dropped ones it lags."""
-        timeline = caches.timeline_of(options.get("past_key_values"))
-        if timeline is None or timeline.lag is None or options.get("position_ids") is None:
+        """generate() counts on from the last token that stayed; where the prompt ended in dropped ones it lags."""
+        shortened = None if self._run is None else self._run.shortened
+        positions, cache = options.get("position_ids"), options.get("past_key_values")
+        if shortened is None or shortened.timeline.lag is None or positions is None:
             return None
-        if options["past_key_values"].get_seq_length() < timeline.entries:
-            return None
-        lag = timeline.lag.to(options["position_ids"].device)[:, None]
-        return arguments, {**options, "position_ids": options["position_ids"] + lag}
+        held = 0 if cache is None else cache.get_seq_length()
+        columns = torch.arange(positions.shape[-1], device=positions.device) + held
+        lag = shortened.timeline.lag.to(positions.device)[:, None] * (columns >= shortened.timeline.entries)
+        return arguments, {**options, "position_ids": positions + lag}
 
     def _after_forward(self, *_: Any) -> None:
+        """Runs after an exception as well, that of a refused call from another thread included."""
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
+            return
+        shortened = self._direct if self._run is None else self._run.shortened
+        if self._descent is not None and shortened is not None and shortened.record is not None:
+            self.trace.history[-1] = shortened.record()
         self._direct = None
+        self._finish()
+        if self._run is None:
+            self._thread = None
 
-    def _before_layer(self, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Rotary embeddings are computed by now; gappy positions would only be mistaken for packed sequences."""
-        pruned = self._direct is not None or (self._run is not None and self._run.shortened is not None)
-        if pruned and options.get("position_ids") is not None:
-            return arguments, {**options, "position_ids": None}
-        return None
+    def _before_layer(self, number: int, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        shortened = self._direct if self._run is None else self._run.shortened
+        if shortened is None:
+            return None
+        # Rotary embeddings are computed by now; gappy positions would only be mistaken for packed sequences.
+        options = {**options, "position_ids": None} if options.get("position_ids") is not None else options
+        if self._descent is not None:
+            hidden = arguments[0] if arguments else options.pop("hidden_states")
+            hidden, options = self._descent.before_layer(number, hidden, options)
+            return (hidden, *arguments[1:]), options
+        timeline = caches.timeline_of(options.get("past_key_values"))
+        if timeline is not None and timeline.groups:
+            options = decode_mask(timeline, number, layer, options)
+        return arguments, options
+
+    def _after_decoder(self, decoder: Any, arguments: Any, output: Any) -> Any:
+        """A direct call's logits keep one place per token of the prompt, so that labels and logits stay aligned."""
+        if self._descent is None or self._direct is None:
+            return None
+        output.last_hidden_state = self._descent.scatter(output.last_hidden_state)
+        return output
 
 
 def _contains_past(given: dict[str, Any]) -> bool:

@@ -6,8 +6,9 @@ Shapes: B rows, S columns of the caller's new tokens, S' of the shortened ones, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from foveate.core import Call, FoveateError, Method
 from foveate.families import Family
-from foveate.runtime.cache import Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
+from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.choose import Image, Prompt, choose
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
@@ -33,7 +34,11 @@ class Shortened:
     timeline: Timeline
     plan: Plan
     images: list[Image]
-    call: Call | None
+    prompt: Prompt
+    entries: int  # E
+    earlier: list[Group]  # what the cache said of deep layers before
+    stopwatches: list[Stopwatch]
+    record: Callable[[], Call] | None  # makes the trace's record; None without images
     encoded: Any = None  # transformers' output for the images, before shortening
     removed: int = 0
     repeats: int = 1
@@ -73,7 +78,8 @@ class Prefill:
     """Shortens the prompts of one model; holds no state between calls."""
 
     def __init__(self, model: Any, family: Family, parts: Sequence[Method], probe: Probe, owner: Owner) -> None:
-        self.model, self.family, self.parts, self.probe, self.owner = model, family, parts, probe, owner
+        self.model, self.family, self.probe, self.owner = model, family, probe, owner
+        self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
 
     def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> None:
@@ -202,10 +208,9 @@ class Prefill:
     def _positions(self, given: Tensor | None, new: Tensor, timeline: Timeline | None, entries: int) -> Tensor:
         batch, length = new.shape
         reached = timeline.reached(entries) if timeline is not None else 0
-        if given is not None and given.shape[-1] in {length, reached + length}:
-            # generate() without a mask counts from 0 again; its caller means a continuation.
-            if timeline is None or given.shape[-1] == reached + length:
-                return given[..., -length:].expand(*given.shape[:-2], batch, -1).to(new.device)
+        # With a cache but no mask generate() counts from 0 again, though its caller means a continuation.
+        if given is not None and given.shape[-1] == reached + length:
+            return given[..., -length:].expand(*given.shape[:-2], batch, -1).to(new.device)
         if timeline is not None:
             return timeline.positions(entries, length)
         return torch.arange(length, device=new.device).expand(batch, -1)
@@ -213,6 +218,9 @@ class Prefill:
     def _shorten(self, new: _Input, encoded: Any, side: Side, repeats: int) -> Shortened:
         features = [] if encoded is None else list(encoded.pooler_output)
         images = find_images(new.ids, self.image_token, features, self.family.grid(self.model.config))
+        masked = int(((new.ids == self.image_token) & ~new.mask).sum())
+        if masked:
+            raise FoveateError(f"attention_mask hides {masked} visual placeholders; only padding may be masked")
         blocks = self.probe.take()
         for name, block in blocks.items():
             for value in vars(block).values():
@@ -224,25 +232,37 @@ class Prefill:
             prompt = Prompt(lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0)), is_text)
             choose(self.parts, images, blocks, prompt, self._projector())
         made = plan(new.mask, images, side)
-        call = self._record(new, images, made, is_text, repeats, stopwatch) if images else None
         timeline = self._timeline(new, made, repeats)
-        return Shortened(new.ids, {}, timeline, made, images, call, encoded, repeats=repeats)
-
-    def _record(
-        self, new: _Input, images: list[Image], made: Plan, is_text: Tensor, repeats: int, stopwatch: Stopwatch
-    ) -> Call:
-        past = [0] * new.ids.shape[0] if new.past_mask is None else new.past_mask.sum(dim=1).tolist()
-        return record(
-            self.model,
-            images,
-            index=made.original + torch.where(made.filled, new.reached, 0),
-            prompt_length=new.ids.shape[1],
-            text=is_text.sum(dim=1).tolist(),
-            past=past,
-            past_entries=new.entries,
+        shortened = Shortened(
+            ids=new.ids,
+            options={},
+            timeline=timeline,
+            plan=made,
+            images=images,
+            prompt=prompt,
+            entries=new.entries,
+            earlier=[] if new.timeline is None else new.timeline.groups,
+            stopwatches=[stopwatch],
+            record=None,
+            encoded=encoded,
             repeats=repeats,
-            stopwatch=stopwatch,
         )
+        if images:
+            past = [0] * new.ids.shape[0] if new.past_mask is None else new.past_mask.sum(dim=1).tolist()
+            shortened.record = partial(
+                record,
+                self.model,
+                images,
+                index=made.original + torch.where(made.valid, new.reached, 0),
+                prompt_length=new.ids.shape[1],
+                text=is_text.sum(dim=1).tolist(),
+                past=past,
+                timeline=timeline,
+                past_entries=new.entries,
+                repeats=repeats,
+                stopwatches=shortened.stopwatches,
+            )
+        return shortened
 
     def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
         kept, valid = made.index + new.reached, made.valid
@@ -258,6 +278,7 @@ class Prefill:
             next_position=new.next_position,
             lag=lag if bool(lag.any()) else None,
             owner=self.owner,
+            groups=[] if new.timeline is None else list(new.timeline.groups),
         )
         if repeats > 1:
             timeline.select_rows(torch.arange(kept.shape[0]).repeat_interleave(repeats))

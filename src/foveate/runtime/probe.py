@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,15 +50,17 @@ def missing_signals(needs: Iterable[str], tower: Tower) -> list[str]:
 class Watch:
     """One encoder block under observation; lives on its attention module while the probe is installed."""
 
-    def __init__(self, block: nn.Module, attention: nn.Module, fields: set[str], summary: int) -> None:
+    def __init__(self, block: nn.Module, attention: Any, fields: set[str], summary: int) -> None:
         self.block, self.attention, self.fields, self.summary = block, attention, fields, summary
         self.seen: dict[str, list[Tensor]] = {name: [] for name in fields}
-        self.config = attention.config
-        self.implementation = self.config._attn_implementation
+        self.config: Any = None  # the block's own, while the probe's is in its place
+        self.implementation = ""
         self._hook: Any = None
 
     def install(self) -> None:
         """Give this block's attention a configuration of its own that names the probe; nothing else is touched."""
+        self.config = self.attention.config
+        self.implementation = self.config._attn_implementation
         config = copy.copy(self.config)
         config._attn_implementation_internal = PROBE
         self.attention.config = config
@@ -152,10 +155,189 @@ def _register() -> None:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
-    watch: Watch = module._foveate_watch
+    watch: Watch | _DecoderWatch = module._foveate_watch
     output = watch.attend(query, key, value, attention_mask, **options)
     scale = options.get("scaling")
-    watch.read_attention(query, key, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    more = {"softcap": options["softcap"]} if options.get("softcap") else {}
+    watch.read_attention(query, key, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale, **more)
     return output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoder
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Queries and keys of one decoder block's prefill. R rows, H heads, Hkv of keys, L queries, C keys, d width."""
+
+    queries: Tensor  # (R, H, L, d) after rotary embedding
+    keys: Tensor  # (R, Hkv, C, d), cached ones first
+    mask: Tensor | None  # (R or 1, 1, L, C) bool or additive, (R, C), or None for causal
+    scale: float
+    past: int  # C - L
+    softcap: float | None = None
+
+    def signals(self, needs: set[str], rows: Tensor, visual: Tensor, words: Tensor, last: Tensor) -> dict[str, Tensor]:
+        """The signals of B images.
+
+        Args:
+            rows: (B,) row of each image.
+            visual: (B, N) places of its tokens among the L queries.
+            words: (B, T) places of its row's text.
+            last: (B,) place of its row's last token.
+        """
+        found: dict[str, Tensor] = {}
+        if "last_query" in needs:
+            found["last_query"] = self._attention(rows, last[:, None], visual)[:, :, 0]
+        if "text_query" in needs:
+            found["text_query"] = self._attention(rows, words, visual)
+        for name, places in (("keys", visual), ("text_keys", words)):
+            if name in needs:
+                keys = self.keys[rows]
+                index = (places + self.past)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1])
+                found[name] = keys.gather(2, index)
+        return found
+
+    @torch.no_grad()
+    def _attention(self, rows: Tensor, asking: Tensor, visual: Tensor) -> Tensor:
+        """(B, H, Q, N) probabilities of Q queries per image on its visual tokens; keys are not repeated for groups."""
+        queries, keys = self.queries[rows], self.keys[rows]
+        index = asking[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
+        queries = queries.gather(2, index).unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, Q, d)
+        logits = torch.einsum("bkgqd,bkcd->bkgqc", queries * self.scale, keys).flatten(1, 2).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = self._masked(logits, rows, asking)
+        columns = (visual + self.past)[:, None, None, :].expand(*logits.shape[:3], -1)
+        return logits.softmax(dim=-1).gather(3, columns)
+
+    def _masked(self, logits: Tensor, rows: Tensor, asking: Tensor) -> Tensor:
+        columns = torch.arange(logits.shape[-1], device=logits.device)
+        if self.mask is not None and self.mask.ndim == 4:
+            mask = self.mask.expand(self.keys.shape[0], *self.mask.shape[1:])[rows, 0]  # (B, L, C)
+            mask = mask.gather(1, asking[..., None].expand(-1, -1, mask.shape[-1]))[:, None]
+            return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+        future = columns[None, None, :] > (asking + self.past)[..., None]
+        logits = logits.masked_fill(future[:, None], -torch.inf)
+        if self.mask is not None:
+            logits = logits.masked_fill(~self.mask[rows].bool()[:, None, None, :], -torch.inf)
+        return logits
+
+
+class _DecoderWatch:
+    """One decoder block's attention under observation; keeps queries and keys only while it is open.
+
+    A mask may be None (plain causal), (R or 1, 1, L, C) or, for flash attention, (R, C).
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.config: Any = None  # the block's own, while the probe's is in its place
+        self.implementation = ""
+        self.open, self.stub = False, False
+        self.past = 0  # entries of earlier prompts among the keys
+        self.seen: Seen | None = None
+
+    def install(self) -> None:
+        self.config = self.attention.config
+        self.implementation = self.config._attn_implementation
+        config = copy.copy(self.config)
+        config._attn_implementation_internal = PROBE
+        self.attention.config = config
+        self.attention._foveate_watch = self
+
+    def remove(self) -> None:
+        self.attention.config = self.config
+        del self.attention._foveate_watch
+        self.seen = None
+
+    def attend(self, queries: Tensor, *rest: Any, **options: Any) -> Any:
+        """The attention that the model would have run; nothing while only queries and keys are wanted."""
+        if self.stub:
+            return queries.transpose(1, 2), None
+        eager = getattr(sys.modules[type(self.attention).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager)
+        return function(self.attention, queries, *rest, **options)
+
+    def read_attention(
+        self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+    ) -> None:
+        if self.open:
+            length = self.past + queries.shape[2]  # a static cache hands over its empty slots as well
+            mask = mask if mask is None else mask[..., :length]
+            self.seen = Seen(queries, keys[:, :, :length], mask, scale, self.past, softcap)
+
+
+class DecoderProbe:
+    """Observes single decoder blocks during a prefill, and asks a block ahead for its queries and keys."""
+
+    def __init__(self, layers: Any, stages: Iterable[Any]) -> None:
+        self._layers = layers
+        self._behind: set[int] = set()
+        ahead: set[int] = set()
+        for stage in stages:
+            needs = {need.partition(".")[2] for need in stage.part.needs if need.startswith("decoder.")}
+            if needs & {"last_query", "text_query", "keys", "text_keys"}:
+                self._behind.add(stage.depth - 1)
+            if "next_query" in needs:
+                ahead.add(stage.depth)
+        self._watches = {number: _DecoderWatch(layers[number].self_attn) for number in self._behind | ahead}
+
+    def install(self) -> None:
+        """Start observing."""
+        if self._watches:
+            _register()
+        for watch in self._watches.values():
+            watch.install()
+
+    def remove(self) -> None:
+        """Stop observing; the decoder is as it was."""
+        for watch in self._watches.values():
+            watch.remove()
+
+    def open(self, cached: Callable[[int], int]) -> None:
+        """A prefill begins: the blocks behind the stages keep what they compute until they are closed.
+
+        Args:
+            cached: entries of earlier prompts that a layer holds.
+        """
+        for number, watch in self._watches.items():
+            watch.open, watch.past = number in self._behind, cached(number)
+
+    def close(self, number: int | None = None) -> None:
+        """A stage has begun (or the prefill has ended): nothing more is kept of its block."""
+        for one, watch in self._watches.items():
+            if number is None or one == number:
+                watch.open = False
+            if number is None:
+                watch.seen = None
+
+    def seen(self, number: int) -> Seen | None:
+        """Queries and keys of a block, if it is observed."""
+        watch = self._watches.get(number)
+        return watch.seen if watch is not None else None
+
+    @torch.no_grad()
+    def look_ahead(self, number: int, hidden: Tensor, options: dict[str, Any]) -> Seen:
+        """Queries and keys that block `number` would compute of (R, L, D) hidden states, by its own norm and weights.
+
+        The block's attention runs without cache and without attending; keys of an earlier prompt come from the cache.
+        """
+        layer, watch = self._layers[number], self._watches[number]
+        cache = options.get("past_key_values")
+        options = {name: value for name, value in options.items() if name not in {"past_key_values", "use_cache"}}
+        mask, was_open, past = options.pop("attention_mask", None), watch.open, watch.past
+        watch.open, watch.stub, watch.past = True, True, 0
+        try:
+            layer.self_attn(layer.input_layernorm(hidden), attention_mask=None, **options)
+        finally:
+            watch.open, watch.stub, watch.past = was_open, False, past
+        new = watch.seen
+        assert new is not None
+        watch.seen = None
+        keys = torch.cat([cache.layers[number].keys[:, :, :past], new.keys], dim=2) if past else new.keys
+        mask = mask if mask is None else mask[..., : keys.shape[2]]
+        return Seen(new.queries, keys, mask, new.scale, past, new.softcap)

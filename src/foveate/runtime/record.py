@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.core import Budget, Call, ImageRecord
 from foveate.cost.flops import decode_flops, decoder_flops, kv_bytes, projector_flops, tower_flops
 from foveate.cost.shapes import ModelShape
+from foveate.runtime.cache import Timeline
 from foveate.runtime.choose import Image
 
 
@@ -51,17 +52,19 @@ def record(
     prompt_length: int,
     text: Sequence[int],
     past: Sequence[int],
+    timeline: Timeline,
     past_entries: int,
     repeats: int,
-    stopwatch: Callable[[], float],
+    stopwatches: Sequence[Callable[[], float]],
 ) -> Call:
-    """The record of one call.
+    """The record of one call, as far as its stages have come.
 
     Args:
         index: (B, S') original position of each shortened one.
         prompt_length: columns of the caller's prompt.
         text: (B,) tokens of each row's new part that are neither visual nor padding.
         past: (B,) valid entries that each row's cache held before; `past_entries` with padding.
+        timeline: what the cache holds after the prefill.
         repeats: beams or samples per row, each with a cache of its own.
     """
     config = model.config
@@ -69,18 +72,19 @@ def record(
     layers = shape.decoder.layers
     width = model.dtype.itemsize
     length = past_entries + index.shape[1]
-    full = past_entries + prompt_length
-    kv_lengths = _kv_lengths(config, layers, length)
+    held = [length if (group := timeline.group(layer)) is None else group.kept.shape[1] for layer in range(layers)]
+    kv_lengths = _kv_lengths(config, held)
     batch = index.shape[0] * repeats
 
-    def budget(count: Callable[[Image], int], lengths: Sequence[int]) -> Budget:
-        visual = [sum(count(image) for image in images if image.row == row) for row in range(len(text))]
+    def budget(counts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Budget:
+        """`counts`: of each image, the tokens that each layer sees."""
         flops = tower_flops(shape.tower, convention="roofline", tiles=len(images))
         flops += projector_flops(shape.projector, tokens=sum(image.original for image in images))
         for row, words in enumerate(text):
-            flops += _row_flops(shape, visual[row] + words, past[row])
-        mean = sum(visual) / max(1, len(images))
-        return Budget((mean,) * layers, float(flops), kv_bytes(shape.decoder, lengths, width, batch))
+            mine = [count for image, count in zip(images, counts, strict=True) if image.row == row]
+            flops += _row_flops(shape, [words + sum(seen) for seen in zip(*mine, [0] * layers, strict=True)], past[row])
+        tokens = tuple(sum(seen) / len(images) for seen in zip(*counts, strict=True))
+        return Budget(tokens, float(flops), kv_bytes(shape.decoder, lengths, width, batch))
 
     records = tuple(ImageRecord(image.row, image.original, image.grid, tuple(image.stages)) for image in images)
     return Call(
@@ -89,23 +93,39 @@ def record(
         length=index.shape[1],
         text=sum(text) / max(1, len(text)),
         index=index.detach().cpu(),
-        budget=budget(lambda image: image.index.numel(), kv_lengths),
-        unpruned=budget(lambda image: image.original, _kv_lengths(config, layers, full)),
+        budget=budget([_per_layer(image, layers) for image in images], kv_lengths),
+        unpruned=budget(
+            [[image.original] * layers for image in images],
+            _kv_lengths(config, [past_entries + prompt_length] * layers),
+        ),
         kv_lengths=kv_lengths,
-        stopwatch=stopwatch,
+        stopwatch=lambda: sum(stopwatch() for stopwatch in stopwatches),
     )
 
 
-def _row_flops(shape: ModelShape, new: int, past: int) -> int:
+def _per_layer(image: Image, layers: int) -> list[int]:
+    """Tokens of an image that each decoder layer sees, as far as its stages have come."""
+    seen = [image.original] * layers
+    for stage in image.stages:
+        first = stage.layer or 0
+        seen[first:] = [stage.after] * (layers - first)
+    return seen
+
+
+def _row_flops(shape: ModelShape, lengths: Sequence[int], past: int) -> int:
     if past:
-        layers = shape.decoder.layers
-        return decode_flops(shape, visual=(0,) * layers, text=past, convention="roofline", steps=new)
-    return decoder_flops(shape.decoder, lengths=(max(1, new),) * shape.decoder.layers, convention="roofline")
+        # Each new token attends to what the cache holds and to the new ones before it, like a decoding step.
+        steps = decode_flops(shape, visual=(0,) * len(lengths), text=past, convention="roofline", steps=max(lengths))
+        return round(steps * sum(lengths) / (max(lengths) * len(lengths)))
+    return decoder_flops(shape.decoder, lengths=[max(1, length) for length in lengths], convention="roofline")
 
 
-def _kv_lengths(config: Any, layers: int, length: int) -> tuple[int, ...]:
-    """Entries that each layer's cache holds: a sliding window keeps the last window - 1."""
+def _kv_lengths(config: Any, held: Sequence[int]) -> tuple[int, ...]:
+    """Entries that each layer's cache keeps of those it was given: a sliding window keeps the last window - 1."""
     text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
     window = getattr(text, "sliding_window", None)
-    return tuple(min(length, window - 1) if window and kind == "sliding_attention" else length for kind in kinds)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(held)
+    return tuple(
+        min(length, window - 1) if window and kind == "sliding_attention" else length
+        for length, kind in zip(held, kinds, strict=True)
+    )

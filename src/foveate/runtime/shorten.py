@@ -39,8 +39,8 @@ class Plan:
 
     @property
     def original(self) -> Tensor:
-        """(B, S') columns, -1 in re-padding."""
-        return self.index.masked_fill(~self.filled, -1)
+        """(B, S') columns, -1 in padding."""
+        return self.index.masked_fill(~self.valid, -1)
 
 
 def find_images(ids: Tensor, token: int, features: Sequence[Tensor], grid: Grid | None) -> list[Image]:
@@ -57,8 +57,8 @@ def find_images(ids: Tensor, token: int, features: Sequence[Tensor], grid: Grid 
     tokens = sum(one.shape[0] for one in features)
     if places.shape[0] != tokens:
         raise FoveateError(
-            f"the prompt has {places.shape[0]} visual placeholders but its {len(features)} images give {tokens} tokens; "
-            "pass each image once and let the processor write the placeholders"
+            f"the prompt has {places.shape[0]} visual placeholders but its {len(features)} images give {tokens} "
+            "tokens; pass each image once and let the processor write the placeholders"
         )
     images, start = [], 0
     for number, one in enumerate(features):

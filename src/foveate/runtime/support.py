@@ -6,15 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate import methods
-from foveate.core import FoveateError, Method
+from foveate.core import FoveateError, Method, check_depths
+from foveate.cost.plan import visual_per_layer
+from foveate.cost.shapes import ModelShape
 from foveate.families import Tower, family_of
 from foveate.runtime.probe import missing_signals
 from foveate.spec import format as format_spec
 
-SITES = ("input",)
+SITES = ("input", "layer")
 """Sites at which the runtime can act."""
 
 _GIVEN = ("features", "text", "text_mask", "after_image")
+_DECODER = (
+    "hidden",
+    "keys",
+    "last_query",
+    "text_query",
+    "next_query",
+    "text_hidden",
+    "text_keys",
+    "normed",
+    "text_normed",
+)
 _OF_CLIP = ("image_clip", "text_clip")
 
 
@@ -26,6 +39,10 @@ def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
     """
     family = family_of(model)
     _, tower = family.tower_of(model)
+    if family.check is not None:
+        family.check(model.config, tower)
+    ModelShape.from_config(model.config)  # what a trace counts must be known before work starts
+    layers = len(model.get_decoder().layers)
     for part in parts:
         name = format_spec(part)
         if part.site not in SITES:
@@ -36,14 +53,21 @@ def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
                 f"{name} needs {', '.join(missing)}, which {family.name} with {tower.type} does not have; methods that "
                 f"work: {', '.join(working_methods(tower))}"
             )
-    budget_order(parts)
+        if part.site == "layer":
+            check_depths(part.depths(layers), layers, name)
+    if not any(part.adaptive for part in parts):
+        grid = family.grid(model.config)
+        visual_per_layer(parts, grid[0] * grid[1], layers, grid=grid)
 
 
 def unavailable(part: Method, tower: Tower) -> list[str]:
     """The signals of a method that cannot be had from this encoder."""
     missing = missing_signals(part.needs, tower)
     for need in part.needs:
-        if not need.startswith("tower.") and need not in _GIVEN:
+        room, _, field = need.partition(".")
+        if room == "decoder" and part.site == "layer" and field in _DECODER:
+            continue
+        if room != "tower" and need not in _GIVEN:
             missing.append(need)
     return missing
 
@@ -56,21 +80,3 @@ def working_methods(tower: Tower) -> list[str]:
         if all(part.site in SITES and not unavailable(part, tower) for part in parts):
             found.append(name)
     return found
-
-
-def budget_order(parts: Sequence[Method]) -> None:
-    """Refuse stages of which a later one surely keeps more than an earlier one left: budgets of the same kind that rise.
-
-    A count beside a share can only be judged on an image, which happens when the stage runs.
-    """
-    before: Method | None = None
-    for part in parts:
-        keep = getattr(part, "keep", None)
-        if before is not None and type(keep) is type(getattr(before, "keep", None)) and keep is not None:
-            earlier = before.keep  # type: ignore[attr-defined]
-            if not before.adaptive and not part.adaptive and keep > earlier:
-                raise FoveateError(
-                    f"{format_spec(part)} keeps more than {format_spec(before)} before it leaves; the most is "
-                    f"keep={earlier}"
-                )
-        before = part
