@@ -5,6 +5,7 @@ Shapes: B images, H heads, N tokens (M of them queries), d head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,9 @@ def less_dispersed(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(wins[:, None], second, first)
 
 
-def causal_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def causal_received(
+    queries: Tensor, keys: Tensor, scale: float, mask: Tensor | None = None, counted: Tensor | None = None
+) -> Tensor:
     """Attention that each key receives, summed over the queries, in O(L) memory: (B, Hkv, L), float32.
 
     The queries are those of the last M of L tokens and see what stands before them. Query heads that share a KV head
@@ -87,6 +90,8 @@ def causal_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     Args:
         queries: (B, H, M, d), M <= L.
         keys: (B, Hkv, L, d), H a multiple of Hkv.
+        mask: (B or 1, H or 1, M, L) bool or additive, in place of the causal one.
+        counted: (B, M) bool, queries whose attention counts; None for all.
     """
     batch, heads, new, _ = queries.shape
     length = keys.shape[2]
@@ -94,7 +99,12 @@ def causal_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     rows = max(1, CHUNK_VALUES // (batch * heads * length))
     for start in range(0, new, rows):
         first = length - new + start
-        received += _grouped_attention(queries[:, :, start : start + rows], keys, scale, first).sum(dim=3).mean(dim=2)
+        part = slice(start, start + rows)
+        seen = None if mask is None else mask[:, :, part]
+        weights = _grouped_attention(queries[:, :, part], keys, scale, first, seen)
+        if counted is not None:
+            weights = weights * counted[:, None, None, part, None]
+        received += weights.sum(dim=3).mean(dim=2)
     return received
 
 
@@ -115,12 +125,17 @@ def window_attention(queries: Tensor, keys: Tensor, kernel: int) -> Tensor:
     return torch.nn.functional.avg_pool1d(looked_at, kernel, stride=1, padding=kernel // 2)
 
 
-def _grouped_attention(queries: Tensor, keys: Tensor, scale: float, first: int) -> Tensor:
+def _grouped_attention(queries: Tensor, keys: Tensor, scale: float, first: int, mask: Tensor | None = None) -> Tensor:
     """(B, Hkv, G, M, L) causal probabilities, float32; the first query stands at `first`, G heads share a KV head."""
     group = queries.shape[1] // keys.shape[1]
     # Queries of one group lie behind each other, so that no key is repeated.
     stacked = queries.unflatten(1, (-1, group)).flatten(2, 3) * scale
-    weights = torch.matmul(stacked, keys.transpose(-1, -2)).float().unflatten(2, (group, -1))
+    weights: Tensor = torch.matmul(stacked, keys.transpose(-1, -2)).float().unflatten(2, (group, -1))
+    if mask is not None:
+        mask = mask[..., : keys.shape[2]].expand(-1, mask.shape[1], -1, -1)
+        by_group = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (-1, group))
+        logits = weights + by_group if mask.is_floating_point() else weights.masked_fill(~by_group, -torch.inf)
+        return logits.softmax(dim=-1).nan_to_num()
     place = torch.arange(keys.shape[2], device=keys.device)
     own = first + torch.arange(queries.shape[2], device=keys.device)
     return weights.masked_fill(place > own[:, None], -torch.inf).softmax(dim=-1)
@@ -148,10 +163,10 @@ def rated(text_query: Tensor, raters: Tensor) -> Tensor:
     """Attention of the raters to each visual token: mean over heads, then over raters. (B, H, T, N) -> (B, N)."""
     by_word = text_query.float().mean(dim=1)
     total = by_word.masked_fill(~raters[..., None], 0.0).sum(dim=1)
-    return total / raters.sum(dim=-1, keepdim=True)
+    return total.div(raters.sum(dim=-1, keepdim=True))
 
 
 def cls_similarity(hidden: Tensor, cls: Tensor) -> Tensor:
     """softmax(cls . hidden / sqrt(E)) over the patches: (B, N, E), (B, E) -> (B, N), float32 (image-text, eq. 1)."""
     logits = torch.matmul(hidden.float(), cls.float()[:, :, None]).squeeze(-1)
-    return (logits * hidden.shape[-1] ** -0.5).softmax(dim=-1)
+    return logits.div(math.sqrt(hidden.shape[-1])).softmax(dim=-1)

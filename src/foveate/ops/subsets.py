@@ -40,11 +40,10 @@ def split_budget(total: int, capacity: list[int]) -> list[int]:
     shares = [0] * len(capacity)
     while (missing := total - sum(shares)) > 0:
         room = [tile for tile, most in enumerate(capacity) if shares[tile] < most]
-        each, rest = divmod(missing, len(room))
-        for tile in room:
-            shares[tile] = min(capacity[tile], shares[tile] + each)
-        first = room[0]
-        shares[first] = min(capacity[first], shares[first] + rest)
+        each = missing // len(room)
+        # The remainder is what is left once all that have room are level.
+        for tile in room if each else room[:1]:
+            shares[tile] = min(capacity[tile], shares[tile] + (each or missing))
     return shares
 
 

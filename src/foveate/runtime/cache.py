@@ -79,6 +79,36 @@ class Group:
 
 
 @dataclass(eq=False)
+class Held:
+    """What one layer holds once entries are evicted from it, each KV head its own. R rows, L slots."""
+
+    ages: Tensor  # (R, Hkv, L) layer-0 entry of each slot, ascending
+    valid: Tensor  # (R, L) bool, False in padding and re-padding
+    scores: Tensor | None  # (R, Hkv, L) attention received so far
+    prompt: Tensor  # (R,) entries that the prompt left
+
+    def __post_init__(self) -> None:
+        self.whole = bool(self.valid.all())
+
+    def cut(self, slots: int) -> None:
+        """Only the last `slots` are left."""
+        if slots < self.ages.shape[2]:
+            self.ages, self.valid = self.ages[:, :, -slots:], self.valid[:, -slots:]
+            self.scores = None if self.scores is None else self.scores[:, :, -slots:]
+            self.whole = bool(self.valid.all())
+
+    def take(self, slots: Tensor, filled: Tensor) -> None:
+        """Keep (R, Hkv, K) slots, of which (R, K) are no re-padding."""
+        self.ages, self.valid, self.whole = self.ages.gather(2, slots), filled, bool(filled.all())
+        self.scores = None if self.scores is None else self.scores.gather(2, slots)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows."""
+        self.ages, self.valid, self.prompt = self.ages[rows], self.valid[rows], self.prompt[rows]
+        self.scores = None if self.scores is None else self.scores[rows]
+
+
+@dataclass(eq=False)
 class Timeline:
     """Where the entries of a pruned cache stand in the caller's sequence. B rows, n entries of the prompt.
 
@@ -92,6 +122,10 @@ class Timeline:
     lag: Tensor | None  # (B,) what generate() must add to its positions when a prompt ends in dropped tokens
     owner: Owner
     groups: list[Group] = field(default_factory=list)  # of deep layers, by their first layer
+    evicting: bool = False  # entries leave the cache, so that its tensors no longer say how long it is
+    held: dict[int, Held] = field(default_factory=dict)  # by layer, once entries may have left it
+    before: int = 0  # while evicting: entries that layer 0 had been given before the latest call
+    seen: int = 0  # ... and after it
 
     @property
     def entries(self) -> int:
@@ -129,9 +163,11 @@ class Timeline:
         self.lag = None if self.lag is None else self.lag[rows]
         for group in self.groups:
             group.select_rows(rows)
+        for held in self.held.values():
+            held.select_rows(rows)
 
     def crop(self, entries: int) -> None:
-        """Follow a cut of the cache to its first `entries` entries.
+        """Follow a cut of the cache to its first `entries` entries, all layers alike.
 
         Raises:
             FoveateError: the cut goes through pruned tokens, where rows would end at different places.
@@ -173,12 +209,14 @@ class _Timelined(Cache):
                 "Use it inside `with foveate.prune(...)`, call handle.start() again, or reset() it"
             )
 
-    def update(self, *arguments: Any, **options: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **options: Any) -> Any:
         self._check_owner()
-        return super().update(*arguments, **options)
+        return super().update(key_states, value_states, layer_idx, *rest, **options)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         self._check_owner()
+        if self.timeline is not None and self.timeline.evicting:
+            return self.timeline.seen
         return super().get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -187,6 +225,8 @@ class _Timelined(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         self._check_owner()
+        if self.timeline is not None and self.timeline.evicting:
+            return self.timeline.seen + query_length, 0
         groups = self.timeline.groups if self.timeline is not None else []
         if not groups or layer_idx < groups[0].first or layer_idx >= len(self.layers):
             return super().get_mask_sizes(query_length, layer_idx)
@@ -216,6 +256,8 @@ class _Timelined(Cache):
             self.timeline.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self.timeline is not None and self.timeline.evicting and tokens_to_remove:
+            raise FoveateError("entries have been evicted from this cache, so it cannot be cropped; reset() it instead")
         if self.timeline is not None and tokens_to_remove < 0:
             self.timeline.crop(int(self.get_seq_length()) + tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -272,6 +314,8 @@ def check_usable(cache: object, owner: Owner) -> None:
 def attach(cache: Cache, timeline: Timeline) -> None:
     """Make an empty stock cache carry `timeline`, in place, so that the caller's own variable is the pruned cache."""
     if not isinstance(cache, _Timelined):
+        if timeline.evicting and isinstance(cache, StaticCache):
+            raise FoveateError("a static cache cannot shrink, so nothing can be evicted from it; use a dynamic cache")
         cache.__class__ = _UPGRADES[type(cache)]  # same layout: the subclass adds behaviour, no storage
     assert isinstance(cache, _Timelined)
     cache.timeline = timeline

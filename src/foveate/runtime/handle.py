@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.core import FoveateError, Method, Trace
 from foveate.families import family_of
 from foveate.runtime import cache as caches
+from foveate.runtime.evict import Evictor
 from foveate.runtime.layers import Descent, decode_mask, stages_of
 from foveate.runtime.prefill import Prefill, Shortened
 from foveate.runtime.probe import DecoderProbe, Probe
@@ -57,7 +59,11 @@ class Handle:
         self._layers: Sequence[nn.Module] = decoder.layers
         self._stages = stages_of(self.parts, len(decoder.layers))
         self._probe = Probe(model, self.family, {need for part in parts for need in part.needs})
-        self._decoder_probe = DecoderProbe(decoder.layers, self._stages)
+        evicting = [part for part in self.parts if part.site == "cache"]
+        self._evictor = Evictor(evicting[0], decoder.layers) if evicting else None
+        self._decoder_probe = DecoderProbe(decoder.layers, self._stages, everywhere=bool(evicting))
+        if self._evictor is not None:
+            self._evictor.listen(self._decoder_probe)
         self._prefill = Prefill(model, self.family, self.parts, self._probe, self)
         self._run: _Run | None = None
         self._direct: Shortened | None = None
@@ -102,6 +108,8 @@ class Handle:
         for number, layer in enumerate(self._layers):
             hook = partial(self._before_layer, number)
             self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if self._evictor is not None:
+                self._hooks.append(layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True))
         if self._stages:
             self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
         self._probe.install()
@@ -167,6 +175,12 @@ class Handle:
             return
         self.trace.add(shortened.record())
         if self._stages:
+            if shortened.timeline.held:
+                raise FoveateError(
+                    f"{format_spec(self._stages[0].part)} cannot follow a new image into a cache that "
+                    f"{format_spec(self._evictor.part) if self._evictor else 'another method'} has evicted from; start "
+                    "with a new cache"
+                )
             self._descent = Descent(
                 stages=list(self._stages),
                 images=shortened.images,
@@ -188,6 +202,8 @@ class Handle:
         if self._descent is not None:
             self._decoder_probe.close()
         self._descent = None
+        if self._evictor is not None:
+            self._evictor.forget()
 
     def _check_generate(self, given: dict[str, Any]) -> None:
         config = given.get("generation_config") or self.model.generation_config
@@ -195,7 +211,7 @@ class Handle:
         if kind in _UNSUPPORTED_CACHES:
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
         caches.check_usable(given.get("past_key_values"), self)
-        if self._stages:
+        if self._stages or self._evictor is not None:
             self._check_inside(config, given)
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
@@ -205,15 +221,19 @@ class Handle:
 
     def _check_inside(self, config: Any, given: dict[str, Any]) -> None:
         """What stages inside the decoder cannot work with."""
-        name = format_spec(self._stages[0].part)
+        part = self._stages[0].part if self._evictor is None else self._evictor.part
+        name, where = format_spec(part), "on the cache" if part.site == "cache" else "inside the decoder"
         for option in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
             if given.get(option, getattr(config, option, None)) is not None:
                 raise FoveateError(
-                    f"{name} acts inside the decoder and chooses once per prompt; {option} feeds the prompt or the "
+                    f"{name} acts {where} and chooses once per prompt or token; {option} feeds the prompt or the "
                     "answer in pieces. Leave it out, or use a method that acts before the decoder"
                 )
         if given.get("use_cache", config.use_cache) is False:
-            raise FoveateError(f"{name} acts inside the decoder and keeps its choice on the cache; use_cache=False")
+            raise FoveateError(f"{name} acts {where} and keeps its choice there, so use_cache=False leaves it no place")
+        kind = given.get("cache_implementation", config.cache_implementation)
+        if self._evictor is not None and (kind == "static" or isinstance(given.get("past_key_values"), StaticCache)):
+            raise FoveateError(f"{name} evicts entries, and a static cache cannot shrink; use a dynamic cache")
 
     def _expand(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **options: Any
@@ -301,8 +321,10 @@ class Handle:
         if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
             return
         shortened = self._direct if self._run is None else self._run.shortened
-        if self._descent is not None and shortened is not None and shortened.record is not None:
-            self.trace.history[-1] = shortened.record()
+        if shortened is not None and shortened.record is not None and not shortened.settled:
+            shortened.settled = True
+            if self._stages or self._evictor is not None:
+                self.trace.history[-1] = shortened.record()
         self._direct = None
         self._finish()
         if self._run is None:
@@ -314,14 +336,29 @@ class Handle:
             return None
         # Rotary embeddings are computed by now; gappy positions would only be mistaken for packed sequences.
         options = {**options, "position_ids": None} if options.get("position_ids") is not None else options
+        timeline = caches.timeline_of(options.get("past_key_values"))
+        if self._evictor is not None and timeline is not None and number == 0:
+            hidden = arguments[0] if arguments else options["hidden_states"]
+            timeline.before, timeline.seen = timeline.seen, timeline.seen + hidden.shape[1]
         if self._descent is not None:
             hidden = arguments[0] if arguments else options.pop("hidden_states")
             hidden, options = self._descent.before_layer(number, hidden, options)
-            return (hidden, *arguments[1:]), options
-        timeline = caches.timeline_of(options.get("past_key_values"))
-        if timeline is not None and timeline.groups:
+            arguments = (hidden, *arguments[1:])
+        elif timeline is not None and number in timeline.held and self._evictor is not None:
+            options = self._evictor.mask(number, timeline, options)
+        elif timeline is not None and timeline.groups:
             options = decode_mask(timeline, number, layer, options)
+        if self._evictor is not None and timeline is not None:
+            self._evictor.before_layer(number, timeline, self._descent)
         return arguments, options
+
+    def _after_layer(
+        self, number: int, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
+    ) -> None:
+        cache: Any = options.get("past_key_values")
+        timeline = caches.timeline_of(cache)
+        if self._evictor is not None and timeline is not None:
+            self._evictor.after_layer(number, timeline, cache.layers[number])
 
     def _after_decoder(self, decoder: Any, arguments: Any, output: Any) -> Any:
         """A direct call's logits keep one place per token of the prompt, so that labels and logits stay aligned."""

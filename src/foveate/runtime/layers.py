@@ -135,14 +135,14 @@ class Descent:
     def _note_group(self, number: int) -> None:
         """Write what layers from `number` on will hold into the timeline, where later calls read it."""
         columns, valid = self._past(group_of(self.earlier, number))
-        new, new_valid = self._new()
+        new, new_valid = self.new()
         reach = self.entries + self.plan.index.shape[1]
         group = Group(
             number, torch.cat([columns, new + self.entries], dim=1), torch.cat([valid, new_valid], dim=1), reach
         )
         self.timeline.groups = [*(one for one in self.timeline.groups if one.first < number), group]
 
-    def _new(self) -> tuple[Tensor, Tensor]:
+    def new(self) -> tuple[Tensor, Tensor]:
         """(R, n) new tokens of layer 0 that are still there, and which of them are no padding."""
         if self.rows is not None and self.valid is not None:
             return self.rows, self.valid
@@ -173,7 +173,7 @@ class Descent:
         assert group is not None
         options = dict(options)
         rotary, mask = options.get("position_embeddings"), options.get("attention_mask")
-        rows, window = self._new()[0], window_of(self.layers[number])
+        rows, window = self.new()[0], window_of(self.layers[number])
         if rotary is not None and self.rows is not None:
             options["position_embeddings"] = self._once(
                 ("rotary", id(rotary), id(group)), (rotary, group), lambda: _gather_rotary(rotary, rows)

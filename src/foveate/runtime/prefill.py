@@ -41,6 +41,7 @@ class Shortened:
     record: Callable[[], Call] | None  # makes the trace's record; None without images
     encoded: Any = None  # transformers' output for the images, before shortening
     removed: int = 0
+    settled: bool = False  # its stages inside the decoder have acted and the trace knows
     repeats: int = 1
 
     def repeat_encoded(self, times: int) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class Prefill:
 
     def __init__(self, model: Any, family: Family, parts: Sequence[Method], probe: Probe, owner: Owner) -> None:
         self.model, self.family, self.probe, self.owner = model, family, probe, owner
+        self.evicting = any(part.site == "cache" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
 
@@ -176,6 +178,8 @@ class Prefill:
             wanted = text_config(self.model).use_cache and not self.model.training
         if cache is None and wanted:
             cache = options["past_key_values"] = TimelineCache(config=text_config(self.model))
+        if cache is None and self.evicting:
+            raise FoveateError("a method on the cache needs one; use_cache=False leaves it no place")
         if cache is not None:
             attach(cache, timeline)
 
@@ -279,6 +283,10 @@ class Prefill:
             lag=lag if bool(lag.any()) else None,
             owner=self.owner,
             groups=[] if new.timeline is None else list(new.timeline.groups),
+            evicting=self.evicting,
+            held={} if new.timeline is None else new.timeline.held,
+            before=new.entries,
+            seen=new.entries,
         )
         if repeats > 1:
             timeline.select_rows(torch.arange(kept.shape[0]).repeat_interleave(repeats))

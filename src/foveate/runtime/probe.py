@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,6 +240,7 @@ class _DecoderWatch:
         self.implementation = ""
         self.open, self.stub = False, False
         self.past = 0  # entries of earlier prompts among the keys
+        self.listener: Callable[..., None] | None = None
         self.seen: Seen | None = None
 
     def install(self) -> None:
@@ -265,6 +267,8 @@ class _DecoderWatch:
     def read_attention(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
     ) -> None:
+        if self.listener is not None and not self.stub:
+            self.listener(queries, keys, mask, scale, softcap)
         if self.open:
             length = self.past + queries.shape[2]  # a static cache hands over its empty slots as well
             mask = mask if mask is None else mask[..., :length]
@@ -274,7 +278,7 @@ class _DecoderWatch:
 class DecoderProbe:
     """Observes single decoder blocks during a prefill, and asks a block ahead for its queries and keys."""
 
-    def __init__(self, layers: Any, stages: Iterable[Any]) -> None:
+    def __init__(self, layers: Any, stages: Iterable[Any], everywhere: bool = False) -> None:
         self._layers = layers
         self._behind: set[int] = set()
         ahead: set[int] = set()
@@ -284,7 +288,8 @@ class DecoderProbe:
                 self._behind.add(stage.depth - 1)
             if "next_query" in needs:
                 ahead.add(stage.depth)
-        self._watches = {number: _DecoderWatch(layers[number].self_attn) for number in self._behind | ahead}
+        watched = set(range(len(layers))) if everywhere else self._behind | ahead
+        self._watches = {number: _DecoderWatch(layers[number].self_attn) for number in sorted(watched)}
 
     def install(self) -> None:
         """Start observing."""
@@ -315,6 +320,10 @@ class DecoderProbe:
             if number is None:
                 watch.seen = None
 
+    def on_attention(self, number: int, listener: Callable[..., None]) -> None:
+        """Call `listener(number, queries, keys, mask, scale, softcap)` whenever this block attends."""
+        self._watches[number].listener = partial(listener, number)
+
     def seen(self, number: int) -> Seen | None:
         """Queries and keys of a block, if it is observed."""
         watch = self._watches.get(number)
@@ -327,7 +336,7 @@ class DecoderProbe:
         The block's attention runs without cache and without attending; keys of an earlier prompt come from the cache.
         """
         layer, watch = self._layers[number], self._watches[number]
-        cache = options.get("past_key_values")
+        cache: Any = options.get("past_key_values")
         options = {name: value for name, value in options.items() if name not in {"past_key_values", "use_cache"}}
         mask, was_open, past = options.pop("attention_mask", None), watch.open, watch.past
         watch.open, watch.stub, watch.past = True, True, 0

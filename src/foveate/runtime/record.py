@@ -72,8 +72,7 @@ def record(
     layers = shape.decoder.layers
     width = model.dtype.itemsize
     length = past_entries + index.shape[1]
-    held = [length if (group := timeline.group(layer)) is None else group.kept.shape[1] for layer in range(layers)]
-    kv_lengths = _kv_lengths(config, held)
+    kv_lengths = _kv_lengths(config, [_held(timeline, layer, length) for layer in range(layers)])
     batch = index.shape[0] * repeats
 
     def budget(counts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Budget:
@@ -101,6 +100,14 @@ def record(
         kv_lengths=kv_lengths,
         stopwatch=lambda: sum(stopwatch() for stopwatch in stopwatches),
     )
+
+
+def _held(timeline: Timeline, layer: int, length: int) -> int:
+    """Entries of a layer's cache, of `length` that layer 0 was given."""
+    if layer in timeline.held:
+        return timeline.held[layer].ages.shape[2]
+    group = timeline.group(layer)
+    return length if group is None else group.kept.shape[1]
 
 
 def _per_layer(image: Image, layers: int) -> list[int]:

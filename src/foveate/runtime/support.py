@@ -13,7 +13,7 @@ from foveate.families import Tower, family_of
 from foveate.runtime.probe import missing_signals
 from foveate.spec import format as format_spec
 
-SITES = ("input", "layer")
+SITES = ("input", "layer", "cache")
 """Sites at which the runtime can act."""
 
 _GIVEN = ("features", "text", "text_mask", "after_image")
@@ -28,6 +28,7 @@ _DECODER = (
     "normed",
     "text_normed",
 )
+_CACHE = ("scores", "age", "keys", "window_queries")
 _OF_CLIP = ("image_clip", "text_clip")
 
 
@@ -55,6 +56,8 @@ def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
             )
         if part.site == "layer":
             check_depths(part.depths(layers), layers, name)
+    if sum(part.site == "cache" for part in parts) > 1:
+        raise FoveateError("two methods would evict from one cache; give one of them")
     if not any(part.adaptive for part in parts):
         grid = family.grid(model.config)
         visual_per_layer(parts, grid[0] * grid[1], layers, grid=grid)
@@ -66,6 +69,8 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
     for need in part.needs:
         room, _, field = need.partition(".")
         if room == "decoder" and part.site == "layer" and field in _DECODER:
+            continue
+        if room == "cache" and part.site == "cache" and field in _CACHE:
             continue
         if room != "tower" and need not in _GIVEN:
             missing.append(need)
