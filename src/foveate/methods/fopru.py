@@ -8,7 +8,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import (
+    FoveateError,
+    Grid,
+    Keep,
+    Method,
+    Selection,
+    Signals,
+    Site,
+    check_choices,
+    check_keep,
+    tokens_to_keep,
+)
 from foveate.ops.scores import less_dispersed, more_dispersed
 from foveate.ops.subsets import descending, split_budget
 
@@ -18,7 +29,7 @@ class FoPru(Method):
     """FoPru: keeps the tokens that the encoder's penultimate block attends to most, one by one or in whole rows.
 
     Significance is the attention received or given by each patch, whichever varies more over the picture
-    (equations 1 to 4); `rank` keeps the tokens of highest significance, `row` the grid rows of highest summed
+    (equations 2 to 4); `rank` keeps the tokens of highest significance, `row` the grid rows of highest summed
     significance; the kept tokens go on in raster order.
 
     Args:
@@ -43,6 +54,7 @@ class FoPru(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        check_choices(self)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         """One stage. `row` needs the grid; a square one is assumed where none is given."""
@@ -83,9 +95,11 @@ class FoPru(Method):
         return kept
 
     def _tile_shares(self, capacity: list[int], original: int) -> list[int]:
+        left = sum(capacity)
+        tokens_to_keep(self.keep, original, left)  # refuses a budget above what is left
         counted = self.count(original, tiles=len(capacity))
         assert counted is not None
-        return split_budget(min(counted[0], sum(capacity)), capacity)
+        return split_budget(min(counted[0], left), capacity)
 
     def _best_rows(self, significance: Tensor, signals: Signals) -> list[Tensor]:
         if signals.grid is None:
@@ -104,11 +118,11 @@ class FoPru(Method):
             return max(1, round(height * self.keep))
         rows, rest = divmod(self.keep, width)
         if rest or not 1 <= rows <= height:
-            below = max(1, min(height, rows)) * width
-            above = min(height, rows + 1) * width
+            below, above = max(1, min(height, rows)) * width, min(height, rows + 1) * width
+            nearest = f"nearest is keep={below}" if below == above else f"nearest are keep={below} and keep={above}"
             raise FoveateError(
-                f"FoPru strategy='row' keeps whole rows of {width} tokens, at most {height}; keep={self.keep} is not "
-                f"a multiple; the nearest are keep={below} and keep={above}"
+                f"FoPru strategy='row' keeps 1 to {height} whole rows of {width} tokens, but keep={self.keep}; the "
+                f"{nearest}"
             )
         return rows
 

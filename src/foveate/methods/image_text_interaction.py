@@ -1,0 +1,174 @@
+"""Image-text interaction: prune inside the encoder where the similarity to CLS falls off, then cap the KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from foveate.core import Block, FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.methods.h2o import H2O
+from foveate.ops.scores import cls_similarity
+from foveate.ops.subsets import descending, long_tail_split
+
+
+@dataclass(frozen=True)
+class ImageTextInteraction(Method):
+    """ImageTextInteraction: keeps the patches in the head of their similarity to CLS, then caps the KV cache.
+
+    First part: the similarity softmax(cls . patch / sqrt(E)) in descending order is a long-tailed curve; its split i*
+    (equation 3) times `alpha` is the image's own count. Second part: heavy and recent cache entries of text and image
+    together (`H2O` of the same budgets); with 0.5 and 0.5 nothing leaves in the prompt and the cache stops growing
+    there.
+
+    The paper prints alpha = 0.075, with which at most 43 of 576 tokens could stay, and reports 127 and more on
+    average; `calibrate` finds the alpha of a wanted average.
+
+    Args:
+        alpha: the count is max(1, round(alpha * i*)), half to even and at most all; a flat curve keeps everything.
+        keep: a fixed number of most similar patches, or a share of them, for every image (the rival of Table 1), in
+            place of the split.
+        where: encoder blocks that run in full before tokens leave, or "output": the block that the projector reads
+            (the paper says both).
+        visual_only: leave the cache alone (the ablation of Tables 2 and 4).
+        heavy: cache entries chosen by attention received, or a share of the prompt's.
+        recent: newest cache entries, likewise.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.01162"
+    site: ClassVar[Site] = "tower"
+    adaptive: ClassVar[bool] = True
+
+    alpha: float = 1.0
+    keep: Keep | None = None
+    where: int | Literal["output"] = 3
+    visual_only: bool = False
+    heavy: Keep = 0.5
+    recent: Keep = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, bool) or not 0.0 < self.alpha < float("inf"):
+            raise FoveateError(f"alpha={self.alpha} is no positive number; alpha=1.0 keeps the head of the curve")
+        if self.keep is not None:
+            check_keep(self.keep)
+        blocks = self.where if type(self.where) is int else 0
+        if self.where != "output" and blocks < 1:
+            raise FoveateError(f"where={self.where!r} is neither a number of encoder blocks from 1 nor 'output'")
+        H2O(self.heavy, self.recent)
+        # The class speaks for the defaults; these two depend on the fields.
+        object.__setattr__(self, "adaptive", self.keep is None)
+        object.__setattr__(self, "site", "input" if self.where == "output" else "tower")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        block = self._block()
+        return (f"tower.{block}.hidden", f"tower.{block}.cls")
+
+    def _block(self) -> int | str:
+        return "read" if isinstance(self.where, str) else self.where - 1
+
+    def parts(self) -> tuple[Method, ...]:
+        """The split in the encoder, and the budget of the cache."""
+        if self.visual_only:
+            return (self,)
+        return dataclasses.replace(self, visual_only=True), H2O(self.heavy, self.recent)
+
+    def depths(self, layers: int) -> tuple[int, ...]:
+        """ENCODER blocks, of `layers`, that run in full before tokens leave; empty at the encoder's output."""
+        if isinstance(self.where, str):
+            return ()
+        if self.where >= layers:
+            raise FoveateError(
+                f"ImageTextInteraction: where={self.where} is outside 1..{layers - 1} of an encoder of {layers} blocks"
+            )
+        return (self.where,)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """Of the first part; None unless `keep` fixes it."""
+        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
+
+    def select(self, signals: Signals) -> Selection:
+        """The first part's."""
+        similarity = self._similarity(signals)
+        left = signals.shape[1]
+        if self.keep is None:
+            counts = [_count(split, left, self.alpha) for split in long_tail_split(similarity)]
+        else:
+            counts = [tokens_to_keep(self.keep, signals.original, left)] * len(similarity)
+        rows = zip(signals.index, descending(similarity), counts, strict=True)
+        return Selection([index[order[:count].sort().values] for index, order, count in rows])
+
+    def calibrate(self, signals: Signals | Iterable[Signals], target: Keep) -> ImageTextInteraction:
+        """The same method with the alpha whose average count over these images is nearest to `target`.
+
+        The average is a step function of alpha with finitely many values, so that the nearest is found exactly; the
+        lower one wins a tie.
+
+        Args:
+            signals: of the images to calibrate on.
+            target: tokens per image on average, or a share of them.
+
+        Raises:
+            FoveateError: no images, a target above their tokens, or a count fixed by `keep`.
+        """
+        if self.keep is not None:
+            raise FoveateError(f"keep={self.keep} fixes the count, so alpha decides nothing; calibrate with keep=None")
+        batches = [signals] if isinstance(signals, Signals) else list(signals)
+        tokens = [batch.shape[1] for batch in batches for _ in batch.index]
+        if not tokens:
+            raise FoveateError("calibration needs the signals of at least one image")
+        check_keep(target, "target")
+        most = sum(tokens) / len(tokens)
+        wanted = target * most if isinstance(target, float) else target
+        if wanted > most:
+            raise FoveateError(f"target={target} is above the {most:g} tokens that these images have on average")
+        splits = [split for batch in batches for split in long_tail_split(self._similarity(batch))]
+        curves = Counter(zip(splits, tokens, strict=True))
+        if all(split == length for split, length in curves):
+            return self
+        return dataclasses.replace(self, alpha=_nearest_alpha(curves, wanted))
+
+    def _similarity(self, signals: Signals) -> Tensor:
+        block: Block = signals.tower[self._block()]
+        assert block.hidden is not None and block.cls is not None
+        return cls_similarity(block.hidden, block.cls)
+
+
+def _count(split: int, tokens: int, alpha: float) -> int:
+    """Tokens kept of a curve that splits at `split`; a flat curve splits behind its last token and keeps all."""
+    return tokens if split == tokens else min(tokens, max(1, round(alpha * split)))
+
+
+def _nearest_alpha(curves: Counter[tuple[int, int]], wanted: float) -> float:
+    """The alpha with which the average of `_count` is nearest to `wanted`, lower on a tie.
+
+    An image's count rises from c to c + 1 where alpha passes (c + 0.5) / split, so that between two neighbouring steps
+    of all images together the average is constant, and from step to step it rises.
+
+    Args:
+        curves: how many images have which (split, tokens); not all of them flat.
+    """
+    curved = [(split, tokens) for split, tokens in curves if split != tokens]
+    steps = sorted({(count + 0.5) / split for split, tokens in curved for count in range(1, tokens)})
+    edges = [0.0, *steps, 2 * steps[-1]]
+    spans = list(pairwise(edges))
+
+    def average(span: tuple[float, float]) -> float:
+        alpha = sum(span) / 2
+        return sum(_count(*curve, alpha) * images for curve, images in curves.items()) / curves.total()
+
+    reached = bisect_left(spans, wanted, key=average)
+    nearest = min(spans[max(0, reached - 1) : reached + 1], key=lambda span: abs(average(span) - wanted))
+    return _shortest(*nearest)
+
+
+def _shortest(low: float, high: float) -> float:
+    """A number between `low` and `high` with few decimals, so that specs read well."""
+    middle = (low + high) / 2
+    return next((short for places in range(1, 17) if low < (short := round(middle, places)) < high), middle)
