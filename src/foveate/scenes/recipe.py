@@ -1,0 +1,326 @@
+"""The recipe that trains `mini` from nothing, or further from given weights, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from foveate.core import FoveateError
+from foveate.scenes import mini
+from foveate.scenes.curriculum import ideal_tokens
+from foveate.scenes.exam import quick_exam
+from foveate.scenes.generator import Scenes, generate
+from foveate.scenes.learner import Learner, answer_loss, encoder_losses
+from foveate.scenes.packing import ask
+from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
+from foveate.scenes.targets import objects_first, targets
+
+Report = Callable[[dict[str, Any]], None]
+
+LENGTH = 127  # text tokens per picture: with <bos> and 576 visual tokens that makes 704, a multiple of 64
+LOG_STEPS = 20
+WEIGHTS = {"answer": 1.0, "name": 0.5, "color": 0.25, "digit": 1.0, "tag": 1.0, "contrast": 0.25}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the recipe.
+
+    Attributes:
+        kind: "ideal" (the decoder reads ideal tokens, the encoder learns words on its own) or "joint" (the decoder
+            reads what the encoder sees).
+        steps: optimizer steps.
+        encoder_rate: peak learning rate of vision tower, projector and contrastive head.
+        decoder_rate: peak learning rate of the decoder and the word embeddings.
+        warmup: steps of linear warm-up.
+        final: the rate at the phase's last step, as a share of the peak; linear in between.
+        share: share of the pictures that the decoder is asked about; the encoder's losses see all of them.
+        patches: how many patches of each picture the encoder sees, those of objects first; None is all 576.
+    """
+
+    kind: Literal["ideal", "joint"]
+    steps: int
+    encoder_rate: float
+    decoder_rate: float
+    warmup: int = 100
+    final: float = 1.0
+    share: float = 1.0
+    patches: int | None = None
+
+    def rate(self, step: int) -> float:
+        """The share of the peak rate at `step` of this phase, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return 1 - (1 - self.final) * (step - self.warmup) / max(1, self.steps - self.warmup)
+
+
+PHASES: tuple[Phase, ...] = (
+    Phase("ideal", 3000, encoder_rate=1e-3, decoder_rate=1e-3, warmup=200),
+    Phase("joint", 6000, encoder_rate=5e-4, decoder_rate=5e-4, warmup=200, final=0.02),
+)
+"""From nothing, at batch 128 on one large GPU."""
+
+FURTHER: tuple[Phase, ...] = (Phase("joint", 3000, encoder_rate=4e-4, decoder_rate=1e-4, final=0.02, share=0.5),)
+"""From weights that can already look things up, at batch 16 on a CPU."""
+
+
+def train_mini(
+    out: str | Path,
+    *,
+    max_seconds: float,
+    start: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    batch: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    phases: Sequence[Phase] | None = None,
+    progress: Report | None = None,
+    compiled: bool = False,
+    config: LlavaConfig | None = None,
+    save_seconds: float = 60.0,
+    check_steps: int = 200,
+    check_pictures: int = 96,
+) -> Path:
+    """Train `mini` and return the folder of the finished model, `out`/mini.
+
+    `out` holds `state.safetensors` (weights, their running average and the optimizer, every `save_seconds`),
+    `log.jsonl`, `best` (the averaged weights that did best on held-out pictures so far) and, once the phases or the
+    time are over, `mini` (the averaged weights of the last step). Pictures, questions and rates depend on `seed` and
+    the step alone, so a resumed run does what the uninterrupted one would have done.
+
+    Args:
+        out: the run's folder.
+        max_seconds: stop, with everything saved, after this many seconds of this call.
+        start: a folder to start from; None is random weights.
+        device: "cpu" or a CUDA device. Both compute in bfloat16 where the hardware multiplies it, on float32 weights.
+        batch: pictures per step; 128 on a GPU, 16 on a CPU.
+        resume: go on with the run in `out`.
+        seed: of the weights, pictures and questions.
+        phases: `PHASES`, or `FURTHER` with `start`.
+        progress: called with each line of the log.
+        compiled: use torch.compile; needs a C++ compiler on the CPU.
+        config: another shape, for tests.
+        save_seconds: seconds between two states.
+        check_steps: steps between two exams; 0 is never.
+        check_pictures: pictures of an exam.
+
+    Raises:
+        FoveateError: a run in `out` and no `resume`, none and `resume`, or other settings than it was begun with.
+    """
+    place = _device(device)
+    phases = tuple(phases or (FURTHER if start else PHASES))
+    batch = batch or (128 if place.type == "cuda" else 16)
+    _check(max_seconds, batch, phases)
+    settings = {
+        "batch": batch,
+        "seed": seed,
+        "start": str(start) if start else None,
+        "phases": [dataclasses.asdict(phase) for phase in phases],
+    }
+    model = _model(start, seed, config)
+    session = _Session(Run(out, settings, resume), model, place, compiled, batch, seed, phases)
+    if resume:
+        session.restore()
+    session.train(max_seconds, save_seconds, check_steps, check_pictures, progress or (lambda line: None))
+    return session.export(Path(out) / "mini")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise FoveateError(f"device={str(device)!r}, but torch sees no CUDA device; use device='cpu'")
+    return place
+
+
+def _check(max_seconds: float, batch: int, phases: Sequence[Phase]) -> None:
+    if max_seconds <= 0:
+        raise FoveateError(f"max_seconds={max_seconds} leaves no time; it must be above 0")
+    if batch < 1:
+        raise FoveateError(f"batch={batch} is below 1 picture; the smallest is batch=1")
+    for phase in phases:
+        if phase.kind not in ("ideal", "joint"):
+            raise FoveateError(f"unknown kind of phase {phase.kind!r}; choices: ideal, joint")
+
+
+def _model(start: str | Path | None, seed: int, config: LlavaConfig | None) -> LlavaForConditionalGeneration:
+    if start is None:
+        return mini.build(seed, config)
+    if not (Path(start) / "config.json").is_file():
+        raise FoveateError(f"start={str(start)!r} holds no config.json; give the folder of a saved mini")
+    return LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32, use_safetensors=True)
+
+
+class _Session:
+    """One sitting of a run: the learner, its optimizer and running average, and how far they are."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: LlavaForConditionalGeneration,
+        device: torch.device,
+        compiled: bool,
+        batch: int,
+        seed: int,
+        phases: tuple[Phase, ...],
+    ) -> None:
+        self.run, self.device, self.batch, self.seed, self.phases = run, device, batch, seed, phases
+        # On a CPU the flash kernel's backward pass is slower than plain matrix products with a compiled softmax.
+        model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")
+        self.learner = Learner(model.train(), compiled).to(device)
+        self.names = {parameter: name for name, parameter in self.learner.named_parameters()}
+        self.optimizer = self._optimizer()
+        self.average = [parameter.detach().clone() for parameter in self.names]
+        self.half = device.type == "cuda" or _bfloat16_cpu()
+        self.done = Progress()
+        self.best = -1.0
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        decoder = {id(parameter) for parameter in self.learner.model.model.language_model.parameters()}
+        sides: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": []}
+        for parameter in self.names:
+            sides["decoder" if id(parameter) in decoder else "encoder"].append(parameter)
+        groups = [{"params": parameters, "side": side} for side, parameters in sides.items()]
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        tensors = {f"weights/{name}": parameter for parameter, name in self.names.items()}
+        tensors |= {f"average/{name}": mean for name, mean in zip(self.names.values(), self.average, strict=True)}
+        tensors |= optimizer_tensors(self.optimizer, self.names)
+        tensors["best"] = torch.tensor(self.best, dtype=torch.float64)
+        self.run.save(self.done, tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self.done, tensors = self.run.load()
+        for (parameter, name), mean in zip(self.names.items(), self.average, strict=True):
+            parameter.copy_(tensors[f"weights/{name}"])
+            mean.copy_(tensors[f"average/{name}"])
+        load_optimizer(self.optimizer, self.names, tensors)
+        self.best = tensors["best"].item()
+        self.run.rewind_log(self.done.step)
+
+    def export(self, folder: Path) -> Path:
+        """Write the averaged weights as a model folder."""
+        self._swap()
+        mini.save(self.learner.model, folder)
+        self._swap()
+        return folder
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, mean in zip(self.names, self.average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def train(
+        self, max_seconds: float, save_seconds: float, check_steps: int, check_pictures: int, report: Report
+    ) -> None:
+        begin = saved = time.monotonic()
+        before = self.done.seconds
+        last = sum(phase.steps for phase in self.phases)
+        sums: dict[str, Tensor] = {}
+        while self.done.step < last and time.monotonic() - begin < max_seconds:
+            phase, step = self._phase()
+            for name, value in self._step(phase, step).items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            self.done.seconds = before + time.monotonic() - begin
+            if self.done.step % LOG_STEPS == 0 or self.done.step == last:
+                self._log(phase, step, sums, report)
+                sums = {}
+            if check_steps and self.done.step % check_steps == 0:
+                self._exam(check_pictures, report)
+            if time.monotonic() - saved > save_seconds:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def _phase(self) -> tuple[Phase, int]:
+        step = self.done.step
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise AssertionError("a step after the last phase")
+
+    def _step(self, phase: Phase, step: int) -> dict[str, Tensor]:
+        number = self.done.step
+        scenes = generate(self.batch, seed=(self.seed * 1_000_003 + number) % 2**31, device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = getattr(phase, f"{group['side']}_rate") * phase.rate(step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            losses = self._losses(phase, scenes, number)
+        total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        self.optimizer.step()
+        self._follow(number)
+        self.done.step, self.done.pictures = number + 1, self.done.pictures + self.batch
+        return {**losses, "norm": norm}
+
+    def _losses(self, phase: Phase, scenes: Scenes, number: int) -> dict[str, Tensor]:
+        wanted, places = targets(scenes), None
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        if phase.patches:
+            places = objects_first(wanted, phase.patches, draw)
+            wanted = wanted.at(places)
+        visual, pooled = self.learner.encode(scenes.pixels, phase.kind == "ideal", places)
+        losses = encoder_losses(self.learner, visual, pooled, scenes, wanted)
+        if phase.kind == "ideal":
+            visual, places = ideal_tokens(self.learner.words, targets(scenes), scenes, draw)
+        rows = max(1, round(self.batch * phase.share))
+        packed = ask(first(scenes, rows), LENGTH, random.Random(f"{self.seed} {number}")).to(self.device)
+        places = None if places is None else places[:rows]
+        losses["answer"] = answer_loss(self.learner.decode(visual[:rows], packed, places), packed)
+        return losses
+
+    @torch.no_grad()
+    def _follow(self, number: int) -> None:
+        """Let the average follow the weights over the last few hundred steps."""
+        share = 1 - min(0.997, (number + 1) / (number + 10))
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.names], share)
+
+    def _log(self, phase: Phase, step: int, sums: dict[str, Tensor], report: Report) -> None:
+        count = (self.done.step - 1) % LOG_STEPS + 1
+        line: dict[str, Any] = {**vars(self.done), "phase": phase.kind, "rate": phase.encoder_rate * phase.rate(step)}
+        line["seconds"] = round(line["seconds"], 2)
+        line |= {name: round(value.item() / count, 5) for name, value in sums.items()}
+        self.run.log(line)
+        report(line)
+
+    def _exam(self, pictures: int, report: Report) -> None:
+        """Examine the averaged weights, and keep them if they are the best so far."""
+        self._swap()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            marks = quick_exam(self.learner, pictures, seed=2**30)
+        mean = sum(marks.values()) / len(marks)
+        if mean > self.best:
+            self.best = mean
+            mini.save(self.learner.model, self.run.folder / "best")
+        self._swap()
+        line = {**vars(self.done), "exam": {kind: round(value, 4) for kind, value in marks.items()}}
+        self.run.log(line)
+        report(line)
+
+
+def first(scenes: Scenes, rows: int) -> Scenes:
+    """The first pictures of a batch."""
+    return Scenes(*(getattr(scenes, field.name)[:rows] for field in dataclasses.fields(scenes)))
+
+
+def _bfloat16_cpu() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

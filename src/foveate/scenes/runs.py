@@ -1,0 +1,133 @@
+"""A training run's folder: settings, a state that survives a kill at any moment, a log of one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from foveate.core import FoveateError
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+
+
+@dataclass
+class Progress:
+    """How far a run has come: steps done, pictures seen, seconds of training over all its sittings."""
+
+    step: int = 0
+    pictures: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """The folder of one run.
+
+    Args:
+        folder: where state and log lie.
+        settings: whatever must be equal for a run to go on as if it had never stopped; JSON values.
+        resume: go on with the run in `folder` instead of starting one there.
+
+    Raises:
+        FoveateError: `folder` holds a run and `resume` is False, or it holds none, a damaged one or one with other
+            settings and `resume` is True.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.folder = Path(folder)
+        self.settings = json.loads(json.dumps(settings))
+        there = (self.folder / STATE).exists() or (self.folder / LOG).exists()
+        if there and not resume:
+            raise FoveateError(
+                f"{self.folder} already holds a run; pass resume=True to go on with it, or another folder"
+            )
+        if resume:
+            self._check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _check(self) -> None:
+        if not (self.folder / STATE).exists():
+            raise FoveateError(f"{self.folder} holds no {STATE} to resume; start a run there with resume=False")
+        before = json.loads(read_header(self.folder)["settings"])
+        for name in sorted({*before, *self.settings}):
+            if before.get(name) != self.settings.get(name):
+                raise FoveateError(
+                    f"{self.folder} was trained with {name}={before.get(name)!r}, not {self.settings.get(name)!r}; "
+                    "resume with the same settings, or start in another folder"
+                )
+
+    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state by this one; a kill leaves the old state or the new one, never half of one."""
+        header = {"progress": json.dumps(vars(progress)), "settings": json.dumps(self.settings)}
+        temporary = self.folder / f".{STATE}.writing"
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, header)
+        os.replace(temporary, self.folder / STATE)
+
+    def load(self) -> tuple[Progress, dict[str, Tensor]]:
+        """The state that `save` wrote last."""
+        progress = Progress(**json.loads(read_header(self.folder)["progress"]))
+        with safe_open(self.folder / STATE, "pt") as file:
+            return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop lines of steps after `step`, which a resumed run does again, and a line that a kill cut short."""
+        path = self.folder / LOG
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        temporary = path.with_name(f".{LOG}.writing")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def read_header(folder: Path) -> dict[str, str]:
+    """The state's header; FoveateError where the file is no whole safetensors file of a run."""
+    try:
+        with safe_open(folder / STATE, "pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise FoveateError(f"{folder / STATE} is damaged ({error}); start again in another folder") from error
+    if not {"progress", "settings"} <= set(header):
+        raise FoveateError(f"{folder / STATE} is no state of a training run; start in another folder")
+    return dict(header)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: `optimizer/<parameter>/<entry>`."""
+    return {
+        f"optimizer/{names[parameter]}/{entry}": torch.as_tensor(value)
+        for parameter, entries in optimizer.state.items()
+        for entry, value in entries.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, name, entry = key.split("/")
+            parameter = parameters[name]
+            optimizer.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)

@@ -1,0 +1,151 @@
+"""What every patch shows, and the losses that teach it to the encoder: dense for patches, contrastive for CLS."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foveate.scenes import vocabulary
+from foveate.scenes.generator import TAG, Scenes
+from foveate.scenes.mini import IMAGE, PATCH
+
+BACKGROUND, CORNER = -1, -2
+IGNORED = -100
+SCALE = 16.0  # logits are dot products with word embeddings of norm below 1
+
+_FIRST_NAME = vocabulary.WORDS.index(vocabulary.NAMES[0])
+_FIRST_COLOR = vocabulary.WORDS.index(next(iter(vocabulary.COLORS)))
+_FIRST_DIGIT = vocabulary.WORDS.index(vocabulary.DIGITS[0])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Per patch of B pictures with N patches: the words it should be read as.
+
+    Attributes:
+        owner: (B, N) int64, the place of the object that the patch shows, -1 for background, -2 for the corners of a
+            box that show neither disc nor tag: no loss reads those.
+        name, color, digit: (B, N) int64, index into the respective words, -1 where there is no owner.
+        tag: (B, N) bool, patches whose middle lies on a digit tag.
+    """
+
+    owner: Tensor
+    name: Tensor
+    color: Tensor
+    digit: Tensor
+    tag: Tensor
+
+    def at(self, places: Tensor) -> Targets:
+        """The targets of the patches with raster indices `places` (B, K)."""
+        return Targets(*(getattr(self, part.name).gather(1, places) for part in fields(self)))
+
+
+def targets(scenes: Scenes) -> Targets:
+    """The targets of every patch; a patch that two boxes touch belongs to the first object."""
+    boxed = scenes.patches(PATCH)  # (B, 7, N)
+    owner = boxed.int().argmax(dim=1)  # (B, N)
+    boxes = scenes.boxes.gather(1, owner[..., None].expand(-1, -1, 4)).float()
+    disc, tag = _shows(boxes)
+    shown = (disc | tag) & boxed.any(dim=1)
+    words = [
+        part.gather(1, owner).masked_fill(~shown, BACKGROUND) for part in (scenes.names, scenes.colors, scenes.digits)
+    ]
+    corner = boxed.any(dim=1) & ~shown
+    owner = owner.masked_fill(~shown, BACKGROUND).masked_fill(corner, CORNER)
+    return Targets(owner, *words, tag=tag & shown)
+
+
+def objects_first(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
+    """Raster indices (B, count), ascending: random patches of objects, then of the background."""
+    chance = torch.rand(wanted.owner.shape, generator=draw).to(wanted.owner.device)
+    chance = chance + (wanted.owner != BACKGROUND)
+    return chance.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def _shows(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each patch's middle lies on the disc or on the tag of its box: boxes (B, N, 4) to two (B, N) bool."""
+    number = torch.arange(boxes.shape[1], device=boxes.device)
+    side = math.isqrt(boxes.shape[1])
+    x, y = number % side * PATCH + PATCH / 2, number // side * PATCH + PATCH / 2
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    # A box is 1.7 radii and half a tag wide: the disc lies in its upper left, the tag's middle on the disc's rim.
+    radius = (x1 - x0 - TAG / 2) / 1.7
+    disc = (x - x0 - radius) ** 2 + (y - y0 - radius) ** 2 <= (radius + 2) ** 2
+    tag = (x > x1 - TAG - 2) & (x < x1 + 2) & (y > y1 - TAG - 2) & (y < y1 + 2)
+    return disc, tag
+
+
+def dense_loss(visual: Tensor, words: Tensor, wanted: Targets) -> dict[str, Tensor]:
+    """Classify every patch against the decoder's own word embeddings, as its tied output layer would.
+
+    Background patches are to be read as `<image>`, a word that never reaches the decoder as such.
+
+    Args:
+        visual: (B, N, D) tokens after the projector.
+        words: (V, D) the decoder's word embeddings.
+        wanted: what each patch shows.
+
+    Returns:
+        Mean cross-entropies: "name" (48 names or background, background weighing a quarter), "color" and "digit"
+        (object patches), "tag" (the digit on the patches of its tag).
+    """
+    scores = SCALE * visual.float() @ words.detach().float().T  # (B, N, V)
+    name = scores[..., _FIRST_NAME : _FIRST_NAME + len(vocabulary.NAMES)]
+    name = torch.cat((name, scores[..., IMAGE : IMAGE + 1]), dim=-1)
+    weight = torch.ones(name.shape[-1], device=name.device)
+    weight[-1] = 0.25
+    names = wanted.name.masked_fill(wanted.owner == BACKGROUND, len(vocabulary.NAMES))
+    names = names.masked_fill(wanted.owner == CORNER, IGNORED)
+    digit = scores[..., _FIRST_DIGIT : _FIRST_DIGIT + len(vocabulary.DIGITS)]
+    color = scores[..., _FIRST_COLOR : _FIRST_COLOR + len(vocabulary.COLORS)]
+    return {
+        "name": functional.cross_entropy(name.flatten(0, 1), names.flatten(), weight, ignore_index=IGNORED),
+        "color": _read(color, wanted.color, wanted.owner >= 0),
+        "digit": _read(digit, wanted.digit, wanted.owner >= 0),
+        "tag": _read(digit, wanted.digit, wanted.tag),
+    }
+
+
+def _read(scores: Tensor, wanted: Tensor, where: Tensor) -> Tensor:
+    # Masked instead of gathered: shapes that depend on the pictures would be compiled anew for every batch.
+    labels = wanted.masked_fill(~where, IGNORED).flatten()
+    return functional.cross_entropy(scores.flatten(0, 1), labels, ignore_index=IGNORED)
+
+
+def contrastive_loss(pooled: Tensor, words: Tensor, scenes: Scenes, bias: Tensor) -> Tensor:
+    """Tell from a picture's CLS vector which of the 48 names it shows: a sigmoid loss over all pairs of both.
+
+    Args:
+        pooled: (B, D) CLS vectors in the space of the words.
+        words: (V, D) the decoder's word embeddings.
+        scenes: the pictures.
+        bias: scalar, learned: most pairs do not match.
+
+    Source: the sigmoid loss for language-image pre-training (https://arxiv.org/abs/2303.15343, eq. 1).
+    """
+    names = words[_FIRST_NAME : _FIRST_NAME + len(vocabulary.NAMES)].detach().float()
+    scores = SCALE * pooled.float() @ names.T + bias
+    shown = torch.zeros(len(scenes), len(vocabulary.NAMES) + 1, device=scores.device)
+    shown.scatter_(1, scenes.names.masked_fill(scenes.names < 0, len(vocabulary.NAMES)), 1.0)
+    return functional.binary_cross_entropy_with_logits(scores, shown[:, :-1])
+
+
+def correct(visual: Tensor, words: Tensor, wanted: Targets) -> dict[str, float]:
+    """The share of object patches (and of tag patches) whose own word outscores the other words of its kind."""
+    scores = visual.float() @ words.float().T
+    shares = {}
+    for kind, first, length in (
+        ("name", _FIRST_NAME, len(vocabulary.NAMES)),
+        ("color", _FIRST_COLOR, len(vocabulary.COLORS)),
+        ("digit", _FIRST_DIGIT, len(vocabulary.DIGITS)),
+    ):
+        guess = scores[..., first : first + length].argmax(dim=-1)
+        where = wanted.owner >= 0
+        shares[kind] = (guess == getattr(wanted, kind))[where].float().mean().item()
+    guess = scores[..., _FIRST_DIGIT : _FIRST_DIGIT + 10].argmax(dim=-1)
+    shares["tag"] = (guess == wanted.digit)[wanted.tag].float().mean().item()
+    return shares
