@@ -41,6 +41,7 @@ _HOMES = {
     "Selection": "core",
     "Signals": "core",
     "Trace": "core",
+    "calibrate": "calibrate",
     "Handle": "runtime.handle",
     "prune": "prune",
     "draw": "draw",

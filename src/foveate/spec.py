@@ -14,8 +14,8 @@ from typing import Any, Literal
 from foveate import methods
 from foveate.core import FoveateError, Method, did_you_mean
 
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
-_EXPONENT = re.compile(r".*[=/,]\s*[+-]?(\d+\.?\d*|\.\d+)[eE]", re.DOTALL)
+_NUMBER = re.compile(r"-?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
+_EXPONENT = re.compile(r".*[=/,]\s*-?(\d+\.?\d*|\.\d+)[eE]", re.DOTALL)
 _BARE = re.compile(r"[^,:+/\"'\\\s]+")
 _WORDS = {"none": None, "true": True, "false": False}
 
@@ -161,7 +161,7 @@ def _value(text: str, where: str) -> Any:
     if text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
         return float(text[:-1]) / 100
     if _NUMBER.fullmatch(text):
-        return int(text) if re.fullmatch(r"[+-]?\d{1,300}", text) else float(text)
+        return int(text) if re.fullmatch(r"-?\d{1,300}", text) else float(text)
     if not _BARE.fullmatch(text):
         raise FoveateError(f"{where}={text or '(nothing)'}: a string that is empty or holds , : + / or space is quoted")
     return text

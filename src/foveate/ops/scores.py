@@ -25,7 +25,9 @@ class AttentionSums:
     received_all: Tensor  # (B, N) as received, the mean taken over all queries, CLS included
 
 
-def attention_sums(queries: Tensor, keys: Tensor, scale: float, skip: int = 0) -> AttentionSums:
+def attention_sums(
+    queries: Tensor, keys: Tensor, scale: float, skip: int = 0, valid: Tensor | None = None
+) -> AttentionSums:
     """What each token receives and gives under softmax(q k^T * scale), in O(N) memory.
 
     The softmax runs over all keys, the `skip` leading ones included; those are then dropped on both axes without
@@ -34,37 +36,54 @@ def attention_sums(queries: Tensor, keys: Tensor, scale: float, skip: int = 0) -
     Args:
         queries: (B, H, skip + N, d).
         keys: (B, H, skip + N, d).
+        valid: (B, skip + N) bool, False in padding, which neither gives nor receives; None without any.
     """
     batch, heads, total, _ = queries.shape
-    tokens = total - skip
-    summary = _received(queries[:, :, :skip], keys, scale)[0] if skip else queries.new_zeros(batch, total).float()
-    received = queries.new_zeros(batch, total, dtype=torch.float32)
+    own = torch.ones(batch, total, dtype=torch.bool, device=keys.device) if valid is None else valid
+    tokens = own[:, skip:].sum(dim=1, keepdim=True)
+    summary = queries.new_zeros(batch, total, dtype=torch.float32)
+    if skip:
+        summary = _received(queries[:, :, :skip], keys, scale, valid, slice(0, skip))[0]
+    received = torch.zeros_like(summary)
     given = []
     rows = max(1, CHUNK_VALUES // (batch * heads * total))
     for start in range(skip, total, rows):
-        column, on_skipped = _received(queries[:, :, start : start + rows], keys, scale, skip)
+        part = slice(start, min(total, start + rows))
+        column, on_skipped = _received(queries[:, :, part], keys, scale, valid, part, skip)
         received += column
-        given.append((1.0 - on_skipped) / tokens)
-    received_all = (received + summary) / total
+        given.append((1.0 - on_skipped) * own[:, part] / tokens)
+    received_all = (received + summary) / (tokens + skip)
     return AttentionSums(received[:, skip:] / tokens, torch.cat(given, dim=1), received_all[:, skip:])
 
 
-def _received(queries: Tensor, keys: Tensor, scale: float, skip: int = 0) -> tuple[Tensor, Tensor]:
+def _received(
+    queries: Tensor, keys: Tensor, scale: float, valid: Tensor | None, part: slice, skip: int = 0
+) -> tuple[Tensor, Tensor]:
     """Column sums (B, N) of a few rows of the map, mean over heads; each row's mass on the first `skip` keys (B, M).
 
     The division by the row sum is folded into the sum over rows, so that the map is written once and read once.
     """
     weights = torch.matmul(queries * scale, keys.transpose(-1, -2)).float()
+    if valid is not None:
+        weights = weights.masked_fill_(~valid[:, None, None, :], -torch.inf)
     weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
     share = 1.0 / weights.sum(dim=-1, keepdim=True)
+    share = share if valid is None else share * valid[:, None, part, None]
     columns = torch.matmul(share.transpose(-1, -2), weights).squeeze(-2).mean(dim=1)
     on_skipped = (weights[..., :skip].sum(dim=-1) * share.squeeze(-1)).mean(dim=1)
     return columns, on_skipped
 
 
-def row_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Probabilities of single queries: (B, H, M, d) and (B, H, N, d) -> (B, H, M, N), float32."""
-    return torch.matmul(query * scale, keys.transpose(-1, -2)).float().softmax(dim=-1)
+def row_attention(query: Tensor, keys: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
+    """Probabilities of single queries: (B, H, M, d) and (B, H, N, d) -> (B, H, M, N), float32.
+
+    Args:
+        valid: (B, N) bool, keys that are no padding; None for all.
+    """
+    logits = torch.matmul(query * scale, keys.transpose(-1, -2)).float()
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None, :], -torch.inf)
+    return logits.softmax(dim=-1)
 
 
 def more_dispersed(first: Tensor, second: Tensor) -> Tensor:

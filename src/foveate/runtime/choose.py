@@ -14,7 +14,7 @@ from foveate.core import Block, FoveateError, Grid, Method, Selection, Signals, 
 from foveate.spec import format as format_spec
 
 # The axis of each Block field that counts visual tokens; the others hold one value per image.
-_TOKEN_AXIS = {
+TOKEN_AXIS = {
     "hidden": 1,
     "cls_attention": 2,
     "received": 1,
@@ -39,6 +39,7 @@ class Image:
     merged: bool = False  # its features are no longer those it came with
     adapted: bool = False  # an adaptive stage has acted
     stages: list[StageRecord] = field(default_factory=list)
+    encoded: list[int] | None = None  # patches that each encoder block ran on; None where that is all of them
 
     def __post_init__(self) -> None:
         self.index = torch.arange(self.original, device=self.features.device)
@@ -59,10 +60,10 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Depth:
-    """A stage inside the decoder."""
+    """A stage inside the decoder or the encoder."""
 
     stage: int
-    layer: int
+    layer: int | None  # decoder blocks that run in full before it; None inside the encoder
     memory: dict[tuple[int, ...], dict[str, Any]]  # by the images that are asked about together
     block: Callable[[Sequence[int], set[str]], Block]  # images and wanted fields -> what the decoder shows of them
 
@@ -80,7 +81,7 @@ def choose(
     Args:
         blocks: what the probe saw, B = the images in order, N = their original tokens.
         project: maps encoded tokens (K, E) to decoder tokens (K, D); None where the projector is not pointwise.
-        at: the stage inside the decoder; None before it.
+        at: the stage inside the decoder or the encoder; None between them.
     """
     for part in parts:
         for group in _groups(images):
@@ -141,7 +142,8 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
     if sources.at is not None:
         wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
         memory = sources.at.memory.setdefault(tuple(numbers), {})
-        more.update(decoder=sources.at.block(numbers, wanted), stage=sources.at.stage, memory=memory)
+        decoder = sources.at.block(numbers, wanted) if wanted else None
+        more.update(decoder=decoder, stage=sources.at.stage, memory=memory)
     return Signals(
         original=first.original,
         index=index,
@@ -160,7 +162,7 @@ def _narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
             continue
         rows, index = rows.to(value.device), index.to(value.device)
         value = value[rows]
-        axis = _TOKEN_AXIS.get(name)
+        axis = TOKEN_AXIS.get(name)
         if axis is not None and index.shape[1] != value.shape[axis]:
             shape = [1] * value.ndim
             shape[0], shape[axis] = index.shape
@@ -204,7 +206,7 @@ def _apply(
         features = selection.features[place]
         if selection.space == "encoded":
             if sources.at is not None:
-                raise FoveateError(f"{name} returns encoded tokens inside the decoder, where only its stream fits")
+                raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
             if sources.project is None:
                 raise FoveateError(
                     f"{name} returns encoded tokens, but this family's projector merges neighbours and cannot map "

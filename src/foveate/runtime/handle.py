@@ -22,6 +22,7 @@ from foveate.runtime.evict import Evictor
 from foveate.runtime.layers import Descent, decode_mask, stages_of
 from foveate.runtime.prefill import Prefill, Shortened
 from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.tower import TowerStages
 from foveate.spec import format as format_spec
 
 _OVERRIDDEN = (
@@ -64,7 +65,9 @@ class Handle:
         self._decoder_probe = DecoderProbe(decoder.layers, self._stages, everywhere=bool(evicting))
         if self._evictor is not None:
             self._evictor.listen(self._decoder_probe)
-        self._prefill = Prefill(model, self.family, self.parts, self._probe, self)
+        inside = [part for part in self.parts if part.site == "tower"]
+        self._tower = TowerStages(model, self.family, inside, self._probe, lambda: self._thread is not None)
+        self._prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self)
         self._run: _Run | None = None
         self._direct: Shortened | None = None
         self._descent: Descent | None = None
@@ -112,7 +115,9 @@ class Handle:
                 self._hooks.append(layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True))
         if self._stages:
             self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
+        # The probe's hook on a block runs before the stage's hook on the next one, so both see the same tokens.
         self._probe.install()
+        self._tower.install()
         self._decoder_probe.install()
         self.active = True
 
@@ -122,6 +127,7 @@ class Handle:
             return
         if self.active:
             self._probe.remove()
+            self._tower.remove()
             self._decoder_probe.remove()
         self.active = False
         for hook in self._hooks:
@@ -199,6 +205,7 @@ class Handle:
     def _finish(self) -> None:
         """A prefill is over, well or not: nothing of it stays."""
         self._probe.take()
+        self._tower.forget()
         if self._descent is not None:
             self._decoder_probe.close()
         self._descent = None

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Call, FoveateError, Method
+from foveate.core import Block, Call, FoveateError, Method
 from foveate.families import Family
 from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.choose import Image, Prompt, choose
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
 from foveate.runtime.shorten import Plan, Side, find_images, padding_side, plan
+from foveate.runtime.tower import Encoded, TowerStages
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
@@ -78,8 +79,11 @@ class _Input:
 class Prefill:
     """Shortens the prompts of one model; holds no state between calls."""
 
-    def __init__(self, model: Any, family: Family, parts: Sequence[Method], probe: Probe, owner: Owner) -> None:
-        self.model, self.family, self.probe, self.owner = model, family, probe, owner
+    def __init__(
+        self, model: Any, family: Family, parts: Sequence[Method], probe: Probe, stages: TowerStages, owner: Owner
+    ) -> None:
+        self.model, self.family, self.probe, self.stages, self.owner = model, family, probe, stages, owner
+        self.encoded: Encoded | None = None  # of the prefill in progress
         self.evicting = any(part.site == "cache" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
@@ -220,12 +224,10 @@ class Prefill:
         return torch.arange(length, device=new.device).expand(batch, -1)
 
     def _shorten(self, new: _Input, encoded: Any, side: Side, repeats: int) -> Shortened:
-        features = [] if encoded is None else list(encoded.pooler_output)
-        images = find_images(new.ids, self.image_token, features, self.family.grid(self.model.config))
+        images, blocks = self._images(new.ids, encoded)
         masked = int(((new.ids == self.image_token) & ~new.mask).sum())
         if masked:
             raise FoveateError(f"attention_mask hides {masked} visual placeholders; only padding may be masked")
-        blocks = self.probe.take()
         for name, block in blocks.items():
             for value in vars(block).values():
                 if value is not None and value.shape[0] != len(images):
@@ -246,7 +248,7 @@ class Prefill:
             prompt=prompt,
             entries=new.entries,
             earlier=[] if new.timeline is None else new.timeline.groups,
-            stopwatches=[stopwatch],
+            stopwatches=[stopwatch, *([self.encoded.stopwatch] if self.encoded is not None else [])],
             record=None,
             encoded=encoded,
             repeats=repeats,
@@ -267,6 +269,24 @@ class Prefill:
                 stopwatches=shortened.stopwatches,
             )
         return shortened
+
+    def _images(self, ids: Tensor, encoded: Any) -> tuple[list[Image], dict[int | str, Block]]:
+        """The call's images at their placeholders, and what the probe saw of them, in original places."""
+        features = [] if encoded is None else list(encoded.pooler_output)
+        blocks = self.probe.take()
+        grid = self.family.grid(self.model.config)
+        self.encoded = left = self.stages.take()
+        if left is None:
+            return find_images(ids, self.image_token, features, grid), blocks
+        counts = [image.original for image in left.images]
+        features = [left.features(number, rows) for number, rows in enumerate(features)]
+        images = find_images(ids, self.image_token, features, grid, counts)
+        for image, inside, lengths in zip(images, left.images, left.lengths, strict=True):
+            image.index, image.whole, image.adapted = inside.index, inside.whole, inside.adapted
+            image.extra, image.stages, image.encoded = inside.extra, list(inside.stages), lengths
+        numbers = self.probe.numbers()
+        first = self.stages.first_depth
+        return images, {name: left.full(block, first, numbers[name]) for name, block in blocks.items()}
 
     def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
         kept, valid = made.index + new.reached, made.valid

@@ -83,15 +83,14 @@ class Watch:
     @torch.no_grad()
     def read_attention(self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> None:
         """Note what this call's queries and keys (B, H, CLS + N, d) say about each patch."""
-        if mask is not None:
-            raise FoveateError("attention of a padded encoder input cannot be read; give images of one size")
         patches = slice(self.summary, None)
+        valid = None if mask is None else _valid_keys(mask, keys.shape[0])
         if self.fields.intersection(_SUMS):
-            sums = attention_sums(queries, keys, scale, self.summary)
+            sums = attention_sums(queries, keys, scale, self.summary, valid)
             for name in self.fields.intersection(_SUMS):
                 self.seen[name].append(getattr(sums, name))
         if "cls_attention" in self.fields:
-            self.seen["cls_attention"].append(row_attention(queries[:, :, :1], keys, scale)[:, :, 0, patches])
+            self.seen["cls_attention"].append(row_attention(queries[:, :, :1], keys, scale, valid)[:, :, 0, patches])
         for name, value in (("keys", keys[:, :, patches]), ("key_cls", keys[:, :, 0]), ("query_cls", queries[:, :, 0])):
             if name in self.fields:
                 self.seen[name].append(value)
@@ -108,6 +107,23 @@ class Watch:
         taken = {name: torch.cat(values) for name, values in self.seen.items() if values}
         self.seen = {name: [] for name in self.fields}
         return Block(**taken)
+
+    def latest(self) -> Block:
+        """What was seen in the latest encoding."""
+        return Block(**{name: values[-1] for name, values in self.seen.items() if values})
+
+
+def _valid_keys(mask: Tensor, batch: int) -> Tensor:
+    """(B, N) bool of a mask that only keeps attention off padding: (B, N), or (B or 1, 1, 1, N) bool or additive.
+
+    Raises:
+        FoveateError: the mask differs from query to query.
+    """
+    if mask.ndim == 4 and mask.shape[2] > 1 and bool((mask != mask[:, :, :1]).any()):
+        raise FoveateError("this encoder masks each patch in its own way, so attention sums cannot be read from it")
+    keys = mask if mask.ndim == 2 else mask[:, 0, 0]
+    open_ = keys > torch.finfo(keys.dtype).min / 2 if keys.is_floating_point() else keys.bool()
+    return open_.expand(batch, -1)
 
 
 class Probe:
@@ -140,6 +156,18 @@ class Probe:
         """Stop observing; the encoder is as it was."""
         for watch in self._watches.values():
             watch.remove()
+
+    def peek(self) -> dict[int | str, Block]:
+        """Blocks by number and by name as the encoding in progress has shown them so far."""
+        seen: dict[int | str, Block] = {number: watch.latest() for number, watch in self._watches.items()}
+        seen.update({name: seen[number] for name, number in self._names.items()})
+        return seen
+
+    def numbers(self) -> dict[int | str, int]:
+        """Block number of every key that `take` returns."""
+        numbers: dict[int | str, int] = {number: number for number in self._watches}
+        numbers.update(self._names)
+        return numbers
 
     def take(self) -> dict[int | str, Block]:
         """Blocks by number and by name, B = the images encoded since the last call, in order."""

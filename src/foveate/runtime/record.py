@@ -75,10 +75,9 @@ def record(
     kv_lengths = _kv_lengths(config, [_held(timeline, layer, length) for layer in range(layers)])
     batch = index.shape[0] * repeats
 
-    def budget(counts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Budget:
-        """`counts`: of each image, the tokens that each layer sees."""
-        flops = tower_flops(shape.tower, convention="roofline", tiles=len(images))
-        flops += projector_flops(shape.projector, tokens=sum(image.original for image in images))
+    def budget(counts: Sequence[Sequence[int]], lengths: Sequence[int], towards: int) -> Budget:
+        """`counts`: of each image, the tokens that each layer sees; `towards`: operations before the decoder."""
+        flops = towards
         for row, words in enumerate(text):
             mine = [count for image, count in zip(images, counts, strict=True) if image.row == row]
             flops += _row_flops(shape, [words + sum(seen) for seen in zip(*mine, [0] * layers, strict=True)], past[row])
@@ -92,14 +91,30 @@ def record(
         length=index.shape[1],
         text=sum(text) / max(1, len(text)),
         index=index.detach().cpu(),
-        budget=budget([_per_layer(image, layers) for image in images], kv_lengths),
+        budget=budget(
+            [_per_layer(image, layers) for image in images], kv_lengths, _before_decoder(shape, images, True)
+        ),
         unpruned=budget(
             [[image.original] * layers for image in images],
             _kv_lengths(config, [past_entries + prompt_length] * layers),
+            _before_decoder(shape, images, False),
         ),
         kv_lengths=kv_lengths,
         stopwatch=lambda: sum(stopwatch() for stopwatch in stopwatches),
     )
+
+
+def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) -> int:
+    """Operations of encoder and projector on all images, with or without what left inside the encoder."""
+    flops = 0
+    for image in images:
+        lengths, tokens = None, image.original
+        if pruned and image.encoded is not None:
+            lengths = [length + (shape.tower.length - shape.tower.tokens) for length in image.encoded]
+            tokens = image.encoded[-1]
+        flops += tower_flops(shape.tower, convention="roofline", lengths=lengths)
+        flops += projector_flops(shape.projector, tokens=tokens)
+    return flops
 
 
 def _held(timeline: Timeline, layer: int, length: int) -> int:

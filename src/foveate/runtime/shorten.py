@@ -43,26 +43,29 @@ class Plan:
         return self.index.masked_fill(~self.valid, -1)
 
 
-def find_images(ids: Tensor, token: int, features: Sequence[Tensor], grid: Grid | None) -> list[Image]:
+def find_images(
+    ids: Tensor, token: int, features: Sequence[Tensor], grid: Grid | None, counts: Sequence[int] | None = None
+) -> list[Image]:
     """Match encoded images, in order, with their placeholders in a (B, S) batch of prompts.
 
     Args:
         features: one (N, D) tensor per image, in the order of the prompts.
+        counts: N of each image where tokens have left inside the encoder; None where each has as many as features.
         grid: raster shape of an image's tokens; dropped for images that have another number of tokens.
 
     Raises:
         FoveateError: placeholders and features differ in number, or an image spans two rows.
     """
     places = (ids == token).nonzero()  # (placeholders, 2), row by row
-    tokens = sum(one.shape[0] for one in features)
+    counts = [one.shape[0] for one in features] if counts is None else counts
+    tokens = sum(counts)
     if places.shape[0] != tokens:
         raise FoveateError(
             f"the prompt has {places.shape[0]} visual placeholders but its {len(features)} images give {tokens} "
             "tokens; pass each image once and let the processor write the placeholders"
         )
     images, start = [], 0
-    for number, one in enumerate(features):
-        count = one.shape[0]
+    for number, (one, count) in enumerate(zip(features, counts, strict=True)):
         mine = places[start : start + count]
         start += count
         if count == 0:

@@ -13,7 +13,7 @@ from foveate.families import Tower, family_of
 from foveate.runtime.probe import missing_signals
 from foveate.spec import format as format_spec
 
-SITES = ("input", "layer", "cache")
+SITES = ("tower", "input", "layer", "cache")
 """Sites at which the runtime can act."""
 
 _GIVEN = ("features", "text", "text_mask", "after_image")
