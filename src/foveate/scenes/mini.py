@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -195,7 +196,7 @@ def build_clip(model: LlavaForConditionalGeneration, seed: int = 0, config: CLIP
     return clip
 
 
-def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
+def tower(model: LlavaForConditionalGeneration) -> Any:
     """The module of `model` that holds the vision blocks, whatever wraps it."""
     vision = model.model.vision_tower
     return getattr(vision, "vision_model", vision)

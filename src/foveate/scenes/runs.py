@@ -116,9 +116,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     """The optimizer's state as named tensors: `optimizer/<parameter>/<entry>`."""
     return {
         f"optimizer/{names[parameter]}/{entry}": torch.as_tensor(value)
-        for parameter, entries in optimizer.state.items()
+        for parameter, entries in _states(optimizer)
         for entry, value in entries.items()
     }
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    # Keyed by parameter, which the annotations of torch call a tensor.
+    return list(optimizer.state.items())  # type: ignore[arg-type]
 
 
 def load_optimizer(

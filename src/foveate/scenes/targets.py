@@ -56,7 +56,8 @@ def targets(scenes: Scenes) -> Targets:
     ]
     corner = boxed.any(dim=1) & ~shown
     owner = owner.masked_fill(~shown, BACKGROUND).masked_fill(corner, CORNER)
-    return Targets(owner, *words, tag=tag & shown)
+    name, color, digit = words
+    return Targets(owner, name, color, digit, tag & shown)
 
 
 def objects_first(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:

@@ -1,0 +1,184 @@
+"""The recipe of `mini`: it learns, stops in time, survives a kill, and goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from foveate.core import FoveateError
+from foveate.scenes import mini, recipe
+from foveate.scenes.recipe import FURTHER, PHASES, Phase, train_mini
+from foveate.scenes.runs import LOG, STATE, Progress, Run, read_header
+
+TINY = {"batch": 2, "config": mini.llava_config(width=16, layers=2), "check_steps": 0, "max_seconds": 600.0}
+SHORT = (
+    Phase("ideal", 2, encoder_rate=1e-3, decoder_rate=1e-3, warmup=1),
+    Phase("joint", 2, encoder_rate=1e-3, decoder_rate=1e-3, warmup=1, share=0.5, patches=288),
+)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "_bfloat16_cpu", lambda: False)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+class Killed(Exception):
+    """Stands for the power that fails."""
+
+
+def test_losses_fall_on_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = recipe.generate
+    monkeypatch.setattr(recipe, "generate", lambda batch, seed, device: draw(batch, seed=1, device=device))
+    monkeypatch.setattr(recipe, "LOG_STEPS", 5)
+    for kind in ("ideal", "joint"):
+        phase = Phase(kind, 25, encoder_rate=3e-3, decoder_rate=3e-3, warmup=2)
+        train_mini(tmp_path / kind, phases=[phase], **{**TINY, "config": mini.llava_config(width=32, layers=2)})
+        first, *_, last = lines(tmp_path / kind)
+        for name in ("answer", "name", "color", "digit", "tag", *(["contrast"] if kind == "ideal" else [])):
+            assert last[name] < 0.97 * first[name], (kind, name)
+
+
+def test_a_run_ends_as_a_folder_that_loads(tmp_path: Path) -> None:
+    seen: list[dict] = []
+    folder = train_mini(tmp_path / "run", phases=SHORT, progress=seen.append, **TINY)
+    assert folder == tmp_path / "run" / "mini"
+    assert AutoModelForImageTextToText.from_pretrained(folder).dtype == torch.bfloat16
+    assert seen == lines(tmp_path / "run")
+    assert (seen[-1]["step"], seen[-1]["pictures"], seen[-1]["phase"]) == (4, 8, "joint")
+    assert {"seconds", "rate", "norm", "answer", "tag"} <= set(seen[-1])
+
+
+def test_an_exam_keeps_the_best_weights(tmp_path: Path) -> None:
+    train_mini(tmp_path / "run", phases=SHORT, **{**TINY, "check_steps": 2, "check_pictures": 2})
+    exams = [line["exam"] for line in lines(tmp_path / "run") if "exam" in line]
+    assert len(exams) == 2
+    assert set(exams[0]) == {"existence", "color", "digit", "count", "describe", "ends"}
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+
+
+def test_resuming_equals_never_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_mini(tmp_path / "whole", phases=SHORT, **TINY)
+    step = recipe._Session._step
+
+    def dies(self, phase, number):
+        if self.done.step == 3:
+            raise Killed
+        return step(self, phase, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._Session, "_step", dies)
+        with pytest.raises(Killed):
+            train_mini(tmp_path / "halves", phases=SHORT, save_seconds=0.0, **TINY)
+    assert json.loads(read_header(tmp_path / "halves")["progress"])["step"] == 3
+    train_mini(tmp_path / "halves", phases=SHORT, resume=True, **TINY)
+    whole, halves = (load_file(tmp_path / name / STATE) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, halves[name]), name
+    assert any(name.startswith("optimizer/") for name in whole)
+
+
+def test_the_time_limit_holds_and_everything_is_saved(tmp_path: Path) -> None:
+    long = [Phase("joint", 10**6, encoder_rate=1e-3, decoder_rate=1e-3)]
+    folder = train_mini(tmp_path / "run", phases=long, **{**TINY, "max_seconds": 0.5})
+    progress = json.loads(read_header(tmp_path / "run")["progress"])
+    assert 1 <= progress["step"] < 1000
+    assert progress["seconds"] >= 0.5
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_kill_while_writing_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, {"batch": 1}, resume=False)
+    run.save(Progress(step=1), {"weights/a": torch.ones(2)})
+
+    def half(tensors, path, header):
+        Path(path).write_bytes(b"half a file")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.scenes.runs.save_file", half)
+        with pytest.raises(Killed):
+            run.save(Progress(step=2), {"weights/a": torch.zeros(2)})
+    progress, tensors = Run(tmp_path, {"batch": 1}, resume=True).load()
+    assert progress.step == 1
+    assert torch.equal(tensors["weights/a"], torch.ones(2))
+
+
+def test_the_log_of_steps_to_be_done_again_is_dropped(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, resume=False)
+    for step in (20, 40, 60):
+        run.log({"step": step})
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 8')
+    run.rewind_log(40)
+    assert [line["step"] for line in lines(tmp_path)] == [20, 40]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    Run(tmp_path, {}, resume=False).log({"step": 1})
+    with pytest.raises(FoveateError, match="already holds a run; pass resume=True"):
+        train_mini(tmp_path, phases=SHORT, **TINY)
+
+
+def test_resuming_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match=r"holds no state.safetensors to resume"):
+        train_mini(tmp_path / "nothing", phases=SHORT, resume=True, **TINY)
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"batch": 3}, "batch=2, not 3"), ({"seed": 9}, "seed=0, not 9"), ({"phases": SHORT[:1]}, "phases=")],
+)
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    train_mini(tmp_path, phases=SHORT, **{**TINY, "max_seconds": 1e-9})
+    with pytest.raises(FoveateError, match=message):
+        train_mini(tmp_path, **{"phases": SHORT, **TINY, "resume": True, **change})
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STATE).write_bytes(content)
+    with pytest.raises(FoveateError, match=r"is damaged|is no state of a training run"):
+        Run(tmp_path, {}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_seconds": 0}, "max_seconds=0 leaves no time"),
+        ({"batch": -1}, "batch=-1 is below 1 picture"),
+        ({"phases": [Phase("dreamy", 1, 1.0, 1.0)]}, "unknown kind of phase 'dreamy'; choices: ideal, joint"),
+        ({"start": "nowhere"}, "start='nowhere' holds no config.json"),
+    ],
+)
+def test_errors_come_before_any_work(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(FoveateError, match=message):
+        train_mini(tmp_path / "run", **{"phases": SHORT, **TINY, **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_rates_by_hand() -> None:
+    phase = Phase("joint", 110, encoder_rate=1.0, decoder_rate=1.0, warmup=10, final=0.0)
+    assert [phase.rate(step) for step in (0, 4, 9, 10, 60)] == [0.1, 0.5, 1.0, 1.0, 0.5]
+    assert {phase.kind for phase in PHASES} == {"ideal", "joint"}
+    assert [phase.kind for phase in FURTHER] == ["joint"] * len(FURTHER)
+
+
+def test_blocks_behind_the_projector_are_trained_with_ideal_tokens_only(tmp_path: Path) -> None:
+    train_mini(tmp_path, phases=SHORT[1:], **TINY)
+    after, before = load_file(tmp_path / STATE), mini.build(0, TINY["config"])
+    names = {name for name, _ in before.named_parameters()}
+    still = {name for name in names if torch.equal(after[f"weights/model.{name}"], before.get_parameter(name))}
+    assert {name for name in still if "layers.1." in name and "vision" in name}
+    assert not {name for name in still if "vision" in name and "layers.0." in name}
+    assert not {name for name in still if "language_model" in name}
