@@ -1,0 +1,206 @@
+"""`foveate run`: asks a model a question about pictures, prunes if told to, and says what that saved."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foveate.cli.errors import UsageError, usage
+from foveate.cli.loading import Device, Dtype, Trust
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from foveate.cli.loading import Loaded
+    from foveate.core import Trace
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="mini, a folder, or a hub id.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more pictures.", show_default=False)],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question about them.")],
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC", help="name:field=value,...; stages joined by +; @file; none. See: foveate methods."
+        ),
+    ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="Write the picture with dropped patches grey; several get F-1, F-2, ..."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Ask MODEL a QUESTION about one or more IMAGEs and print the answer, what was kept, and what it took."""
+    with usage():
+        methods = _one_method(prune)
+        targets = _targets(draw, len(images), pruned=bool(methods))
+        if max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {max_new_tokens} leaves no answer; the smallest is 1")
+        if not question.strip():
+            raise UsageError("QUESTION is empty; ask at least one word")
+        pictures = _load_pictures(images)
+
+    from foveate.cli.loading import load
+    from foveate.cli.output import show_json, working
+
+    with working(f"loading {model}"):
+        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with working("answering"):
+        report, trace = _answer(loaded, pictures, question, methods, max_new_tokens)
+    for record, path in zip(report["images"], images, strict=True):
+        record["path"] = str(path)
+    for number, target in enumerate(targets):
+        assert trace is not None
+        _draw(pictures[number], loaded, trace, number, target)
+        report["images"][number]["drawn"] = str(target)
+    show_json(report) if as_json else _print(report)
+
+
+def _one_method(specs: list[str] | None) -> tuple[Any, ...]:
+    if specs is not None and len(specs) > 1:
+        raise UsageError(
+            f"run takes one --prune, not {len(specs)}; join stages with +, compare rivals with foveate eval"
+        )
+    if specs is None or specs[0] == "none":
+        return ()
+    from foveate.spec import parse_stages
+
+    return parse_stages(specs[0])
+
+
+def _targets(draw: Path | None, count: int, pruned: bool) -> list[Path]:
+    """Where each picture's drawing goes: F itself for one picture, else F with -1, -2, ... before its suffix."""
+    if draw is None:
+        return []
+    from foveate.cli.output import check_target
+
+    if not pruned:
+        raise UsageError("--draw shows which patches are kept; say with --prune which method keeps them")
+    check_target(draw, PICTURES)
+    if count == 1:
+        return [draw]
+    return [draw.with_stem(f"{draw.stem}-{number + 1}") for number in range(count)]
+
+
+def _load_pictures(paths: list[Path]) -> list[Image.Image]:
+    from foveate.images import load_image
+
+    return [load_image(path) for path in paths]
+
+
+def _answer(
+    loaded: Loaded, pictures: list[Image.Image], question: str, methods: tuple[Any, ...], max_new_tokens: int
+) -> tuple[dict[str, Any], Trace | None]:
+    """Everything that is printed, and the trace when something was pruned."""
+    from foveate import spec
+    from foveate.evaluate.answers import decode, encode
+    from foveate.evaluate.latency import settled
+    from foveate.prune import prune
+
+    model, processor = loaded.model, loaded.processor
+    inputs = encode(model, processor, [pictures], [question])
+    handle = prune(model, methods, processor=processor, question=question) if methods else nullcontext()
+    with handle as trace:
+        output, latency = settled(model, inputs, max_new_tokens=max_new_tokens)
+    report = {
+        "answer": decode(processor, model, output, inputs["input_ids"].shape[1])[0],
+        "model": loaded.name,
+        "prune": spec.format(methods) if methods else None,
+        "question": question,
+        **(_saved(trace) if trace is not None else _spent(model, inputs, len(pictures))),
+        "choosing_ms": trace.milliseconds if trace is not None else None,
+        "first_token_ms": latency.first_token_ms,
+        "per_token_ms": latency.per_token_ms,
+        "timed_runs": latency.runs,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return report, trace
+
+
+def _saved(trace: Trace) -> dict[str, Any]:
+    """Before and after, as the trace has them."""
+    images: list[dict[str, Any]] = [
+        {
+            "tokens": {"before": image.original, "after": image.after},
+            "kept": image.kept.tolist() if image.stages else list(range(image.original)),
+        }
+        for image in trace.images
+    ]
+    return {
+        "images": images,
+        "tokens": {side: sum(image["tokens"][side] for image in images) for side in ("before", "after")},
+        "prefill_flops": {"before": trace.unpruned.prefill_flops, "after": trace.budget.prefill_flops},
+        "kv_bytes": {"before": trace.unpruned.kv_bytes, "after": trace.kv_bytes},
+    }
+
+
+def _spent(model: Any, inputs: Any, images: int) -> dict[str, Any]:
+    """The same without pruning; None where the sizes of this family are not known."""
+    from foveate.core import FoveateError
+    from foveate.evaluate.unpruned import unpruned_budget
+
+    def both(value: float) -> dict[str, float]:
+        return {"before": value, "after": value}
+
+    try:
+        budget = unpruned_budget(model, inputs, images)
+    except FoveateError:
+        return {"images": [{} for _ in range(images)], "tokens": None, "prefill_flops": None, "kv_bytes": None}
+    each = round(budget.tokens[0])
+    return {
+        "images": [{"tokens": both(each), "kept": list(range(each))} for _ in range(images)],
+        "tokens": both(each * images),
+        "prefill_flops": both(budget.prefill_flops),
+        "kv_bytes": both(budget.kv_bytes),
+    }
+
+
+def _draw(picture: Image.Image, loaded: Loaded, trace: Trace, number: int, target: Path) -> None:
+    from foveate.draw import draw
+    from foveate.images import save_image, visible
+
+    save_image(draw(visible(picture, loaded.processor.image_processor), trace, number), target)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from foveate.core import readable
+
+    def change(name: str, unit: str) -> str:
+        value = report[name]
+        if value is None:
+            return "-"
+        before, after = readable(value["before"], unit), readable(value["after"], unit)
+        return before if after == before else f"{before} -> {after} ({value['after'] / value['before']:.0%})"
+
+    def milliseconds(name: str) -> str:
+        return "-" if report[name] is None else f"{report[name]:.2f}"
+
+    tokens = report["tokens"]
+    if tokens is not None:
+        tokens = f"{tokens['before']} -> {tokens['after']}" if report["prune"] else str(tokens["before"])
+    lines = {
+        "prune": report["prune"] or "none",
+        "tokens": tokens or "-",
+        "prefill flops": change("prefill_flops", "FLOPs"),
+        "kv bytes": change("kv_bytes", "B"),
+        "choosing ms": milliseconds("choosing_ms"),
+        "first token ms": milliseconds("first_token_ms"),
+        "per token ms": milliseconds("per_token_ms"),
+        "drawn": ", ".join(image["drawn"] for image in report["images"] if "drawn" in image),
+    }
+    typer.echo(report["answer"])
+    typer.echo()
+    for name, value in lines.items():
+        if value:
+            typer.echo(f"{name:<14}  {value}")

@@ -1,0 +1,218 @@
+"""The task "scenes": how many questions about fresh scenes a model answers, unpruned and with each rival method."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from foveate import spec
+from foveate.core import FoveateError, Method
+from foveate.evaluate.answers import decode, encode, greedy
+from foveate.evaluate.oracle import Box, Oracle
+from foveate.prune import prune
+from foveate.scenes import generator, questions, scoring
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from foveate.core import Trace
+
+CEILING = "ceiling (tokens of the object asked about)"
+NONE = "none"
+
+MOST_SEED = 9_999
+
+_CHUNK = 100  # pictures drawn at once: a multiple of the kinds of questions, so that each chunk is balanced
+_LONGEST = 32  # tokens of an answer; seven objects are described in 22
+
+Rival: TypeAlias = "str | Method | Sequence[Method] | None"
+Progress: TypeAlias = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture, and the boxes of what it asks about, as shares of the picture's sides."""
+
+    image: Image.Image
+    kind: str
+    question: str
+    answer: str
+    boxes: tuple[Box, ...]
+
+
+@dataclass
+class Row:
+    """What one method reached.
+
+    Attributes:
+        method: its spec; "none" for the unpruned model.
+        scores: of each answer, from 0 to 1, by kind of question.
+        tokens: visual tokens of each picture that reached the end of the prefill.
+        prefill_flops, unpruned_flops: of all prompts.
+        kv_bytes, unpruned_bytes: of all prompts.
+    """
+
+    method: str
+    scores: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in questions.KINDS})
+    tokens: list[int] = field(default_factory=list)
+    prefill_flops: float = 0.0
+    unpruned_flops: float = 0.0
+    kv_bytes: int = 0
+    unpruned_bytes: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Mean score over all questions."""
+        return _mean([score for scores in self.scores.values() for score in scores])
+
+    def to_dict(self) -> dict[str, Any]:
+        """One row of the table: figures that JSON can hold; None where no question of a kind was asked."""
+        count = sum(map(len, self.scores.values()))
+        low, high = wilson(self.accuracy, count)
+        return {
+            "method": self.method,
+            "accuracy": self.accuracy,
+            "interval": [low, high],
+            **{kind: _mean(scores) if scores else None for kind, scores in self.scores.items()},
+            "tokens": _mean(self.tokens),
+            "prefill_flops_share": self.prefill_flops / self.unpruned_flops if self.unpruned_flops else 1.0,
+            "kv_bytes_share": self.kv_bytes / self.unpruned_bytes if self.unpruned_bytes else 1.0,
+            "samples": count,
+        }
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    rivals: Sequence[Rival] = (),
+    *,
+    samples: int = 500,
+    batch: int = 16,
+    seed: int = 0,
+    ceiling: bool = False,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Greedy answers of the unpruned model and of each rival to the same questions about the split "test".
+
+    Args:
+        rivals: specs, methods or sequences of methods; the unpruned model comes first whether or not it is among them.
+        samples: questions, one for each picture; the five kinds occur equally often, and so do yes and no.
+        batch: prompts answered at once.
+        seed: of pictures and questions.
+        ceiling: add the row of `Oracle`: the tokens of the object asked about, from its box; those of all objects where
+            a question asks about no single one (counts, descriptions, things that are not there).
+        progress: called with the number of answers given since the last call; `len(rows) * samples` in all.
+
+    Raises:
+        FoveateError: fewer than one sample or prompt at once, a seed out of range, or a spec that names no method.
+    """
+    check(samples=samples, batch=batch, seed=seed)
+    named = parse_rivals(rivals)
+    rows = [Row(name) for name in named] + ([Row(CEILING)] if ceiling else [])
+    for group in _batches(samples, batch, seed):
+        for row in rows:
+            methods = Oracle([sample.boxes for sample in group]) if row.method == CEILING else named[row.method]
+            _answer(model, processor, methods, group, row)
+            if progress is not None:
+                progress(len(group))
+    return rows
+
+
+def check(*, samples: int, batch: int, seed: int) -> None:
+    """Refuse settings that cannot be evaluated.
+
+    Raises:
+        FoveateError: fewer than one sample or prompt at once, or a seed out of range.
+    """
+    for name, value in (("samples", samples), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FoveateError(f"{name}={value!r} measures nothing; the smallest is {name}=1")
+    if not 0 <= seed <= MOST_SEED:
+        raise FoveateError(f"seed={seed} is outside 0..{MOST_SEED}; the nearest is {min(max(seed, 0), MOST_SEED)}")
+
+
+def parse_rivals(rivals: Sequence[Rival]) -> dict[str, tuple[Method, ...]]:
+    """The stages of each rival by its spec, the unpruned model first; rivals that are the same occur once.
+
+    Raises:
+        FoveateError: a spec that names no method, or that gives one a wrong value.
+    """
+    named: dict[str, tuple[Method, ...]] = {NONE: ()}
+    for rival in rivals:
+        if rival is None or rival == NONE:
+            continue
+        stages = spec.parse_stages(rival) if isinstance(rival, str) else rival
+        stages = (stages,) if isinstance(stages, Method) else tuple(stages)
+        if stages:
+            named[spec.format(stages)] = stages
+    return named
+
+
+def draw_samples(count: int, *, seed: int) -> Iterator[Sample]:
+    """`count` questions about as many pictures of the split "test"; the same seed asks the same.
+
+    A longer draw begins like a shorter one in steps of 100.
+    """
+    for number, start in enumerate(range(0, count, _CHUNK)):
+        stream = seed * 100_000 + number  # chunks of two seeds meet beyond 10 million samples only
+        scenes = generator.generate(min(_CHUNK, count - start), seed=stream, split="test")
+        for row, asked in enumerate(questions.sample(scenes, seed=stream)):
+            objects = range(int(scenes.count[row])) if asked.target is None else [asked.target]
+            boxes = tuple(tuple(edge / generator.SIZE for edge in scenes.boxes[row, one].tolist()) for one in objects)
+            yield Sample(scenes.image(row), asked.kind, asked.text, asked.answer, boxes)
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` answers (Wilson 1927).
+
+    Scores between 0 and 1 vary less than right-or-wrong answers of the same mean, so that it is wide enough for them.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    middle, scale = share + z * z / (2 * count), 1 + z * z / count
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
+
+
+def _batches(samples: int, batch: int, seed: int) -> Iterator[list[Sample]]:
+    """Batches of one kind of question as far as they go: rows with short answers wait for those with long ones."""
+    drawn = list[Sample]()
+    for number, sample in enumerate(draw_samples(samples, seed=seed), start=1):
+        drawn.append(sample)
+        if number % _CHUNK and number < samples:
+            continue
+        drawn.sort(key=lambda one: questions.KINDS.index(one.kind))
+        yield from (drawn[start : start + batch] for start in range(0, len(drawn), batch))
+        drawn = []
+
+
+def _answer(model: Any, processor: Any, methods: Any, group: list[Sample], row: Row) -> None:
+    """Answer one batch and add its figures to `row`."""
+    asked = [sample.question for sample in group]
+    inputs = encode(model, processor, [[sample.image] for sample in group], asked)
+    if methods == ():
+        output = greedy(model, inputs, max_new_tokens=_LONGEST)
+        visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        row.tokens += [visual // len(group)] * len(group)
+    else:
+        with prune(model, methods, processor=processor, question=asked) as trace:
+            output = greedy(model, inputs, max_new_tokens=_LONGEST)
+        _add(trace, row)
+    answers = decode(processor, model, output, inputs["input_ids"].shape[1])
+    for sample, answer in zip(group, answers, strict=True):
+        row.scores[sample.kind].append(scoring.score(sample.kind, answer, sample.answer))
+
+
+def _add(trace: Trace, row: Row) -> None:
+    row.tokens += [image.after for image in trace.images]
+    row.prefill_flops += trace.budget.prefill_flops
+    row.unpruned_flops += trace.unpruned.prefill_flops
+    row.kv_bytes += trace.budget.kv_bytes
+    row.unpruned_bytes += trace.unpruned.kv_bytes

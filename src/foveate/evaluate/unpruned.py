@@ -1,0 +1,29 @@
+"""What a prompt costs without pruning, from the model's sizes and the prompt's tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foveate.core import Budget
+from foveate.cost import ModelShape, kv_bytes, prefill_flops
+
+
+def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:
+    """The budget of one unpruned prompt, counted as a trace counts: convention `roofline`, tower and projector too.
+
+    Args:
+        inputs: of one prompt, with `input_ids` (1, L).
+        images: pictures in it.
+
+    Raises:
+        FoveateError: the sizes of this family of models are not known.
+    """
+    shape = ModelShape.from_config(model.config)
+    length = inputs["input_ids"].shape[1]
+    visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    layers = shape.decoder.layers
+    flops = prefill_flops(
+        shape, visual=(visual,) * layers, text=length - visual, convention="roofline", tiles=images, tower=True
+    )
+    held = kv_bytes(shape.decoder, (length,) * layers, model.dtype.itemsize)
+    return Budget((visual / images,) * layers, float(flops), held)

@@ -1,0 +1,130 @@
+"""Exit codes, one line per error, and a front door that opens without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import foveate
+from foveate import cli
+from foveate.core import FoveateError
+
+
+def test_help_names_every_command(call: Any) -> None:
+    result = call("--help")
+    assert result.code == 0
+    for command in ("run", "eval", "demo", "methods", "models", "train"):
+        assert f"\n  {command} " in result.out
+    assert call().out == result.out
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "demo", "methods", "models", "train", "train mini"])
+def test_every_command_explains_itself(call: Any, command: str) -> None:
+    result = call(*command.split(), "-h")
+    assert (result.code, result.err) == (0, "")
+    assert f"Usage: foveate {command}" in result.out
+
+
+def test_version(call: Any) -> None:
+    assert call("--version").out == f"{foveate.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rum"], "No such command 'rum'"),
+        (["run"], "Missing argument 'MODEL'"),
+        (["run", "mini", "only two"], "Missing argument 'IMAGE...'"),
+        (["run", "--sharpen"], "No such option"),
+        (["eval", "--tasks", "scenes"], "Missing option '--model'"),
+        (["eval", "--model", "mini"], "Missing option '--tasks'"),
+        (["eval", "--model", "mini", "--tasks", "scenes", "--samples", "few"], "Invalid value for '--samples'"),
+        (["train"], "Missing command"),
+        (["train", "mini"], "Missing option '--out'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(call: Any, arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("foveate: ")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def failing(error: BaseException) -> Any:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (FoveateError("keep=0 is\nbelow 1"), 1, "foveate: keep=0 is below 1\n"),
+        (RuntimeError("out of memory"), 1, "foveate: RuntimeError: out of memory (--debug shows where)\n"),
+        (KeyError(), 1, "foveate: KeyError (--debug shows where)\n"),
+        (KeyboardInterrupt(), 130, "foveate: interrupted\n"),
+    ],
+)
+def test_failures_while_working(
+    call: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    monkeypatch.setattr("foveate.methods.names", failing(error))
+    result = call("methods")
+    assert (result.code, result.out, result.err) == (code, "", message)
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_debug_shows_the_traceback(call: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr("foveate.methods.names", failing(FoveateError("broken")))
+    if how == "environment":
+        monkeypatch.setenv("FOVEATE_DEBUG", "1")
+    result = call(*(["--debug"] if how == "option" else []), "methods")
+    assert result.code == 1
+    assert "Traceback (most recent call last)" in result.err
+    assert result.err.endswith("foveate: broken\n")
+    monkeypatch.setenv("FOVEATE_DEBUG", "0")
+    assert call("methods").err == "foveate: broken\n"
+
+
+def test_the_app_runs_under_typer_alone() -> None:
+    result = CliRunner().invoke(cli.app, ["models", "--json"], obj={"debug": False})
+    assert result.exit_code == 0
+    assert '"llava-1.5"' in result.stdout
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    source = str(Path(foveate.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-m", "foveate", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": source, **environment},
+    )
+
+
+def test_as_a_process() -> None:
+    done = shell("run", "mini", "nowhere.png", "is there a dog ?")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "foveate: nowhere.png is no file; give the path of a picture\n"
+
+
+def test_the_front_door_opens_without_torch() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'PIL'}"
+    code = f"import sys, foveate.cli; foveate.cli.main(['--help']); print(sorted({heavy} & set(sys.modules)))"
+    source = str(Path(foveate.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": source},
+    )
+    assert done.stdout.endswith("[]\n")

@@ -1,0 +1,141 @@
+"""`foveate run`: answers, figures, drawings, and everything that is refused before work starts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from PIL import Image
+
+from foveate.images import load_image
+from foveate.scenes import generator
+from foveate.scenes.questions import questions
+
+QUESTION = "w7 w8 w9"
+KEYS = {
+    "answer", "model", "prune", "question", "images", "tokens", "prefill_flops", "kv_bytes",
+    "choosing_ms", "first_token_ms", "per_token_ms", "timed_runs", "device", "dtype",
+}  # fmt: skip
+
+
+@pytest.fixture
+def ask(call: Any, folder: Path, picture: Path) -> Any:
+    """Run the tiny model on one picture, with the given options."""
+    return lambda *options: call("run", folder, picture, QUESTION, "--device", "cpu", "--max-new-tokens", 4, *options)
+
+
+def test_the_answer_comes_first_then_what_it_took(ask: Any) -> None:
+    result = ask("--prune", "fopru:keep=0.25")
+    assert (result.code, result.err) == (0, "")
+    answer, empty, *lines = result.out.splitlines()
+    figures = dict(line.split("  ", 1) for line in lines)
+    assert len(answer.split()) == 4
+    assert empty == ""
+    assert figures["prune"].strip() == "fopru:keep=0.25"
+    assert figures["tokens"].strip() == f"{tiny.TOKENS} -> {tiny.TOKENS // 4}"
+    assert list(figures)[2:] == ["prefill flops", "kv bytes", "choosing ms", "first token ms", "per token ms"]
+    assert all(float(figures[name]) > 0 for name in list(figures)[4:])
+
+
+def test_json_is_one_object_with_the_same_names(ask: Any) -> None:
+    result = ask("--prune", "random:keep=4", "--json")
+    report = json.loads(result.out)
+    assert result.out.count("\n") == 1
+    assert report.keys() == KEYS
+    assert report["tokens"] == {"before": tiny.TOKENS, "after": 4}
+    assert report["images"][0]["tokens"] == report["tokens"]
+    assert len(report["images"][0]["kept"]) == 4
+    assert report["prune"] == "random:keep=4"
+    for name in ("prefill_flops", "kv_bytes"):
+        assert 0 < report[name]["after"] < report[name]["before"]
+    assert (report["dtype"], report["device"], report["timed_runs"]) == ("float32", "cpu", 3)
+    assert report["answer"] == ask("--prune", "random:keep=4").out.splitlines()[0]
+
+
+@pytest.mark.parametrize("options", [(), ("--prune", "none")])
+def test_without_pruning_before_is_after(ask: Any, options: tuple[str, ...]) -> None:
+    report = json.loads(ask("--json", *options).out)
+    assert report.keys() == KEYS
+    assert report["tokens"] == {"before": tiny.TOKENS, "after": tiny.TOKENS}
+    assert report["prefill_flops"]["before"] == report["prefill_flops"]["after"]
+    assert (report["prune"], report["choosing_ms"]) == (None, None)
+    pruned = json.loads(ask("--json", "--prune", "random:keep=4").out)
+    for name in ("tokens", "prefill_flops", "kv_bytes"):
+        assert report[name]["before"] == pruned[name]["before"]
+
+
+def test_a_drawing_per_picture(call: Any, folder: Path, picture: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "kept.png"
+    options = ("--prune", "random:keep=9", "--draw", drawn, "--max-new-tokens", 2, "--device", "cpu")
+    assert call("run", folder, picture, QUESTION, *options).code == 0
+    first, original = load_image(drawn), load_image(picture)
+    patches = [(x, y, x + 8, y + 8) for x in range(0, 48, 8) for y in range(0, 48, 8)]
+    assert sum(first.crop(patch).tobytes() == original.crop(patch).tobytes() for patch in patches) == 9
+    report = json.loads(call("run", folder, picture, picture, QUESTION, *options, "--json").out)
+    assert [image["drawn"] for image in report["images"]] == [str(tmp_path / f"kept-{n}.png") for n in (1, 2)]
+    assert [image["path"] for image in report["images"]] == [str(picture)] * 2
+    assert report["tokens"] == {"before": 2 * tiny.TOKENS, "after": 18}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-1.png", "kept-2.png", "kept.png", "picture.png"]
+
+
+def test_the_drawing_shows_what_the_model_saw(call: Any, folder: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.png"
+    Image.effect_noise((96, 48), 90).convert("RGB").save(wide)
+    options = ("--prune", "random:keep=9", "--draw", tmp_path / "kept.png", "--max-new-tokens", 1)
+    assert call("run", folder, wide, QUESTION, *options).code == 0
+    assert load_image(tmp_path / "kept.png").size == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prune", "foopru"], "unknown method 'foopru'; did you mean 'fopru'?"),
+        (["--prune", "fopru:keeep=3"], "fopru has no field 'keeep'; did you mean 'keep'?"),
+        (["--prune", "fopru:keep=0"], "keep=0 is below 1 token"),
+        (["--prune", "fopru", "--prune", "pool"], "run takes one --prune, not 2; join stages with +"),
+        (["--prune", "@nowhere.json"], "nowhere.json cannot be read as JSON"),
+        (["--draw", "kept.png"], "--draw shows which patches are kept; say with --prune which method keeps them"),
+        (["--prune", "fopru", "--draw", "kept.gif"], "kept.gif ends in '.gif'; the choices are .png, .jpg,"),
+        (["--prune", "fopru", "--draw", "no/where.png"], "there is no folder no"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 leaves no answer; the smallest is 1"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--device", "cuda:99"], "torch sees"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; Choices: auto, bfloat16, float16, float32."),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused_before_work(ask: Any, options: list[str], message: str) -> None:
+    result = ask(*options)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_wrong_pictures_and_questions_are_refused(call: Any, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    assert "text.png is no picture that can be decoded" in call("run", "mini", tmp_path / "text.png", "w7").err
+    result = call("run", "mini", picture, tmp_path / "gone.png", "w7")
+    assert (result.code, result.err) == (
+        2,
+        f"foveate: {tmp_path / 'gone.png'} is no file; give the path of a picture\n",
+    )
+    result = call("run", "mini", picture, " ")
+    assert (result.code, result.err) == (2, "foveate: QUESTION is empty; ask at least one word\n")
+
+
+def test_a_budget_that_the_picture_cannot_meet_is_a_failure(ask: Any) -> None:
+    result = ask("--prune", "random:keep=37")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "foveate: keep=37 asks for 37 tokens but the image has 36 tokens; the most is keep=36\n"
+
+
+@pytest.mark.slow
+def test_mini_answers(call: Any, tmp_path: Path) -> None:
+    generator.demo().image(0).save(tmp_path / "scene.png")
+    asked = next(one for one in questions(generator.demo(), 0, random.Random(0)) if one.kind == "color")
+    report = json.loads(call("run", "mini", tmp_path / "scene.png", asked.text, "--prune", "fopru", "--json").out)
+    assert report["answer"].split()[0] == asked.answer
+    assert report["tokens"] == {"before": 576, "after": 144}
