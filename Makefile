@@ -1,0 +1,44 @@
+# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt change.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help: ## say what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(STAMP) ## answer questions about a picture, unpruned and pruned; writes demo/kept.png
+	@HF_HUB_OFFLINE=1 $(BIN)/foveate demo --out demo
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+test: lint ## lint, then every test
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+bench: $(STAMP) ## run every file of benchmarks/
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
+
+clean: ## remove the environment, the caches and what demo and builds wrote
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; $(PYTHON) is " \
+	  + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "Installing into $(VENV) (about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) hatchling
+	@$(PIP) --no-build-isolation --editable '.[dev,draw]'
+	@touch $@

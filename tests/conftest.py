@@ -1,0 +1,36 @@
+"""Settings of every test: no hub, fixed seeds, few threads, reproducible hypothesis examples."""
+
+from __future__ import annotations
+
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,  # nothing is timed
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whichever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)  # noqa: NPY002 - the library under test may be given nothing newer
+    torch.manual_seed(0)

@@ -1,0 +1,200 @@
+"""The rooms of the house import each other one way, and the front door opens without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "foveate"
+
+# Room -> rooms that its modules may import when they are loaded.
+# `registry` is methods/__init__.py: it loads no method until one is asked for.
+AT_LOAD = {
+    "core": set(),
+    "ops": {"core"},
+    "registry": {"core"},
+    "methods": {"core", "ops"},
+    "spec": {"core", "registry"},
+    "cost": {"core"},
+    "images": {"core"},
+    "families": {"core"},
+    "modules": {"core", "ops"},
+    "runtime": {"core", "ops", "spec", "registry", "families", "cost"},
+    "prune": {"core", "spec", "registry", "methods", "families", "runtime", "cost"},
+    "scenes": {"core"},
+    "draw": {"core", "images"},
+    "report": {"core", "cost", "draw"},
+}
+AT_LOAD["engine"] = AT_LOAD["prune"] | {"ops", "prune"}
+AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "engine"}
+AT_LOAD["train"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "ops", "modules", "evaluate"}
+AT_LOAD["calibrate"] = AT_LOAD["prune"] | {"prune", "images"}
+AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw"}
+AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
+AT_LOAD["foveate"] = set()
+
+# Room -> rooms that its functions may import besides, when they are called.
+WHEN_CALLED = {
+    "core": {"ops", "spec", "cost"},
+    "registry": {"methods"},
+    "methods": {"modules"},
+    "spec": {"methods"},
+    "cost": {"registry", "methods", "spec"},
+    "foveate": set(AT_LOAD),
+}
+
+NO_TRANSFORMERS = {"core", "ops", "registry", "methods", "spec", "cost", "images"}
+NO_TORCH = {"cost", "images"}
+ONLY_STANDARD_AT_LOAD = {"foveate", "core", "registry", "spec", "cost"}
+SCENES_MAY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, where it stands, and when it is loaded."""
+
+    target: str
+    line: int
+    when: str  # "load", "call" or "typing"
+
+
+def room_of(module: Path) -> str:
+    if module == Path("methods/__init__.py"):
+        return "registry"
+    if module == Path("__main__.py"):
+        return "cli"
+    return "foveate" if module == Path("__init__.py") else module.parts[0].removesuffix(".py")
+
+
+def imports_of(tree: ast.AST, when: str = "load") -> Iterator[Import]:
+    """Every import below `tree`, and whether loading the module, a call or only a type checker follows it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, when) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            base = node.module or ""
+            yield from (Import(f"{base}.{alias.name}", node.lineno, when) for alias in node.names)
+        elif isinstance(node, ast.Call) and is_import_module(node):
+            yield from imports_of(node, when)
+            if isinstance(node.args[0], ast.Constant):
+                yield Import(str(node.args[0].value), node.lineno, when)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                yield from imports_of(ast.Module([child], []), "typing")
+            for child in node.orelse:
+                yield from imports_of(ast.Module([child], []), when)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports_of(node, "call" if inside and when == "load" else when)
+
+
+def is_import_module(node: ast.Call) -> bool:
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name in ("import_module", "__import__") and bool(node.args)
+
+
+def imported_room(target: str) -> str | None:
+    """The room that `target` is in; None for a module of another package."""
+    parts = target.split(".")
+    if parts[0] != "foveate":
+        return None
+    if parts[1:2] == ["methods"] and not (len(parts) > 2 and is_module(SOURCE / "methods" / parts[2])):
+        return "registry"
+    return parts[1] if len(parts) > 1 and (parts[1] in AT_LOAD or is_module(SOURCE / parts[1])) else "foveate"
+
+
+def is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def refusal(room: str, found: Import) -> str | None:
+    """Why `room` may not hold the import, or None."""
+    target = imported_room(found.target)
+    if target is not None:
+        allowed = AT_LOAD[room] | {room} | (WHEN_CALLED.get(room, set()) if found.when != "load" else set())
+        return None if target in allowed else f"{room} may not import {target} at {found.when}"
+    package = found.target.split(".")[0]
+    if package in sys.stdlib_module_names or found.when == "typing":
+        return None
+    if (package == "transformers" and room in NO_TRANSFORMERS) or (package == "torch" and room in NO_TORCH):
+        return f"{room} may never import {package}"
+    if room in ONLY_STANDARD_AT_LOAD and found.when == "load":
+        return f"{room} loads nothing beyond the standard library, so not {package}"
+    if room == "scenes" and package not in SCENES_MAY:
+        return f"scenes may not import {package}"
+    return None
+
+
+def refusals(module: Path, text: str) -> list[str]:
+    room = room_of(module)
+    if room not in AT_LOAD:
+        return [f"{module}: {room!r} is no room of the house"]
+    found = [(item, refusal(room, item)) for item in imports_of(ast.parse(text))]
+    return [f"{module}:{item.line}: {reason} ({item.target})" for item, reason in found if reason]
+
+
+def test_imports_go_one_way() -> None:
+    modules = {path.relative_to(SOURCE): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
+    assert len(modules) > 10
+    assert [problem for module, text in modules.items() for problem in refusals(module, text)] == []
+
+
+LAZY = "def f():\n    "
+GUARDED = "try:\n    from foveate.prune import Handle\nexcept ImportError:\n    pass"
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "complaint"),
+    [
+        ("ops/scores.py", "from foveate.methods import fopru", "ops may not import methods at load"),
+        ("ops/scores.py", LAZY + "import transformers", "ops may never import transformers"),
+        ("methods/fopru.py", "from transformers.models import clip", "methods may never import transformers"),
+        ("methods/learned.py", "from foveate import runtime", "methods may not import runtime at load"),
+        ("methods/learned.py", "import foveate", "methods may not import foveate at load"),
+        ("methods/learned.py", LAZY + "from foveate.prune import prune", "methods may not import prune at call"),
+        ("cost/flops.py", LAZY + "import torch", "cost may never import torch"),
+        ("cost/flops.py", LAZY + "import_module('torch')", "cost may never import torch"),
+        ("core.py", "import numpy as np", "core loads nothing beyond the standard library"),
+        ("core.py", "class A:\n    import torch", "core loads nothing beyond the standard library"),
+        ("core.py", LAZY + "from foveate import families", "core may not import families at call"),
+        ("spec.py", "import foveate.methods.fopru", "spec may not import methods at load"),
+        ("spec.py", "from foveate.methods import fopru", "spec may not import methods at load"),
+        ("scenes/recipe.py", "import matplotlib.pyplot", "scenes may not import matplotlib"),
+        ("scenes/recipe.py", "from foveate.methods import names", "scenes may not import registry at load"),
+        ("runtime/probe.py", GUARDED, "runtime may not import prune at load"),
+        ("helpers.py", "", "'helpers' is no room of the house"),
+    ],
+)
+def test_a_wrong_import_is_refused(module: str, text: str, complaint: str) -> None:
+    found = refusals(Path(module), text)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("core.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from torch import Tensor"),
+        ("core.py", LAZY + "from foveate.spec import format"),
+        ("spec.py", "from foveate import methods\nfrom foveate.methods import get"),
+        ("methods/learned.py", "import torch\n" + LAZY + "from foveate.ops import scores"),
+        ("cli/run.py", "import foveate\nfrom foveate import prune"),
+    ],
+)
+def test_a_right_import_is_let_through(module: str, text: str) -> None:
+    assert refusals(Path(module), text) == []
+
+
+@pytest.mark.parametrize("module", ["foveate", "foveate.core", "foveate.spec", "foveate.cost", "foveate.cli"])
+def test_heavy_packages_wait_until_they_are_needed(module: str) -> None:
+    heavy = "torch transformers numpy PIL matplotlib safetensors"
+    code = f"import sys, {module}; print(*sorted(sys.modules.keys() & set('{heavy}'.split())))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -1,0 +1,77 @@
+"""What a user installs: a wheel that holds the data beside the code, and versions that are pinned for `make`."""
+
+from __future__ import annotations
+
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+INSTALLED_BY_MAKE = ("dev", "draw")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("dist")
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    return zipfile.ZipFile(built)
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
+    source = ROOT / "src"
+    caches = ("__pycache__", ".ruff_cache", ".mypy_cache")
+    files = [path for path in source.rglob("*") if path.is_file() and not set(caches) & set(path.parts)]
+    wanted = {path.relative_to(source).as_posix() for path in files}
+    assert {"foveate/py.typed", "foveate/scenes/checkpoint/model.safetensors"} <= wanted
+    held = set(wheel.namelist())
+    assert wanted - held == set()
+    assert {name.split("/")[0] for name in held} == {"foveate", f"foveate-{PROJECT['version']}.dist-info"}
+
+
+def test_the_wheel_carries_the_licences_and_the_command(wheel: zipfile.ZipFile) -> None:
+    info = f"foveate-{PROJECT['version']}.dist-info"
+    names = {Path(name).name for name in wheel.namelist() if name.startswith(f"{info}/licenses/")}
+    assert {"LICENSE", "NOTICE", "OFL.txt", "DEJAVU-LICENSE.txt"} <= names
+    assert "foveate = foveate.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+
+
+def test_the_version_is_written_once() -> None:
+    import foveate
+
+    assert foveate.__version__ == PROJECT["version"]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in requirements}
+
+
+def direct() -> list[Requirement]:
+    extras = [text for extra in INSTALLED_BY_MAKE for text in PROJECT["optional-dependencies"][extra]]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras]]
+
+
+@pytest.mark.parametrize("requirement", direct(), ids=lambda requirement: requirement.name)
+def test_a_dependency_is_pinned_inside_its_range(requirement: Requirement) -> None:
+    assert pins().get(canonicalize_name(requirement.name), "no pin") in requirement.specifier
+
+
+def test_what_a_pinned_package_needs_is_pinned_too() -> None:
+    pinned = pins()
+    for name in pinned.keys() - {"torch"}:  # what torch needs depends on the build
+        for text in metadata.requires(name) or ():
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(needed.name) in pinned, f"{name} needs {needed.name}"
+
+
+def test_pins_are_exact_and_fit_every_machine() -> None:
+    assert all(version and version[0].isdigit() and "+" not in version for version in pins().values())
