@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from foveate.core import FoveateError, Keep, Method, Signals
+from foveate.core import FoveateError, Keep, Method, Signals, check_keep
+from foveate.prune import prune
 
 
 def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processor: Any = None) -> Method:
@@ -20,26 +20,36 @@ def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processo
         The fitted method.
 
     Raises:
-        FoveateError: the method has nothing to fit, no picture was given, or the target is out of reach.
+        FoveateError: the method has nothing to fit or cannot run on this model, no picture was given, or the target is
+            out of reach.
     """
     fit = getattr(method, "calibrate", None)
     if fit is None:
         raise FoveateError(f"{method} has nothing to calibrate; image_text_interaction has its alpha")
-    collected = [_signals(model, method, pixels) for pixels in _batches(images, processor)]
-    if not collected:
+    check_keep(target, "target")
+    prune(model, method)  # installs nothing; refuses what the model cannot serve
+    batches = _batches(images, processor)
+    if not batches:
         raise FoveateError("calibration needs at least one picture")
-    fitted: Method = fit(collected, target)
+    # The method checks its own fields before it asks for the first picture.
+    fitted: Method = fit((_signals(model, method, pixels) for pixels in batches), target)
     return fitted
 
 
-def _batches(images: Any, processor: Any) -> Iterable[Any]:
+def _batches(images: Any, processor: Any) -> list[Any]:
     from torch import Tensor
 
-    if isinstance(images, Tensor):
-        return [images]
-    given = list(images)
-    if all(isinstance(one, Tensor) for one in given):
-        return given
+    given = [images] if isinstance(images, Tensor) else list(images)
+    tensors = [one for one in given if isinstance(one, Tensor)]
+    for pixels in tensors:
+        if pixels.ndim != 4:
+            raise FoveateError(
+                f"pixel values have shape {tuple(pixels.shape)}; a batch of (B, C, height, width) is needed"
+            )
+    if len(tensors) == len(given):
+        return [pixels for pixels in given if pixels.shape[0]]
+    if tensors:
+        raise FoveateError(f"{len(tensors)} of {len(given)} pictures are pixel values; give one kind")
     if processor is None:
         raise FoveateError("pictures that are no pixel values need processor=, the model's own")
     return [processor.image_processor(image, return_tensors="pt")["pixel_values"] for image in given]
@@ -50,18 +60,10 @@ def _signals(model: Any, method: Method, pixels: Any) -> Signals:
     import torch
 
     from foveate.families import family_of
-    from foveate.runtime.probe import Probe
+    from foveate.runtime.observe import observe
 
-    family = family_of(model)
-    first = method.parts()[0]
-    probe = Probe(model, family, first.needs)
-    probe.install()
-    try:
-        with torch.no_grad():
-            model.base_model.get_image_features(pixels.to(model.device, model.dtype))
-        blocks = probe.take()
-    finally:
-        probe.remove()
-    tokens = family.grid(model.config)[0] * family.grid(model.config)[1]
+    blocks = observe(model, pixels, method.parts()[0].needs)
+    grid = family_of(model).grid(model.config)
+    tokens = grid[0] * grid[1]
     index = torch.arange(tokens, device=model.device).expand(pixels.shape[0], -1)
-    return Signals(original=tokens, index=index, grid=family.grid(model.config), tower=blocks)
+    return Signals(original=tokens, index=index, grid=grid, tower=blocks)

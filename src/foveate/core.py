@@ -272,8 +272,8 @@ class Method:
         """Signals this method reads; a plain class attribute in methods whose needs do not depend on their fields."""
         return ()
 
-    def select(self, signals: Signals) -> Selection:
-        """Decide which of the tokens stay."""
+    def select(self, signals: Signals) -> Selection | CacheSelection:
+        """Decide which of the tokens stay; a CacheSelection at site `cache`, a Selection elsewhere."""
         raise NotImplementedError(f"{type(self).__name__} has no select()")
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
@@ -324,7 +324,7 @@ class Scorer(Method):
         from foveate.ops.subsets import top_k
 
         kept = top_k(self.score(signals), tokens_to_keep(self.keep, signals.original, signals.shape[1]))
-        return Selection([row[chosen] for row, chosen in zip(signals.index, kept, strict=True)])
+        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,12 +394,16 @@ class ImageRecord:
     @property
     def kept(self) -> Tensor:
         """(K,) original indices left after the last stage."""
-        return self.stages[-1].kept
+        if self.stages:
+            return self.stages[-1].kept
+        import torch
+
+        return torch.arange(self.original)
 
     @property
     def extra(self) -> Tensor | None:
         """(K,) bool over `kept`: tokens that are not to be drawn."""
-        return self.stages[-1].extra
+        return self.stages[-1].extra if self.stages else None
 
 
 @dataclass(frozen=True, eq=False)

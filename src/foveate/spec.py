@@ -50,7 +50,7 @@ def format(what: Method | Sequence[Method]) -> str:
     for field in dataclasses.fields(what):
         value = getattr(what, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if not field.init or (field.name != "keep" and _same(value, default)):
+        if not field.init or ((field.name != "keep" or value is None) and _same(value, default)):
             continue
         fields.append(f"{field.name}={_write(value)}")
     name = methods.name_of(what)

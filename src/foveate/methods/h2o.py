@@ -49,7 +49,7 @@ class H2O(Method):
         """Empty: no token leaves before the cache, whose budget is `budget`."""
         return ()
 
-    def select(self, signals: Signals) -> CacheSelection:  # type: ignore[override]
+    def select(self, signals: Signals) -> CacheSelection:
         """What stays of one layer's cache. Entries stand in order of age, none of them is padding."""
         cache = signals.cache
         assert cache is not None and cache.scores is not None and cache.age is not None

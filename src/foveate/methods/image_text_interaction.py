@@ -95,14 +95,14 @@ class ImageTextInteraction(Method):
 
     def select(self, signals: Signals) -> Selection:
         """The first part's."""
-        similarity = self._similarity(signals)
+        similarity = self.similarity(signals)
         left = signals.shape[1]
         if self.keep is None:
             counts = [_count(split, left, self.alpha) for split in long_tail_split(similarity)]
         else:
             counts = [tokens_to_keep(self.keep, signals.original, left)] * len(similarity)
         rows = zip(signals.index, descending(similarity), counts, strict=True)
-        return Selection([index[order[:count].sort().values] for index, order, count in rows])
+        return Selection([index[order[:count]].sort().values for index, order, count in rows])
 
     def calibrate(self, signals: Signals | Iterable[Signals], target: Keep) -> ImageTextInteraction:
         """The same method with the alpha whose average count over these images is nearest to `target`.
@@ -128,13 +128,14 @@ class ImageTextInteraction(Method):
         wanted = target * most if isinstance(target, float) else target
         if wanted > most:
             raise FoveateError(f"target={target} is above the {most:g} tokens that these images have on average")
-        splits = [split for batch in batches for split in long_tail_split(self._similarity(batch))]
+        splits = [split for batch in batches for split in long_tail_split(self.similarity(batch))]
         curves = Counter(zip(splits, tokens, strict=True))
         if all(split == length for split, length in curves):
             return self
         return dataclasses.replace(self, alpha=_nearest_alpha(curves, wanted))
 
-    def _similarity(self, signals: Signals) -> Tensor:
+    def similarity(self, signals: Signals) -> Tensor:
+        """The similarity of each patch to CLS (equation 1) in the encoder block that is read: (B, N), sums to 1."""
         block: Block = signals.tower[self._block()]
         assert block.hidden is not None and block.cls is not None
         return cls_similarity(block.hidden, block.cls)

@@ -45,5 +45,4 @@ class Pool(Method):
         weights = torch.nn.functional.one_hot(cell, kept).T.float()
         weights = weights / weights.sum(dim=-1, keepdim=True)
         pooled = torch.einsum("kn,bnd->bkd", weights, signals.features.float()).to(signals.features.dtype)
-        order = centres.argsort()  # centres of uneven bands may leave raster order
-        return Selection([row[centres[order]] for row in signals.index], features=[rows[order] for rows in pooled])
+        return Selection([row[centres] for row in signals.index], features=list(pooled))

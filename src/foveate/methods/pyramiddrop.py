@@ -54,4 +54,4 @@ class PyramidDrop(Method):
             signals.decoder.next_query.float().mean(dim=1),
             tokens_to_keep(counts[signals.stage], signals.original, signals.shape[1]),
         )
-        return Selection([row[chosen] for row, chosen in zip(signals.index, kept, strict=True)])
+        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])

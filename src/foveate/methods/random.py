@@ -39,4 +39,4 @@ class Random(Method):
         tokens = signals.shape[1]
         kept = tokens_to_keep(self.keep, signals.original, tokens)
         chosen = random_subset(tokens, kept, self.seed, signals.index.device)
-        return Selection([row[chosen] for row in signals.index])
+        return Selection([row[chosen].sort().values for row in signals.index])

@@ -65,7 +65,7 @@ class SnapKV(Method):
         """Empty: no token leaves before the cache, whose budget is `budget`."""
         return ()
 
-    def select(self, signals: Signals) -> CacheSelection:  # type: ignore[override]
+    def select(self, signals: Signals) -> CacheSelection:
         """What stays of one layer's cache. Entries stand in order of age, none of them is padding."""
         cache = signals.cache
         assert cache is not None and cache.keys is not None and cache.window_queries is not None

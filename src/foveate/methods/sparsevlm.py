@@ -91,8 +91,8 @@ class SparseVLM(Method):
         kept = tokens_to_keep(counts[signals.stage], signals.original, left)
         order = descending(rated(signals.decoder.text_query, self._raters(signals)))
         if not self.recycle or kept == left:
-            chosen = order[:, :kept].sort(dim=-1).values
-            return Selection([row[places] for row, places in zip(signals.index, chosen, strict=True)])
+            best = zip(signals.index, order[:, :kept], strict=True)
+            return Selection([row[places].sort().values for row, places in best])
         assert signals.decoder.hidden is not None
         rows = zip(order, signals.decoder.hidden, signals.index, strict=True)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + signals.original) % 2**63)

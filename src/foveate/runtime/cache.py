@@ -52,11 +52,14 @@ class Group:
         """(R, ...) bool: entries that are no padding when layer 0 holds `length`."""
         return torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], length - self.reach)], dim=1)
 
-    def fill(self, width: int) -> None:
-        """Note what each of the `width` slots of a static cache stands for."""
+    def fill(self, width: int, longest: int) -> None:
+        """Note what each of the `width` slots of a static cache stands for, where layer 0 has `longest` of them."""
         if self.static is None:
-            self.static = self.columns(self.reach + width - self.kept.shape[1])
-            self.blocked = ~self.valid_columns(self.reach + width - self.kept.shape[1])
+            length = self.reach + width - self.kept.shape[1]
+            columns = self.columns(length)
+            # After a second prompt that lost tokens a deep layer has slots to spare, which never come to use.
+            self.static = columns.clamp(max=longest - 1)
+            self.blocked = ~self.valid_columns(length) | (columns >= longest)
 
     def select_rows(self, rows: Tensor) -> None:
         """Follow a re-ordering, repetition or selection of the cache's rows."""
@@ -64,18 +67,22 @@ class Group:
         self.static = None if self.static is None else self.static[rows]
         self.blocked = None if self.blocked is None else self.blocked[rows]
 
-    def crop(self, length: int) -> None:
-        """Follow a cut of layer 0 to its first `length` entries."""
+    def check_crop(self, length: int) -> None:
+        """Refuse a cut of layer 0 to `length` entries that this group cannot follow."""
         removed = self.reach - length
-        if removed <= 0:
-            return
         entries = self.kept.shape[1] - removed
-        if entries < 1 or bool((self.kept[:, -1] - self.kept[:, entries - 1] != removed).any()):
+        if removed > 0 and (entries < 1 or bool((self.kept[:, -1] - self.kept[:, entries - 1] != removed).any())):
             raise FoveateError(
                 f"crop removes {removed} prompt entries and cuts through visual tokens that layer {self.first} has "
                 "dropped; crop only text that follows the image, or reset() the cache"
             )
-        self.kept, self.valid, self.reach = self.kept[:, :entries], self.valid[:, :entries], length
+
+    def crop(self, length: int) -> None:
+        """Follow a cut of layer 0 to its first `length` entries."""
+        removed = self.reach - length
+        if removed > 0:
+            entries = self.kept.shape[1] - removed
+            self.kept, self.valid, self.reach = self.kept[:, :entries], self.valid[:, :entries], length
 
 
 @dataclass(eq=False)
@@ -172,17 +179,20 @@ class Timeline:
         Raises:
             FoveateError: the cut goes through pruned tokens, where rows would end at different places.
         """
+        removed = self.entries - entries
+        for group in self.groups:  # nothing is cut before all can be
+            group.check_crop(entries)
+        if removed > 0:
+            places = torch.arange(self.length - removed, self.length, device=self.kept.device)
+            if entries < 1 or bool((self.kept[:, entries:] != places).any()):
+                raise FoveateError(
+                    f"crop removes {removed} of the {self.entries} prompt entries and cuts through pruned visual "
+                    "tokens; crop only text that follows the image, or reset() the cache"
+                )
         for group in self.groups:
             group.crop(entries)
-        removed = self.entries - entries
         if removed <= 0:
             return
-        cut = entries < 1 or bool((self.kept[:, entries - 1] != self.length - 1 - removed).any())
-        if cut or bool((self.kept[:, -1] != self.length - 1).any()):
-            raise FoveateError(
-                f"crop removes {removed} of the {self.entries} prompt entries and cuts through pruned visual tokens; "
-                "crop only text that follows the image, or reset() the cache"
-            )
         self.kept, self.valid = self.kept[:, :entries], self.valid[:, :entries]
         self.length -= removed
         self.next_position = self.next_position - removed
@@ -259,8 +269,18 @@ class _Timelined(Cache):
         if self.timeline is not None and self.timeline.evicting and tokens_to_remove:
             raise FoveateError("entries have been evicted from this cache, so it cannot be cropped; reset() it instead")
         if self.timeline is not None and tokens_to_remove < 0:
+            self._check_windows()
             self.timeline.crop(int(self.get_seq_length()) + tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def _check_windows(self) -> None:
+        for number, layer in enumerate(self.layers):
+            window = getattr(layer, "sliding_window", None)
+            if window and layer.get_seq_length() >= window and not getattr(layer, "record_past", False):
+                raise FoveateError(
+                    f"layer {number} slides and has forgotten all but {window - 1} entries, so that nothing stands "
+                    "where a crop would end; reset() the cache instead"
+                )
 
     def reset(self) -> None:
         super().reset()

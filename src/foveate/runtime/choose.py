@@ -34,9 +34,10 @@ class Image:
     features: Tensor  # (K, D), rows of `index`
     grid: Grid | None
     index: Tensor = field(init=False)  # (K,) original indices
+    stream: Tensor | None = None  # (K, E) inside encoder or decoder: the block's own hidden states, rows of `index`
     extra: Tensor | None = None  # (K,) bool
     whole: bool = True  # no stage has acted yet
-    merged: bool = False  # its features are no longer those it came with
+    merged: bool = False  # its features, or inside a model its stream, are no longer those it came with
     adapted: bool = False  # an adaptive stage has acted
     stages: list[StageRecord] = field(default_factory=list)
     encoded: list[int] | None = None  # patches that each encoder block ran on; None where that is all of them
@@ -91,10 +92,14 @@ def choose(
 
 
 def _groups(images: Sequence[Image]) -> list[list[int]]:
-    """Numbers of the images that share original count, present count and grid: one Signals each."""
+    """Numbers of the images that share original count, grid and what each stage left: one Signals each.
+
+    Images that parted at one stage stay apart, even where a later one leaves as many of both: they have other memories.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, image in enumerate(images):
-        key = (image.original, image.index.numel(), image.grid, image.whole)
+        history = tuple(stage.after for stage in image.stages)
+        key = (image.original, image.index.numel(), history, image.grid, image.whole)
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
@@ -127,6 +132,8 @@ def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources:
     signals = _signals(part, group, numbers, sources)
     selection = part.select(signals)
     name = format_spec(part)
+    if not isinstance(selection, Selection):
+        raise FoveateError(f"{name} answered with {type(selection).__name__} where a Selection is needed")
     selection.check(signals.original, len(group), name)
     for place, image in enumerate(group):
         _apply(name, part, selection, place, image, sources)
@@ -200,13 +207,13 @@ def _apply(
 ) -> None:
     kept = selection.indices[place].to(image.index.device)
     before = image.index.numel()
-    if selection.features is None:
+    if sources.at is not None:
+        _apply_stream(name, selection, place, kept, image)
+    elif selection.features is None:
         image.features = image.features[_positions(name, kept, image)]
     else:
         features = selection.features[place]
         if selection.space == "encoded":
-            if sources.at is not None:
-                raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
             if sources.project is None:
                 raise FoveateError(
                     f"{name} returns encoded tokens, but this family's projector merges neighbours and cannot map "
@@ -220,6 +227,19 @@ def _apply(
     image.whole = image.whole and kept.numel() == image.original and selection.ordered
     layer = None if sources.at is None else sources.at.layer
     image.stages.append(StageRecord(name, part.site, layer, before, kept.numel(), kept.detach().cpu(), image.extra))
+
+
+def _apply_stream(name: str, selection: Selection, place: int, kept: Tensor, image: Image) -> None:
+    """Inside encoder or decoder: every kept token is one of the block's, with its own hidden state or a new one."""
+    assert image.stream is not None
+    if selection.features is not None and selection.space == "encoded":
+        raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
+    positions = _positions(name, kept, image)
+    image.features = image.features[positions]
+    if selection.features is None:
+        image.stream = image.stream[positions]
+    else:
+        image.stream, image.merged = selection.features[place].to(image.stream.dtype), True
 
 
 def _positions(name: str, kept: Tensor, image: Image) -> Tensor:

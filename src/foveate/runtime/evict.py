@@ -26,7 +26,8 @@ class _Heard:
     """What one layer's attention showed in this call."""
 
     received: Tensor | None = None  # (R, Hkv, L) sums over the call's queries
-    queries: Tensor | None = None  # (R, H, Q, d)
+    queries: Tensor | None = None  # (R, H, Q, d), those of padding first
+    asking: list[int] | None = None  # of each row, how many of them are no padding; None where all are
 
 
 @dataclass(eq=False)
@@ -99,6 +100,10 @@ class Evictor:
         heard = self._heard[number] = _Heard()
         if "cache.window_queries" in self.part.needs:
             heard.queries = queries
+            if self._counted is not None:
+                order = torch.argsort(self._counted.long(), dim=1, stable=True)[:, None, :, None]
+                heard.queries = queries.gather(2, order.expand(-1, queries.shape[1], -1, queries.shape[-1]))
+                heard.asking = self._counted.sum(dim=1).tolist()
         if "cache.scores" in self.part.needs:
             if softcap:
                 raise FoveateError(f"{format_spec(self.part)} cannot score a decoder that caps its attention logits")
@@ -150,16 +155,17 @@ class Evictor:
         if not held.whole:
             self._compact(layer, held)
         counts, prompts = held.valid.sum(dim=1).tolist(), held.prompt.tolist()
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, key in enumerate(zip(counts, prompts, strict=True)):
+        asking = heard.asking or [0 if heard.queries is None else heard.queries.shape[2]] * len(counts)
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for row, key in enumerate(zip(counts, prompts, asking, strict=True)):
             groups.setdefault(key, []).append(row)
         chosen: dict[int, Tensor] = {}
-        for (count, prompt), rows in groups.items():
-            positions = self._select(layer, held, heard, rows, count, prompt)
+        for (count, prompt, asked), rows in groups.items():
+            positions = self._select(layer, held, heard, rows, count, prompt, asked)
             for place, row in enumerate(rows):
                 chosen[row] = positions[place]
         longest = max(slots.shape[-1] for slots in chosen.values())
-        if longest == held.ages.shape[2]:
+        if longest == held.ages.shape[2] and all(chosen[row].shape[-1] == count for row, count in enumerate(counts)):
             return
         slots = [
             torch.nn.functional.pad(chosen[row], (longest - chosen[row].shape[-1], 0)) for row in range(len(chosen))
@@ -168,11 +174,16 @@ class Evictor:
         filled = torch.arange(longest, device=kept.device) >= longest - kept[:, None]
         self._take(layer, held, torch.stack(slots), filled)
 
-    def _select(self, layer: Any, held: Held, heard: _Heard, rows: list[int], count: int, prompt: int) -> Tensor:
+    def _select(
+        self, layer: Any, held: Held, heard: _Heard, rows: list[int], count: int, prompt: int, asking: int
+    ) -> Tensor:
         """(B, Hkv, K) slots that stay in rows that hold `count` entries each, all at the end of their row."""
         total = held.ages.shape[2]
         ages = held.ages[rows, :, total - count :]
-        window = None if heard.queries is None else heard.queries[rows, :, -getattr(self.part, "window", 1) :]
+        window = None
+        if heard.queries is not None:  # a later prompt may be shorter than the window
+            first = heard.queries.shape[2] - min(asking, getattr(self.part, "window", 1))
+            window = heard.queries[rows, :, first:]
         block = CacheBlock(
             scores=None if held.scores is None else held.scores[rows, :, total - count :],
             age=ages,

@@ -163,6 +163,7 @@ class Handle:
         if self._run is not None:
             return self._stock["generate"](*arguments, **options)
         try:
+            self._finish()  # pictures may have been encoded by hand
             bound = inspect.signature(self._stock["generate"]).bind_partial(*arguments, **options).arguments
             given = {**bound, **bound.pop("kwargs", {})}
             self._check_generate(given)
@@ -179,14 +180,14 @@ class Handle:
         """A shortened prompt is about to enter the decoder: note it, and get ready for the stages inside."""
         if shortened.record is None:
             return
+        if self._stages and shortened.timeline.held:
+            raise FoveateError(
+                f"{format_spec(self._stages[0].part)} cannot follow a new image into a cache that "
+                f"{format_spec(self._evictor.part) if self._evictor else 'another method'} has evicted from; start "
+                "with a new cache"
+            )
         self.trace.add(shortened.record())
         if self._stages:
-            if shortened.timeline.held:
-                raise FoveateError(
-                    f"{format_spec(self._stages[0].part)} cannot follow a new image into a cache that "
-                    f"{format_spec(self._evictor.part) if self._evictor else 'another method'} has evicted from; start "
-                    "with a new cache"
-                )
             self._descent = Descent(
                 stages=list(self._stages),
                 images=shortened.images,
@@ -305,6 +306,7 @@ class Handle:
             self._claim()
         if self._run is not None:
             return self._generate_step(arguments, options)
+        self._finish()  # pictures may have been encoded by hand
         bound = inspect.signature(type(model).forward).bind_partial(model, *arguments, **options).arguments
         given = {**bound, **bound.pop("kwargs", {})}
         given.pop("self")

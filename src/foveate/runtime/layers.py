@@ -62,6 +62,7 @@ class Descent:
     rows: Tensor | None = None  # (R, n) new tokens of layer 0 that are still there; None while all are
     valid: Tensor | None = None  # (R, n)
     prompt_valid: Tensor = field(init=False)  # (R, S')
+    behind: tuple[Tensor | None, Tensor | None] = (None, None)  # rows and valid as the block behind ran on them
     _shared: dict[Any, Any] = field(default_factory=dict)  # what layers of one group share
 
     def __post_init__(self) -> None:
@@ -72,7 +73,10 @@ class Descent:
 
     def before_layer(self, number: int, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What layer `number` gets to see in place of what the model hands it. (R, n, D) in, (R, n', D) out."""
+        self.behind = (self.rows, self.valid)
         while self.stages and self.stages[0].depth == number:
+            if self.earlier:  # a stage may look ahead, by what this layer held before and what has come this far
+                self._note_group(number)
             self.stopwatches.append(Stopwatch(hidden.device))
             with self.stopwatches[-1]:
                 hidden = self._run(self.stages.pop(0), number, hidden, options)
@@ -85,12 +89,19 @@ class Descent:
         return hidden, options
 
     def scatter(self, hidden: Tensor) -> Tensor:
-        """The decoder's output back in layer-0 places, zero where tokens were dropped. (R, n, D) -> (R, S', D)."""
+        """The decoder's output back in layer-0 places. (R, n, D) -> (R, S', D).
+
+        At the place of a token that left stands the output of the last one before it that stayed, because that one
+        speaks next: what follows a picture is predicted even where the picture's last token has left. Zero where none
+        is before it.
+        """
         if self.rows is None or self.valid is None:
             return hidden
-        full = hidden.new_zeros(*self.prompt_valid.shape, hidden.shape[-1])
-        # Re-padding points at places that were dropped: what is written there is zero.
-        return full.scatter(1, self.rows[..., None].expand_as(hidden), hidden * self.valid[..., None].to(hidden.dtype))
+        numbers = torch.arange(hidden.shape[1], device=hidden.device).where(self.valid, -1)
+        # Re-padding points at places that were dropped: what is written there counts for nothing.
+        last = torch.full(self.prompt_valid.shape, -1, device=hidden.device).scatter(1, self.rows, numbers)
+        last = last.cummax(dim=1).values
+        return _take(hidden, last.clamp(min=0)) * (last >= 0)[..., None].to(hidden.dtype)
 
     # -- choosing -------------------------------------------------------------------------------------------------
 
@@ -98,7 +109,7 @@ class Descent:
         view = _View(self, stage, number, hidden, options)
         self.probe.close(stage.depth - 1)
         for image, place in zip(self.images, view.places, strict=True):
-            image.features, image.merged = hidden[image.row * self.repeats, place], False
+            image.stream, image.merged = hidden[image.row * self.repeats, place], False
         before = [image.index for image in self.images]
         choose(
             [stage.part],
@@ -121,9 +132,12 @@ class Descent:
         for image, place, index in zip(self.images, places, before, strict=True):
             if image.merged:
                 at = place[_inverse(index, torch.ones_like(index, dtype=torch.bool))[image.index]]
-                hidden[image.row * self.repeats : (image.row + 1) * self.repeats, at] = image.features
+                assert image.stream is not None
+                hidden[image.row * self.repeats : (image.row + 1) * self.repeats, at] = image.stream
         if bool(stays.all()):
             return hidden
+        # Padding leaves as well: a short row must not keep the batch as long as it was.
+        stays &= self.valid if self.valid is not None else self.prompt_valid
         chosen, filled = _right_aligned(stays)
         old_rows = self.rows if self.rows is not None else torch.arange(hidden.shape[1], device=hidden.device)
         old_rows = old_rows.expand(hidden.shape[0], -1)
@@ -180,7 +194,7 @@ class Descent:
             )
         width = fit_static_layer(options.get("past_key_values"), number, group.reach - group.kept.shape[1])
         if width is not None:
-            group.fill(width)
+            group.fill(width, options["past_key_values"].layers[0].max_cache_len)
         options["attention_mask"] = self._once(
             ("mask", id(mask), id(group), window, width),
             (mask, group),
@@ -243,10 +257,11 @@ class _View:
             fields["text_normed"] = self.descent.norm(_take(hidden, words))
         seen = self.descent.probe.seen(self.stage.depth - 1)
         if seen is not None:
-            fields.update(seen.signals(needs, rows, visual, words, self._last(rows)))
+            places = [self._as_seen(rows, one) for one in (visual, words)]
+            fields.update(seen.signals(needs, rows, *places, self._last(rows, self.descent.behind[1])))
         if "next_query" in needs:
-            ahead = self._look_ahead()
-            fields["next_query"] = ahead.signals({"last_query"}, rows, visual, words, self._last(rows))["last_query"]
+            last = self._last(rows, self.descent.valid)
+            fields["next_query"] = self._look_ahead().signals({"last_query"}, rows, visual, words, last)["last_query"]
         return Block(**fields)
 
     def _look_ahead(self) -> Seen:
@@ -256,9 +271,22 @@ class _View:
             options = descent.narrow(self.number, options)
         return descent.probe.look_ahead(self.number, self.hidden, options)
 
-    def _last(self, rows: Tensor) -> Tensor:
+    def _as_seen(self, rows: Tensor, places: Tensor) -> Tensor:
+        """(B, P) places in the current rows, as places in the rows of the block behind: a stage of this depth may
+        have shortened them since."""
+        descent = self.descent
+        before, valid = descent.behind
+        if descent.rows is None or descent.rows is before:
+            return places
+        columns = descent.rows[rows].gather(1, places)
+        if before is None or valid is None:
+            return columns
+        found = [_inverse(before[row], valid[row])[one] for row, one in zip(rows, columns, strict=True)]
+        return torch.stack(found).clamp(min=0)  # what fills up short texts may stand for nothing
+
+    def _last(self, rows: Tensor, valid: Tensor | None) -> Tensor:
         """(B,) place of the last token of each row that is no padding."""
-        valid = self.descent.valid if self.descent.valid is not None else self.descent.prompt_valid
+        valid = self.descent.prompt_valid if valid is None else valid
         places = torch.arange(valid.shape[1], device=valid.device)
         return places.where(valid[rows], -1).amax(dim=1)
 
@@ -380,7 +408,11 @@ def _static_mask(group: Group, cache: Any, mask: Tensor | None) -> Tensor:
 
 def window_of(layer: nn.Module) -> int | None:
     """The sliding window of a decoder layer's attention; None where it sees everything."""
-    window = getattr(getattr(layer, "self_attn", None), "sliding_window", None)
+    attention: Any = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    # Most decoders write the window on each attention; Mistral reads it from the configuration of all of them.
+    by_config = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", by_config)
     return int(window) if window else None
 
 

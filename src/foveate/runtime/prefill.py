@@ -24,6 +24,7 @@ from foveate.runtime.shorten import Plan, Side, find_images, padding_side, plan
 from foveate.runtime.tower import Encoded, TowerStages
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_OF_ENCODER = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
 @dataclass(eq=False)
@@ -92,8 +93,16 @@ class Prefill:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
 
         Raises:
-            FoveateError: pictures without placeholders, placeholders without pictures, or neither.
+            FoveateError: pictures without placeholders, placeholders without pictures, or neither; another encoder
+                block than the configuration's.
         """
+        for name in _OF_ENCODER:
+            asked, stated = given.get(name), getattr(self.model.config, name, None)
+            if asked is not None and asked != stated:
+                raise FoveateError(
+                    f"{name}={asked!r} differs from the configuration's {stated!r}, by which this handle was made; set "
+                    f"model.config.{name} before prune()"
+                )
         placeholders = int((ids == self.image_token).sum())
         pictures = given.get("pixel_values") is not None
         if timeline_of(cache) is not None:
@@ -159,7 +168,9 @@ class Prefill:
         options.update(self._aligned(options, shortened.plan, new))
         options["attention_mask"] = valid.long()
         if options.get("labels") is not None:
-            options["labels"] = shortened.plan.gather(options["labels"], -100)
+            labels = shortened.plan.gather(options["labels"], -100)
+            # Padding would be made to predict the first token of a row that is padded anew.
+            options["labels"] = labels.masked_fill(shortened.plan.behind_padding, -100)
         shortened.ids = options["input_ids"] = shortened.plan.gather(ids, self._pad_id())
         if encoded is not None:
             options["mm_encoder_outputs"] = shortened.repeat_encoded(1)
@@ -248,7 +259,7 @@ class Prefill:
             prompt=prompt,
             entries=new.entries,
             earlier=[] if new.timeline is None else new.timeline.groups,
-            stopwatches=[stopwatch, *([self.encoded.stopwatch] if self.encoded is not None else [])],
+            stopwatches=[stopwatch, *([] if self.encoded is None else self.encoded.stopwatches)],
             record=None,
             encoded=encoded,
             repeats=repeats,
@@ -281,12 +292,11 @@ class Prefill:
         counts = [image.original for image in left.images]
         features = [left.features(number, rows) for number, rows in enumerate(features)]
         images = find_images(ids, self.image_token, features, grid, counts)
-        for image, inside, lengths in zip(images, left.images, left.lengths, strict=True):
+        for number, (image, inside) in enumerate(zip(images, left.images, strict=True)):
             image.index, image.whole, image.adapted = inside.index, inside.whole, inside.adapted
-            image.extra, image.stages, image.encoded = inside.extra, list(inside.stages), lengths
+            image.extra, image.stages, image.encoded = inside.extra, list(inside.stages), left.lengths(number)
         numbers = self.probe.numbers()
-        first = self.stages.first_depth
-        return images, {name: left.full(block, first, numbers[name]) for name, block in blocks.items()}
+        return images, {name: left.full(block, numbers[name]) for name, block in blocks.items()}
 
     def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
         kept, valid = made.index + new.reached, made.valid
@@ -330,7 +340,7 @@ class Prefill:
         """Any id but the placeholder's: padding is masked, but placeholders are counted."""
         pad = getattr(text_config(self.model), "pad_token_id", None)
         pad = 0 if pad is None or pad < 0 else int(pad)
-        return pad if pad != self.image_token else pad + 1
+        return pad if pad != self.image_token else int(self.image_token == 0)
 
 
 def text_config(model: Any) -> Any:

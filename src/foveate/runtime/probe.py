@@ -104,13 +104,23 @@ class Watch:
 
     def take(self) -> Block:
         """What was seen since the last call, images along the first axis, and forget it."""
-        taken = {name: torch.cat(values) for name, values in self.seen.items() if values}
+        taken = {name: _joined(values) for name, values in self.seen.items() if values}
         self.seen = {name: [] for name in self.fields}
         return Block(**taken)
 
     def latest(self) -> Block:
         """What was seen in the latest encoding."""
         return Block(**{name: values[-1] for name, values in self.seen.items() if values})
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    """One batch of what several encodings showed, padded to the one in which most tokens were left."""
+    longest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    joined = []
+    for value in values:
+        missing = [most - size for most, size in zip(longest, value.shape[1:], strict=True)]
+        joined.append(nn.functional.pad(value, [side for most in reversed(missing) for side in (0, most)]))
+    return torch.cat(joined)
 
 
 def _valid_keys(mask: Tensor, batch: int) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core import FoveateError, Grid
 from foveate.runtime.choose import Image
@@ -36,6 +36,12 @@ class Plan:
         if times == 1:
             return self
         return Plan(*(part.repeat_interleave(times, dim=0) for part in (self.index, self.filled, self.valid)))
+
+    @property
+    def behind_padding(self) -> Tensor:
+        """(B, S') bool, the first column of each row behind re-padding."""
+        before = nn.functional.pad(self.filled, (1, -1), value=True)
+        return self.filled & ~before
 
     @property
     def original(self) -> Tensor:

@@ -39,7 +39,7 @@ def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
         FoveateError: naming the signal, and the methods that work on this model.
     """
     family = family_of(model)
-    _, tower = family.tower_of(model)
+    encoder, tower = family.tower_of(model)
     if family.check is not None:
         family.check(model.config, tower)
     ModelShape.from_config(model.config)  # what a trace counts must be known before work starts
@@ -54,6 +54,8 @@ def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
                 f"{name} needs {', '.join(missing)}, which {family.name} with {tower.type} does not have; methods that "
                 f"work: {', '.join(working_methods(tower))}"
             )
+        if part.site == "tower":
+            part.depths(len(tower.blocks_of(encoder)))  # a method says itself what it cannot do with so many
         if part.site == "layer":
             check_depths(part.depths(layers), layers, name)
     if sum(part.site == "cache" for part in parts) > 1:
@@ -72,7 +74,9 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
             continue
         if room == "cache" and part.site == "cache" and field in _CACHE:
             continue
-        if room != "tower" and need not in _GIVEN:
+        if room != "tower" and part.site == "tower":
+            missing.append(f"{need} inside the encoder")
+        elif room != "tower" and need not in _GIVEN:
             missing.append(need)
     return missing
 

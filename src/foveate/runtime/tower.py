@@ -5,7 +5,6 @@ Shapes: B images, N patches before any stage, K of them left (padded to the long
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from foveate.core import Block, FoveateError, Method
 from foveate.families import Family
 from foveate.runtime.choose import TOKEN_AXIS, Depth, Image, Prompt, choose
-from foveate.runtime.probe import Probe
+from foveate.runtime.probe import Probe, tower_needs
 from foveate.runtime.record import Stopwatch
 from foveate.spec import format as format_spec
 
@@ -27,38 +26,40 @@ class Encoded:
     """What the stages inside the encoder left of the pictures of one encoding."""
 
     images: list[Image]
-    lengths: list[list[int]]  # of each image, the patches that each block ran on
-    stopwatch: Stopwatch
+    index: list[list[Tensor]]  # of each image, the patches (K,) that each block ran on, in their order
+    stopwatches: list[Stopwatch]
     put_back: bool  # the encoder's output has all N patches again
+
+    def lengths(self, number: int) -> list[int]:
+        """Of one picture, how many patches each block ran on."""
+        return [index.numel() for index in self.index[number]]
 
     def features(self, number: int, rows: Tensor) -> Tensor:
         """Of the projected rows of one picture, those that are its own and were kept. (N or longest, D) -> (K, D)."""
         image = self.images[number]
         return rows[image.index] if self.put_back else rows[: image.index.numel()]
 
-    def full(self, block: Block, first: int, number: int) -> Block:
-        """What a probe saw of a block behind the first stage, with its tokens at their places among all N.
-
-        Args:
-            first: blocks that ran before the stage; `number` is the block's own.
-        """
-        if number < first:
-            return block
+    def full(self, block: Block, number: int) -> Block:
+        """What a probe saw of block `number`, with its tokens at their places among all N; zero where one had left."""
+        places = [index[number] for index in self.index]
+        original = self.images[0].original
         fields = {}
         for name, value in vars(block).items():
             axis = TOKEN_AXIS.get(name)
-            if value is not None and axis is not None and value.shape[axis] != self.images[0].original:
-                rows = [self._spread(row, image, axis - 1) for row, image in zip(value, self.images, strict=True)]
-                value = torch.stack(rows)
+            if value is not None and axis is not None:
+                pairs = zip(value, places, strict=True)
+                value = torch.stack([_spread(row, index, original, axis - 1) for row, index in pairs])
             fields[name] = value
         return Block(**fields)
 
-    @staticmethod
-    def _spread(values: Tensor, image: Image, axis: int) -> Tensor:
-        shape = list(values.shape)
-        shape[axis] = image.original
-        own = values.narrow(axis, 0, image.index.numel())
-        return values.new_zeros(shape).index_copy(axis, image.index, own)
+
+def _spread(values: Tensor, index: Tensor, original: int, axis: int) -> Tensor:
+    """Padding off, and each of the K values of `index` to its place among `original` ones."""
+    if index.numel() == original == values.shape[axis] and bool((index[1:] > index[:-1]).all()):
+        return values
+    shape = list(values.shape)
+    shape[axis] = original
+    return values.new_zeros(shape).index_copy(axis, index, values.narrow(axis, 0, index.numel()))
 
 
 @dataclass(eq=False)
@@ -74,6 +75,7 @@ class TowerStages:
     _images: list[Image] | None = None
     _hooks: list[Any] = field(default_factory=list)
     _mask: Tensor | None = None
+    _memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = field(default_factory=dict)
     _last: Tensor | None = None  # (B, N, E) each patch's latest hidden state, where all are put back
 
     def __post_init__(self) -> None:
@@ -88,17 +90,28 @@ class TowerStages:
             key=lambda stage: stage[0],
         )
         self.read = self.family.read_block(self.model)
-        for depth, _, part in self.stages:
-            if not 1 <= depth <= self.read:
-                raise FoveateError(
-                    f"{format_spec(part)} acts after {depth} encoder blocks; tokens must leave after 1 to {self.read} "
-                    f"of them, before the block that the projector reads"
-                )
         layer = getattr(self.model.config, "vision_feature_layer", 0)
         if self.stages and not isinstance(layer, int):
             raise FoveateError(
                 f"{format_spec(self.parts[0])}: a projector that reads several blocks cannot be shortened"
             )
+        for part in self.parts:
+            self._check(part, [depth for depth, _, one in self.stages if one is part])
+
+    def _check(self, part: Method, depths: list[int]) -> None:
+        for depth in depths:
+            if not 1 <= depth <= self.read:
+                raise FoveateError(
+                    f"{format_spec(part)} acts after {depth} encoder blocks; tokens must leave after 1 to {self.read} "
+                    f"of them, before the block that the projector reads"
+                )
+        named = {"read": self.read, "last": len(self.blocks) - 1}
+        for block in tower_needs(part.needs):
+            if (named[block] if block in named else int(block)) >= max(depths):
+                raise FoveateError(
+                    f"{format_spec(part)} acts after {max(depths)} encoder blocks and reads block {block}, which has "
+                    f"not run by then; it can read blocks 0 to {max(depths) - 1}"
+                )
 
     def install(self) -> None:
         """Start shortening."""
@@ -108,7 +121,8 @@ class TowerStages:
             hook = partial(self._before_block, number)
             self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         if not self.family.pointwise:
-            self._hooks.append(self.blocks[self.read].register_forward_hook(self._put_back))
+            # Whoever else listens to this block, transformers' own collector of hidden states above all, hears it full.
+            self._hooks.append(self.blocks[self.read].register_forward_hook(self._put_back, prepend=True))
 
     def remove(self) -> None:
         """Stop; the encoder is as it was."""
@@ -119,23 +133,21 @@ class TowerStages:
 
     def forget(self) -> None:
         """A call is over, well or not."""
-        self._done.clear()
+        self._done = []
         self._images = self._mask = self._last = None
 
-    def take(self, first: int = 0) -> Encoded | None:
+    def take(self) -> Encoded | None:
         """What the stages left of the pictures encoded since the last call; None without stages."""
-        done, self._done = self._done, []
-        self._images = self._mask = self._last = None
-        if len(done) > 1:
-            images = [image for one in done for image in one.images]
-            lengths = [length for one in done for length in one.lengths]
-            return dataclasses.replace(done[0], images=images, lengths=lengths)
-        return done[0] if done else None
-
-    @property
-    def first_depth(self) -> int:
-        """Blocks that run before the first stage."""
-        return self.stages[0][0]
+        done = self._done
+        self.forget()
+        if not done:
+            return None
+        return Encoded(
+            images=[image for one in done for image in one.images],
+            index=[index for one in done for index in one.index],
+            stopwatches=[stopwatch for one in done for stopwatch in one.stopwatches],
+            put_back=done[0].put_back,
+        )
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -153,18 +165,15 @@ class TowerStages:
         options = {name: value for name, value in options.items() if name not in {"hidden_states", "attention_mask"}}
         return (hidden, self._mask, *arguments[2:]), options
 
-    @torch.no_grad()
     def _choose(self, depth: int, stage: int, part: Method, images: list[Image]) -> None:
-        blocks: Mapping[int | str, Block] = self.probe.peek()
-        if self._done and self._done[-1].images is images and depth > self.first_depth:
-            blocks = {
-                name: self._done[-1].full(block, self.first_depth, int(name))
-                for name, block in blocks.items()
-                if isinstance(name, int)
-            }
+        left, numbers = self._done[-1], self.probe.numbers()
+        seen: Mapping[int | str, Block] = self.probe.peek()
+        blocks = {name: left.full(block, numbers[name]) for name, block in seen.items() if numbers[name] < depth}
         nothing = torch.zeros(0, dtype=torch.bool)
-        at = Depth(stage, None, {}, lambda *_: Block())
-        choose([part], images, blocks, Prompt(lambda: nothing, nothing), None, at)
+        at = Depth(stage, None, self._memories.setdefault(id(part), {}), lambda *_: Block())
+        left.stopwatches.append(Stopwatch(images[0].index.device))
+        with left.stopwatches[-1]:
+            choose([part], images, blocks, Prompt(lambda: nothing, nothing), None, at)
 
     def _run(self, depth: int, stage: int, part: Method, hidden: Tensor) -> Tensor:
         """Let one stage act on (B, CLS + N, E) and return what is left of it."""
@@ -174,23 +183,25 @@ class TowerStages:
             columns = torch.arange(patches.shape[1], device=hidden.device)
             grid = self.family.grid(self.model.config)
             fits = grid[0] * grid[1] == columns.numel()
-            self._images = [Image(-1, columns, rows, grid if fits else None) for rows in patches]
-            lengths = [[columns.numel()] * len(self.blocks) for _ in self._images]
-            self._done.append(Encoded(self._images, lengths, Stopwatch(hidden.device), not self.family.pointwise))
-            self._last = patches
+            self._images = [Image(-1, columns, rows, grid if fits else None, stream=rows) for rows in patches]
+            index = [[columns] * len(self.blocks) for _ in self._images]
+            self._done.append(Encoded(self._images, index, [], not self.family.pointwise))
+            self._memories, self._last = {}, patches
         else:
             for image, rows in zip(self._images, patches, strict=True):
-                image.features = rows[: image.index.numel()]
+                image.stream = rows[: image.index.numel()]
             self._remember(patches)
-        with self._done[-1].stopwatch:
-            self._choose(depth, stage, part, self._images)
+        self._choose(depth, stage, part, self._images)
         longest = max(image.index.numel() for image in self._images)
         left = hidden.new_zeros(len(self._images), longest, hidden.shape[-1])
         for place, image in enumerate(self._images):
-            left[place, : image.index.numel()] = image.features
+            assert image.stream is not None
+            assert image.stream is not None
+            left[place, : image.index.numel()] = image.stream
         self._mask = self._key_mask(longest, hidden.dtype)
-        for image, seen in zip(self._images, self._done[-1].lengths, strict=True):
-            seen[depth:] = [image.index.numel()] * (len(seen) - depth)
+        end = len(self.blocks) if self.family.pointwise else self.read + 1  # blocks behind it run on all patches again
+        for image, seen in zip(self._images, self._done[-1].index, strict=True):
+            seen[depth:end] = [image.index] * (end - depth)
         return torch.cat([cls, left], dim=1)
 
     def _key_mask(self, longest: int, dtype: torch.dtype) -> Tensor | None:
