@@ -1,0 +1,95 @@
+"""Compares what a pruned model gave with the reference, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import reference
+import tiny
+import torch
+from torch import Tensor
+
+from foveate.core import Call, ImageRecord, Method
+
+TOLERANCE = 1e-4  # of logits that are 5 to 10 apart where a mistake is made
+
+
+def prompts(
+    model: Any,
+    given: dict[str, Tensor],
+    *calls: Call,
+    merged: Sequence[Sequence[Tensor] | None] | None = None,
+    renumber: bool = False,
+) -> list[reference.Prompt]:
+    """The reference's shortened rows, given what each call kept of their pictures.
+
+    Args:
+        given: ids, mask and pictures of the whole sequence, pictures in the order of the rows.
+        calls: the prefills that brought the pictures, in order.
+        merged: for each call, tensors that stand in for the kept tokens of each picture.
+        renumber: count positions anew.
+    """
+    made = []
+    for row in range(given["input_ids"].shape[0]):
+        one = tiny.alone(given, row, model.config.image_token_id)
+        ids = one["input_ids"][0]
+        mine = [
+            (turn, number)
+            for turn, call in enumerate(calls)
+            for number, image in enumerate(call.images)
+            if image.row == row
+        ]
+        images = [calls[turn].images[number] for turn, number in mine]
+        stand_in = None
+        if merged is not None:
+            stand_in = [None if (of_turn := merged[turn]) is None else of_turn[number] for turn, number in mine]
+        made.append(
+            reference.shorten(
+                model,
+                ids,
+                one.get("pixel_values"),
+                [_kept_before_the_decoder(image) for image in images],
+                stand_in,
+                drops=_drops(ids == model.config.image_token_id, images),
+                renumber=renumber,
+            )
+        )
+    return made
+
+
+def _kept_before_the_decoder(image: ImageRecord) -> Tensor:
+    before = [stage for stage in image.stages if stage.layer is None]
+    return before[-1].kept if before else torch.arange(image.original)
+
+
+def _drops(visual: Tensor, images: Sequence[ImageRecord]) -> list[reference.Drop]:
+    """What leaves inside the decoder. `visual`: (S,) bool, the placeholders of the row."""
+    starts = visual.nonzero()[:: tiny.TOKENS, 0].tolist()
+    text = (~visual).nonzero().squeeze(-1)
+    stay: dict[int, list[Tensor]] = {}
+    for start, image in zip(starts, images, strict=True):
+        for stage in image.stages:
+            if stage.layer is not None:
+                stay.setdefault(stage.layer, [text]).append(start + stage.kept)
+    return [reference.Drop(depth, torch.cat(columns)) for depth, columns in sorted(stay.items())]
+
+
+def worst(model: Any, rows: Sequence[reference.Prompt], result: Any, steps: int) -> float:
+    """Largest difference between the logits of a greedy or sampled answer and the reference's."""
+    logits = torch.stack(result.logits, dim=1)
+    assert logits.shape[1] == steps
+    found = [
+        (reference.answer_logits(model, prompt, result.sequences[row, -steps:]) - logits[row]).abs().max()
+        for row, prompt in enumerate(rows)
+    ]
+    return float(torch.stack(found).max())
+
+
+def keeping_all(method: Method) -> Method | None:
+    """The method with a budget of everything; None for one that decides its own count."""
+    keep = getattr(method, "keep", None)
+    if keep is None:
+        return None
+    return dataclasses.replace(method, keep=tuple(1.0 for _ in keep) if isinstance(keep, tuple) else 1.0)  # type: ignore[call-arg]

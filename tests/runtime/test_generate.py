@@ -1,0 +1,476 @@
+"""Stock generate() on a shortened prompt: every way of decoding against the reference, or against each other."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import agreement
+import pytest
+import reference
+import tiny
+import torch
+from doubles import Fixed, Ragged
+from torch import Tensor
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+import foveate
+from foveate import FoPru, FoveateError, Pool, Random, Uniform
+
+STEPS = 8
+ROWS = ("3i4", "2i1i5", "6", "1i")  # text after, between and after, none, image at the very end
+
+
+def generate(model: Any, given: dict[str, Tensor], **options: Any) -> Any:
+    settings = dict(max_new_tokens=STEPS, return_dict_in_generate=True, output_logits=True)
+    return model.generate(**given, **{**settings, **options})
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+@pytest.mark.parametrize("decoder", tiny.DECODERS)
+def test_every_decoder_and_encoder_equals_the_reference(decoder: str, tower: str, attn: str) -> None:
+    model = tiny.model(decoder=decoder, tower=tower, attn=attn)
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, Ragged()) as trace:
+        out = generate(model, given)
+    assert len({image.after for image in trace.images}) > 1
+    rows = agreement.prompts(model, given, trace.latest)
+    assert agreement.worst(model, rows, out, STEPS) < agreement.TOLERANCE
+    renumbered = agreement.prompts(model, given, trace.latest, renumber=True)
+    assert agreement.worst(model, renumbered, out, STEPS) > 0.1
+
+
+def test_the_tiny_model_tells_choices_apart() -> None:
+    """Different kept tokens give different answers, so that the comparisons of this file can fail."""
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    answers = set()
+    for seed in range(6):
+        with foveate.prune(model, Random(keep=9, seed=seed)):
+            answers.add(tuple(model.generate(**given, max_new_tokens=4)[0, -4:].tolist()))
+    assert len(answers) > 3
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("rows", [("3i",), ("3i", "2i1", "i"), ("2i1i",)])
+def test_a_prompt_that_ends_in_dropped_tokens(rows: tuple[str, ...], use_cache: bool) -> None:
+    """The answer's positions go on from the unpruned prompt's end, not from the last token that stayed."""
+    model = tiny.model()
+    given = tiny.inputs(model, *rows)
+    with foveate.prune(model, Fixed((0, 3, 17))) as trace:
+        out = generate(model, given, use_cache=use_cache)
+    rows_of_reference = agreement.prompts(model, given, trace.latest)
+    assert agreement.worst(model, rows_of_reference, out, STEPS) < agreement.TOLERANCE
+
+
+@pytest.mark.parametrize("batch_mask", [True, False])
+@pytest.mark.parametrize("rows", [("3i4",), ("3i4", "2i5"), ROWS])
+def test_without_cache(rows: tuple[str, ...], batch_mask: bool) -> None:
+    """Gaps in the positions of a call without mask and cache would be read as packed sequences."""
+    model = tiny.model()
+    given = tiny.inputs(model, *rows, batch_mask=batch_mask)
+    with foveate.prune(model, Random(keep=0.25)) as trace:
+        cached = generate(model, given)
+        out = generate(model, given, use_cache=False)
+    assert torch.equal(out.sequences, cached.sequences)
+    given = tiny.inputs(model, *rows)
+    assert agreement.worst(model, agreement.prompts(model, given, trace.latest), out, STEPS) < agreement.TOLERANCE
+
+
+def test_without_mask_padding_is_told_by_the_pad_token() -> None:
+    model = tiny.model()
+    model.generation_config.eos_token_id = tiny.EOS  # generate() infers a mask only where padding is no end
+    with foveate.prune(model, Random(keep=0.25)):
+        with_mask = model.generate(**tiny.inputs(model, "3i4", "2i9"), max_new_tokens=4)
+        without = model.generate(**tiny.inputs(model, "3i4", "2i9", batch_mask=False), max_new_tokens=4)
+    assert torch.equal(with_mask, without)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2-mixed", "mistral-sliding"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_beams_with_ragged_counts(decoder: str, attn: str) -> None:
+    """Each row's beams equal the row alone, and their scores are the reference's log-probabilities."""
+    model = tiny.model(decoder=decoder, attn=attn)
+    given = tiny.inputs(model, *ROWS)
+    beams: dict[str, Any] = dict(num_beams=3, num_return_sequences=3, output_scores=True)
+    with foveate.prune(model, Ragged()) as trace:
+        out = generate(model, given, **beams)
+        call = trace.latest
+        assert len({image.after for image in call.images}) > 2
+        for row, prompt in enumerate(agreement.prompts(model, given, call)):
+            mine = slice(3 * row, 3 * row + 3)
+            expected = [
+                reference.log_probability(model, prompt, answer[-STEPS:]) / STEPS for answer in out.sequences[mine]
+            ]
+            torch.testing.assert_close(out.sequences_scores[mine], torch.tensor(expected), atol=1e-5, rtol=0)
+            if "i" in ROWS[row]:
+                alone = generate(model, tiny.alone(given, row, tiny.IMAGE), **beams)
+                assert torch.equal(out.sequences[mine, -STEPS:], alone.sequences[:, -STEPS:])
+
+
+def test_several_samples_of_each_row() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    sampling: dict[str, Any] = dict(do_sample=True, num_return_sequences=2, top_k=20, temperature=1.5)
+    with foveate.prune(model, Ragged()) as trace:
+        torch.manual_seed(5)
+        first = generate(model, given, **sampling)
+        torch.manual_seed(5)
+        second = generate(model, given, **sampling)
+    assert torch.equal(first.sequences, second.sequences)
+    assert first.sequences.shape[0] == 8
+    assert not torch.equal(first.sequences[0], first.sequences[1])
+    rows = agreement.prompts(model, given, trace.latest)
+    doubled = [row for row in rows for _ in range(2)]
+    assert agreement.worst(model, doubled, second, STEPS) < agreement.TOLERANCE
+
+
+def test_sampling_draws_as_the_unpruned_model_does_where_nothing_leaves() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    torch.manual_seed(5)
+    unpruned = model.generate(**given, do_sample=True, max_new_tokens=STEPS)
+    torch.manual_seed(5)
+    with foveate.prune(model, Random(keep=1.0)):
+        pruned = model.generate(**given, do_sample=True, max_new_tokens=STEPS)
+    assert torch.equal(pruned, unpruned)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2-mixed", "mistral-sliding"])
+def test_a_static_cache_equals_a_dynamic_one(decoder: str) -> None:
+    model = tiny.model(decoder=decoder)
+    for rows in (("3i4",), ROWS):
+        given = tiny.inputs(model, *rows)
+        with foveate.prune(model, Ragged()):
+            dynamic = generate(model, given)
+            static = generate(model, given, cache_implementation="static")
+            own = StaticCache(config=model.config.get_text_config(), max_cache_len=150)
+            owned = generate(model, given, past_key_values=own)
+        for other in (static, owned):
+            assert torch.equal(other.sequences, dynamic.sequences)
+            torch.testing.assert_close(torch.stack(other.logits), torch.stack(dynamic.logits), atol=1e-4, rtol=0)
+
+
+def test_compiled_decoding_equals_eager() -> None:
+    """One whole graph, the added positions of a prompt that ends in dropped tokens included."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny.model()
+    given = tiny.inputs(model, "3i", "2i9")
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    with foveate.prune(model, Fixed((0, 3, 17))):
+        plain = model.generate(**given, max_new_tokens=STEPS)
+        compiled = model.generate(**given, max_new_tokens=STEPS, cache_implementation="static", compile_config=config)
+    assert torch.equal(compiled, plain)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral-sliding"])
+@pytest.mark.parametrize("size", [1, 5, 50])
+def test_a_prompt_fed_in_chunks(decoder: str, size: int) -> None:
+    model = tiny.model(decoder=decoder)
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, Ragged()):
+        whole = generate(model, given)
+        chunked = generate(model, given, prefill_chunk_size=size)
+    assert torch.equal(chunked.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(chunked.logits), torch.stack(whole.logits), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral-sliding"])
+def test_prompt_lookup_equals_greedy(decoder: str) -> None:
+    model = tiny.model(decoder=decoder)
+    given = tiny.inputs(model, "3i9")
+    # Words that come again, so that there is something to look up.
+    given["input_ids"][0, -9:] = torch.tensor([5, 6, 7, 8, 5, 6, 7, 8, 5])
+    calls = []
+    with foveate.prune(model, Random(keep=0.25)):
+        hook = model.lm_head.register_forward_pre_hook(lambda module, given: calls.append(given[0].shape[1]))
+        greedy = model.generate(**given, max_new_tokens=24)
+        plain, calls = calls, []
+        found = model.generate(**given, max_new_tokens=24, prompt_lookup_num_tokens=3)
+        hook.remove()
+    assert torch.equal(found, greedy)
+    assert len(plain) == 24
+    assert max(calls) > 1, "no candidate was looked up"
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0.25, 1.0])
+def test_max_length_counts_the_prompt_that_the_caller_knows(keep: float) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i1i5")
+    longest = given["input_ids"].shape[1]
+    stored = GenerationConfig(max_length=longest + 5, pad_token_id=tiny.PAD)
+    for options in ({"max_length": longest + 5}, {"generation_config": stored}, {"max_new_tokens": 5}):
+        unpruned = model.generate(**given, **options)
+        with foveate.prune(model, Random(keep=keep)):
+            pruned = model.generate(**given, **options)
+        assert pruned.shape == unpruned.shape == (2, longest + 5)
+
+
+def test_max_length_in_the_models_own_generation_config() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    model.generation_config.max_length = 50
+    with foveate.prune(model, Random(keep=0.25)):
+        assert model.generate(**given).shape == (1, 50)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_the_default_length_is_twenty_new_tokens() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    with foveate.prune(model, Random(keep=0.25)):
+        assert model.generate(**given).shape == (1, given["input_ids"].shape[1] + 20)
+
+
+@pytest.mark.parametrize("option", ["min_length", "min_new_tokens"])
+def test_the_shortest_answer_is_as_long_as_unpruned(option: str) -> None:
+    """min_length counts the caller's prompt; the end comes as soon as it is allowed."""
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    length = given["input_ids"].shape[1]
+    model.generation_config.eos_token_id = tiny.EOS
+    options: dict[str, Any] = {option: 6 + (length if option == "min_length" else 0), "max_new_tokens": 12}
+    model.lm_head.register_forward_hook(_prefer_end)
+    unpruned = model.generate(**given, **options)
+    with foveate.prune(model, Random(keep=0.25)):
+        pruned = model.generate(**given, **options)
+    assert pruned.shape == unpruned.shape == (1, length + 7)
+    assert pruned[0, -1] == tiny.EOS
+
+
+def _prefer_end(module: Any, given: Any, logits: Tensor) -> Tensor:
+    logits = logits.clone()
+    logits[..., tiny.EOS] = 100.0
+    return logits
+
+
+def test_rows_that_end_early_are_padded() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i9")
+    with foveate.prune(model, Random(keep=0.25)):
+        free = model.generate(**given, max_new_tokens=STEPS)
+        end = int(free[0, -STEPS + 2])
+        assert end not in free[1, -STEPS:].tolist(), "the second row must go on for this test to say something"
+        out = model.generate(**given, max_new_tokens=STEPS, eos_token_id=end)
+    where = free[0, -STEPS:].tolist().index(end)
+    assert out[0, -STEPS:].tolist() == free[0, -STEPS:].tolist()[: where + 1] + [tiny.PAD] * (STEPS - where - 1)
+    assert torch.equal(out[1], free[1])
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}])
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_sequences_begin_with_the_callers_prompt(options: dict[str, Any], as_dict: bool) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i1i5")
+    with foveate.prune(model, Random(keep=0.25)):
+        out = model.generate(**given, max_new_tokens=3, return_dict_in_generate=as_dict, **options)
+    sequences = out.sequences if as_dict else out
+    times = sequences.shape[0] // 2
+    prompt = given["input_ids"].repeat_interleave(times, dim=0)
+    assert times == options.get("num_return_sequences", 1)
+    assert torch.equal(sequences[:, :-3], prompt)
+
+
+def test_ids_may_be_given_by_position() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    ids = given.pop("input_ids")
+    with foveate.prune(model, Random(keep=0.25)):
+        by_position = model.generate(ids, **given, max_new_tokens=3)
+        by_old_name = model.generate(inputs=ids, **given, max_new_tokens=3)
+        by_name = model.generate(input_ids=ids, **given, max_new_tokens=3)
+    assert torch.equal(by_position, by_name)
+    assert torch.equal(by_old_name, by_name)
+
+
+def test_the_signature_is_that_of_the_stock_method() -> None:
+    model = tiny.model()
+    stock = inspect.signature(model.generate)
+    with foveate.prune(model, Random(keep=0.25)):
+        assert inspect.signature(model.generate) == stock
+        assert model.generate.__name__ == "generate"
+
+
+class _Notes(BaseStreamer):
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_callers_prompt_and_then_each_token() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    streamer = _Notes()
+    with foveate.prune(model, Random(keep=0.25)):
+        out = model.generate(**given, max_new_tokens=5, streamer=streamer)
+    assert torch.equal(streamer.values[0], given["input_ids"])
+    assert torch.equal(torch.cat(streamer.values[1:]), out[0, -5:])
+    assert len(streamer.values) == 6
+    assert streamer.ended == 1
+
+
+def test_a_text_streamer_skips_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    tokenizer = tiny.tokenizer()
+    with foveate.prune(model, Random(keep=0.25)):
+        out = model.generate(**given, max_new_tokens=5, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.split() == tokenizer.decode(out[0, -5:]).split()
+
+
+def test_the_image_text_to_text_pipeline_runs_inside_the_handle() -> None:
+    from PIL import Image
+    from transformers import ImageTextToTextPipeline
+
+    model = tiny.model()
+    processor = tiny.processor(model)
+    pipeline = ImageTextToTextPipeline(model=model, processor=processor)
+    picture = Image.effect_mandelbrot((30, 40), (-2, -1, 1, 1), 50).convert("RGB")
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "w5 w6 w7"}]}]
+    given = processor(images=[picture], text="w3 <image> w5 w6 w7 w4", return_tensors="pt")
+    with foveate.prune(model, FoPru(keep=0.25)) as trace:
+        answer = pipeline(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+        assert [image.after for image in trace.images] == [9]
+        tokens = model.generate(**given, max_new_tokens=4)[0, -4:]
+    assert answer.split() == processor.tokenizer.decode(tokens).split()
+    assert len(answer.split()) == 4
+
+
+# -- composition ------------------------------------------------------------------------------------------------------
+
+
+def test_stages_compose_and_count_the_original_tokens() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i1i5")
+    with foveate.prune(model, [FoPru(keep=0.5), FoPru(keep=0.25)]) as trace:
+        out = generate(model, given)
+    with foveate.prune(model, FoPru(keep=0.25)) as alone:
+        once = generate(model, given)
+    for image, single in zip(trace.images, alone.images, strict=True):
+        assert [(stage.before, stage.after) for stage in image.stages] == [(36, 18), (18, 9)]
+        assert set(image.stages[1].kept.tolist()) <= set(image.stages[0].kept.tolist())
+        # The same scores choose twice, so the best quarter is the best quarter of the better half.
+        assert torch.equal(image.kept, single.kept)
+    assert torch.equal(out.sequences, once.sequences)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [Random(keep=0.5), Uniform(keep=0.25)],
+        "random:keep=0.5+fopru:keep=0.25",
+        ["fopru:keep=20,reorder=false", FoPru(keep=7)],
+        [Ragged(), Random(keep=8)],
+    ],
+)
+def test_any_stages_equal_the_reference(stages: Any) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, stages) as trace:
+        out = generate(model, given)
+    assert agreement.worst(model, agreement.prompts(model, given, trace.latest), out, STEPS) < agreement.TOLERANCE
+
+
+def test_after_an_adaptive_stage_a_budget_is_a_ceiling() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, [Ragged(), Random(keep=6)]) as trace:
+        generate(model, given)
+    counts = [[stage.after for stage in image.stages] for image in trace.images]
+    assert {first > 6 for first, _ in counts} == {True, False}
+    assert all(second == min(first, 6) for first, second in counts)
+
+
+def test_a_merging_method_equals_the_reference() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, Pool(keep=0.25)) as trace:
+        out = generate(model, given)
+    merged = []
+    for encoded in reference.encode(model, given["pixel_values"]):
+        grid = reference.project(model, encoded).unflatten(0, (3, 2, 3, 2))  # 2 x 2 blocks of a 6 x 6 grid
+        merged.append(grid.mean(dim=(1, 3)).flatten(0, 1))
+    rows = agreement.prompts(model, given, trace.latest, merged=[merged])
+    assert agreement.worst(model, rows, out, STEPS) < agreement.TOLERANCE
+    unmerged = agreement.prompts(model, given, trace.latest)
+    assert agreement.worst(model, unmerged, out, STEPS) > 0.1
+
+
+def test_fopru_without_reordering_hands_tokens_on_by_significance() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, FoPru(keep=0.25, reorder=False)) as trace:
+        out = generate(model, given)
+    maps = reference.tower_attention(model, given["pixel_values"])[2]
+    order = reference.significance(maps, skip=1).argsort(dim=1, descending=True)[:, :9]
+    assert [image.kept.tolist() for image in trace.images] == order.tolist()
+    assert agreement.worst(model, agreement.prompts(model, given, trace.latest), out, STEPS) < agreement.TOLERANCE
+    with foveate.prune(model, FoPru(keep=0.25)):
+        raster = generate(model, given)
+    assert not torch.equal(raster.logits[0], out.logits[0])
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["quantized", "offloaded", "offloaded_static"])
+def test_caches_that_cannot_hold_a_pruned_prompt(kind: str) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    message = f"cache_implementation='{kind}' cannot hold a pruned prompt; use 'dynamic' or 'static'"
+    with foveate.prune(model, Random(keep=0.25)):
+        with pytest.raises(FoveateError, match=message):
+            model.generate(**given, cache_implementation=kind, max_new_tokens=1)
+        stored = GenerationConfig(cache_implementation=kind, max_new_tokens=1, pad_token_id=tiny.PAD)
+        with pytest.raises(FoveateError, match=message):
+            model.generate(**given, generation_config=stored)
+        model.generation_config.cache_implementation = kind
+        with pytest.raises(FoveateError, match=message):
+            model.generate(**given, max_new_tokens=1)
+
+
+def test_embeddings_are_refused() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    embeddings = model.get_input_embeddings()(given["input_ids"])
+    message = "inputs_embeds hide which tokens are visual; pass input_ids"
+    with foveate.prune(model, Random(keep=0.25)), pytest.raises(FoveateError, match=message):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=1)
+
+
+def test_custom_processors_see_the_ids_of_the_shortened_prompt() -> None:
+    """What they see ends in the answer so far; its beginning is the prompt without the dropped placeholders."""
+    seen: list[Tensor] = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append(input_ids)
+            return scores
+
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    with foveate.prune(model, Random(keep=0.25)) as trace:
+        out = model.generate(**given, max_new_tokens=3, logits_processor=LogitsProcessorList([Look()]))
+    assert torch.equal(seen[0], given["input_ids"].gather(1, trace.index))
+    assert torch.equal(seen[2][0, -2:], out[0, -3:-1])

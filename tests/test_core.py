@@ -1,0 +1,581 @@
+"""The nouns: what a budget means, which selections are refused, what a trace records and says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Any, Literal
+
+import numpy
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from foveate.core import (
+    Budget,
+    Call,
+    FoveateError,
+    ImageRecord,
+    Method,
+    Scorer,
+    Selection,
+    Signals,
+    StageRecord,
+    Trace,
+    check_choices,
+    check_depths,
+    check_keep,
+    did_you_mean,
+    readable,
+    scaled_layers,
+    tokens_to_keep,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# keep
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (True, "keep=True is neither a number of tokens (int) nor a share of them (float)"),
+        (False, "keep=False is neither a number of tokens (int) nor a share of them (float)"),
+        (None, "keep=None is neither a number of tokens (int) nor a share of them (float)"),
+        ("0.5", "keep='0.5' is neither a number of tokens (int) nor a share of them (float)"),
+        ((0.5,), "keep=(0.5,) is neither a number of tokens (int) nor a share of them (float)"),
+        (0, "keep=0 is below 1 token; the smallest budget is keep=1"),
+        (-3, "keep=-3 is below 1 token; the smallest budget is keep=1"),
+        (0.0, "keep=0.0 is no share in (0, 1]; the nearest is keep=0.01"),
+        (-0.25, "keep=-0.25 is no share in (0, 1]; the nearest is keep=0.01"),
+        (math.nan, "keep=nan is no share in (0, 1]; the nearest is keep=0.01"),
+        (math.inf, "keep=inf is no share in (0, 1]; the nearest is keep=1.0"),
+        (-math.inf, "keep=-inf is no share in (0, 1]; the nearest is keep=0.01"),
+        (64.0, "keep=64.0 is no share in (0, 1]; the nearest is keep=1.0; write 64 without a point for tokens"),
+        (1.5, "keep=1.5 is no share in (0, 1]; the nearest is keep=1.0; write 2 without a point for tokens"),
+    ],
+)
+def test_a_keep_that_is_no_budget_is_refused(keep: object, message: str) -> None:
+    with pytest.raises(FoveateError) as error:
+        check_keep(keep)
+    assert str(error.value) == message
+
+
+def test_the_refusal_names_the_field() -> None:
+    with pytest.raises(FoveateError, match=r"^heavy=0 is below 1 token; the smallest budget is heavy=1$"):
+        check_keep(0, "heavy")
+
+
+@pytest.mark.parametrize("keep", [1, 576, 10**9, 1.0, 0.5, 5e-324, math.nextafter(1.0, 0.0), numpy.float64(0.25)])
+def test_a_keep_within_its_range_is_taken(keep: Any) -> None:
+    check_keep(keep)
+
+
+@pytest.mark.parametrize(
+    ("keep", "original", "count"),
+    [
+        (1, 576, 1),
+        (1.0, 576, 576),
+        (576, 576, 576),
+        (0.25, 576, 144),
+        (0.11, 576, 63),  # 63.36
+        (0.002, 576, 1),  # 1.152
+        (0.0001, 576, 1),  # 0.0576, but an image keeps something
+        (0.5, 5, 2),  # 2.5 goes to the even neighbour
+        (0.5, 7, 4),  # 3.5 likewise
+        (0.5, 1, 1),  # 0.5 would go to 0
+        (0.25, 10, 2),
+        (0.75, 10, 8),
+    ],
+)
+def test_tokens_to_keep(keep: float, original: int, count: int) -> None:
+    assert tokens_to_keep(keep, original) == count
+
+
+@given(keep=st.floats(0, 1, exclude_min=True), original=st.integers(1, 5000))
+def test_a_share_is_at_least_one_token_and_at_most_all(keep: float, original: int) -> None:
+    count = tokens_to_keep(keep, original)
+    assert type(count) is int
+    assert 1 <= count <= original
+    assert count == 1 or abs(count - keep * original) <= 0.5
+
+
+@given(low=st.floats(0, 1, exclude_min=True), high=st.floats(0, 1, exclude_min=True), original=st.integers(1, 5000))
+def test_a_larger_share_never_keeps_less(low: float, high: float, original: int) -> None:
+    assume(low <= high)
+    assert tokens_to_keep(low, original) <= tokens_to_keep(high, original)
+
+
+@pytest.mark.parametrize(
+    ("keep", "original", "left", "message"),
+    [
+        (64, 36, None, "keep=64 asks for 64 tokens but the image has 36 tokens; the most is keep=36"),
+        (64, 36, 36, "keep=64 asks for 64 tokens but the image has 36 tokens; the most is keep=36"),
+        (20, 36, 9, "keep=20 asks for 20 tokens but 9 of its 36 tokens are left; the most is keep=9"),
+        (0.5, 36, 9, "keep=0.5 asks for 18 tokens but 9 of its 36 tokens are left; the most is keep=9"),
+        (1.0, 36, 35, "keep=1.0 asks for 36 tokens but 35 of its 36 tokens are left; the most is keep=35"),
+    ],
+)
+def test_more_than_is_left_is_refused(keep: float, original: int, left: int | None, message: str) -> None:
+    with pytest.raises(FoveateError) as error:
+        tokens_to_keep(keep, original, left)
+    assert str(error.value) == message
+
+
+def test_a_share_is_of_the_original_tokens() -> None:
+    assert tokens_to_keep(0.25, 576, left=288) == 144
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# depths
+
+
+@pytest.mark.parametrize(
+    ("stages", "of", "layers", "depths"),
+    [
+        ((2,), 32, 32, (2,)),
+        ((2,), 32, 40, (2,)),  # 2.5 goes to the even neighbour
+        ((8, 16, 24), 32, 6, (2, 3, 4)),  # 1.5, 3, 4.5
+        ((8, 16, 24), 32, 40, (10, 20, 30)),
+        ((3, 7, 16), 32, 4, (1, 2, 3)),  # 0.375, 0.875, 2: at least 1, then rising
+        ((1, 8, 16), 32, 6, (1, 2, 3)),  # 0.19, 1.5, 3
+        ((30, 31), 32, 4, (2, 3)),  # 3.75, 3.875: the last block stays behind them
+    ],
+)
+def test_scaled_layers(stages: tuple[int, ...], of: int, layers: int, depths: tuple[int, ...]) -> None:
+    assert scaled_layers(stages, of, layers) == depths
+
+
+@given(
+    stages=st.sets(st.integers(1, 31), min_size=1, max_size=6).map(lambda found: tuple(sorted(found))),
+    layers=st.integers(1, 96),
+)
+def test_scaled_layers_rise_within_the_decoder(stages: tuple[int, ...], layers: int) -> None:
+    if layers <= len(stages):
+        with pytest.raises(FoveateError):
+            scaled_layers(stages, 32, layers)
+    else:
+        depths = scaled_layers(stages, 32, layers)
+        assert len(depths) == len(stages)
+        check_depths(depths, layers, "method")
+
+
+def test_too_few_blocks_for_the_stages() -> None:
+    with pytest.raises(FoveateError, match=r"^3 stages need a decoder of at least 4 blocks, not 3$"):
+        scaled_layers((8, 16, 24), 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("depths", "message"),
+    [
+        ((0,), "fastv: layer=0 is outside 1..5 of a decoder of 6 blocks"),
+        ((2, 6), "fastv: layer=6 is outside 1..5 of a decoder of 6 blocks"),
+        ((3, 3), "fastv: layers (3, 3) do not rise strictly; nearest: (3,)"),
+        ((4, 2, 3), "fastv: layers (4, 2, 3) do not rise strictly; nearest: (2, 3, 4)"),
+    ],
+)
+def test_wrong_depths(depths: tuple[int, ...], message: str) -> None:
+    with pytest.raises(FoveateError) as error:
+        check_depths(depths, 6, "fastv")
+    assert str(error.value) == message
+
+
+def test_right_depths_pass() -> None:
+    check_depths((), 1, "fopru")
+    check_depths((1, 2, 5), 6, "fastv")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals and Selection
+
+
+def indices(*rows: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor(row) for row in rows]
+
+
+def test_the_shape_and_the_tiles_of_signals() -> None:
+    alone = Signals(original=6, index=torch.arange(6).expand(2, 6))
+    assert alone.shape == (2, 6)
+    assert alone.tiles == 1
+    assert Signals(original=6, index=torch.arange(6)[None], tile=torch.tensor([[0, 0, 1, 1, 2, 2]])).tiles == 3
+
+
+def test_memory_is_not_shared_between_signals() -> None:
+    first, second = (Signals(original=1, index=torch.zeros(1, 1)) for _ in range(2))
+    first.memory["raters"] = 1
+    assert second.memory == {}
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (Selection([]), "random answered for 0 images but was asked for 2"),
+        (Selection(indices([0])), "random answered for 1 images but was asked for 2"),
+        (Selection(indices([0], [0], [0])), "random answered for 3 images but was asked for 2"),
+        (
+            Selection([torch.tensor([0]), torch.tensor([], dtype=torch.int64)]),
+            "random, image 1: no token was kept; at least 1 must stay",
+        ),
+        (Selection(indices([0, 9], [0])), "random, image 0: kept index 9 is outside 0..8"),
+        (Selection(indices([0], [-1, 3])), "random, image 1: kept index -1 is outside 0..8"),
+        (Selection(indices([-1, 9], [0])), "random, image 0: kept index -1 is outside 0..8"),
+        (Selection(indices([1, 1, 2], [0])), "random, image 0: 3 tokens were kept but only 2 of them are distinct"),
+        (
+            Selection(indices([2, 1], [0]), ordered=False, features=[torch.ones(2, 4), torch.ones(2, 4)]),
+            "random, image 1: 2 feature rows for 1 kept tokens",
+        ),
+        (
+            Selection(indices([0], [2, 1])),
+            "random, image 1: kept indices do not ascend; a method that wants another order says ordered=False",
+        ),
+        (
+            Selection(indices([0], [1]), features=[torch.ones(1, 4), torch.tensor([[1.0, math.nan]])]),
+            "random, image 1: features hold NaN or infinity",
+        ),
+        (
+            Selection(indices([0], [1]), features=[torch.tensor([[-math.inf]]), torch.ones(1, 1)]),
+            "random, image 0: features hold NaN or infinity",
+        ),
+        (
+            Selection(indices([0], [1]), features=[torch.ones(4), torch.ones(4)]),
+            "random, image 0: features of shape (4,); they must be (K, D)",
+        ),
+        (
+            Selection(indices([0], [1]), features=[torch.ones(1, 4)]),
+            "random gave features for 1 images but was asked for 2",
+        ),
+        (
+            Selection(indices([0], [1, 2]), extra=[torch.tensor([True]), torch.tensor([True])]),
+            "random, image 1: the mask of extra tokens has 1 entries for 2 kept tokens",
+        ),
+        (
+            Selection(indices([0], [1]), extra=[torch.tensor([True])]),
+            "random gave masks of extra tokens for 1 images but was asked for 2",
+        ),
+        (
+            Selection([torch.tensor([0.0]), torch.tensor([1.0])]),
+            "random, image 0: kept indices are torch.float32 of shape (1,); they must be torch.int64 of shape (K,)",
+        ),
+        (
+            Selection([torch.tensor([[0, 1], [2, 3]]), torch.tensor([0])]),
+            "random, image 0: kept indices are torch.int64 of shape (2, 2); they must be torch.int64 of shape (K,)",
+        ),
+        (
+            # A mask over the tokens is an easy mistake, and its values are valid indices.
+            Selection([torch.tensor([0]), torch.tensor([False, True])]),
+            "random, image 1: kept indices are torch.bool of shape (2,); they must be torch.int64 of shape (K,)",
+        ),
+    ],
+)
+def test_a_selection_that_breaks_the_contract_is_refused(selection: Selection, message: str) -> None:
+    with pytest.raises(FoveateError) as error:
+        selection.check(9, 2, "random")
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(indices([0], [8])),
+        Selection(indices([0, 1, 2, 3, 4, 5, 6, 7, 8], [4])),
+        Selection(indices([5, 0], [8, 1]), ordered=False),
+        Selection(indices([1, 2], [3]), features=[torch.ones(2, 4), torch.zeros(1, 4, dtype=torch.bfloat16)]),
+        Selection(indices([1, 2], [3]), extra=[torch.tensor([False, True]), torch.tensor([False])]),
+    ],
+)
+def test_a_selection_that_keeps_the_contract_passes(selection: Selection) -> None:
+    selection.check(9, 2, "random")
+
+
+@given(st.lists(st.integers(-2, 10), min_size=1, max_size=6))
+def test_a_selection_passes_only_if_it_rises_within_the_image(kept: list[int]) -> None:
+    right = kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < 9
+    selection = Selection([torch.tensor(kept)])
+    if right:
+        selection.check(9, 1, "random")
+    else:
+        with pytest.raises(FoveateError, match=r"^random, image 0: "):
+            selection.check(9, 1, "random")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Method
+
+
+@dataclass(frozen=True)
+class Choosing(Method):
+    """Choosing: keeps what it is told to."""
+
+    strategy: Literal["rank", "row"] = "rank"
+    level: Literal[1, 2] | None = None
+    name: str = "any"
+
+
+class ByIndex(Scorer):
+    """A scorer without a decorator of its own; it prefers later tokens."""
+
+    def score(self, signals: Signals) -> torch.Tensor:
+        return signals.index.float()
+
+
+def test_a_field_outside_its_choices_is_refused() -> None:
+    check_choices(Choosing("row"))
+    with pytest.raises(FoveateError) as error:
+        check_choices(Choosing("rows"))  # type: ignore[arg-type]
+    assert str(error.value) == "strategy='rows' is not among its choices; did you mean 'row'? Choices: rank, row."
+
+
+def test_a_method_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Choosing().strategy = "row"  # type: ignore[misc]
+
+
+def test_a_bare_method_says_what_it_lacks() -> None:
+    method = Method()
+    signals = Signals(original=1, index=torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(NotImplementedError, match=r"^Method has no select\(\)$"):
+        method.select(signals)
+    with pytest.raises(NotImplementedError, match=r"^Method has no count\(\)$"):
+        method.count(1)
+    with pytest.raises(NotImplementedError, match=r"^Scorer has no score\(\)$"):
+        Scorer().score(signals)
+    assert method.needs == method.depths(32) == ()
+    assert method.parts() == (method,)
+
+
+def test_a_scorer_keeps_the_highest_in_raster_order() -> None:
+    index = torch.tensor([[0, 2, 3, 7], [1, 4, 5, 6]])
+    selection = ByIndex(keep=0.25).select(Signals(original=8, index=index))
+    assert [row.tolist() for row in selection.indices] == [[3, 7], [5, 6]]
+    assert selection.ordered
+    assert ByIndex(keep=2).count(8) == (2,)
+    assert str(ByIndex(keep=2)) == "byindex:keep=2"
+
+
+def test_a_scorer_checks_its_budget() -> None:
+    with pytest.raises(FoveateError, match="keep=0 is below 1 token"):
+        ByIndex(keep=0)
+    with pytest.raises(FoveateError, match="keep=5 asks for 5 tokens but 4 of its 8 tokens are left"):
+        ByIndex(keep=5).select(Signals(original=8, index=torch.tensor([[0, 2, 3, 7]])))
+
+
+def test_an_example_fills_what_has_no_default() -> None:
+    @dataclass(frozen=True)
+    class Demanding(Method):
+        keep: float
+        alpha: float = 2.0
+
+    assert Demanding.example() == Demanding(keep=0.5, alpha=2.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Budget, Call, Trace
+
+FULL = Budget(tokens=(576.0, 576.0), prefill_flops=8.0e12, kv_bytes=2_000_000)
+SHORT = Budget(tokens=(576.0, 144.0), prefill_flops=2.0e12, kv_bytes=500_000)
+
+
+def image(row: int, *after: int, original: int = 6) -> ImageRecord:
+    """An image whose stages keep the first tokens."""
+    stages = []
+    before = original
+    for left in after:
+        stages.append(StageRecord("random:keep=1", "input", None, before, left, torch.arange(left)))
+        before = left
+    return ImageRecord(row, original, (2, original // 2), tuple(stages))
+
+
+def call(*images: ImageRecord, **changes: Any) -> Call:
+    settings: dict[str, Any] = dict(
+        prompt_length=20,
+        length=16,
+        text=14.0,
+        index=torch.arange(16)[None],
+        budget=SHORT,
+        unpruned=FULL,
+        kv_lengths=(16, 16),
+        stopwatch=lambda: 1.234,
+    )
+    return Call(images=images or (image(0, 2),), **(settings | changes))
+
+
+def test_a_budget_averages_over_the_layers() -> None:
+    assert SHORT.equivalent_tokens == 360.0
+    assert Budget((), 0.0, 0).equivalent_tokens == 0.0
+    assert SHORT.to_dict() == {
+        "tokens": [576.0, 144.0],
+        "equivalent_tokens": 360.0,
+        "prefill_flops": 2.0e12,
+        "kv_bytes": 500_000,
+    }
+
+
+def test_what_is_left_of_an_image_is_what_the_last_stage_left() -> None:
+    record = image(0, 4, 2)
+    assert record.after == 2
+    assert record.kept.tolist() == [0, 1]
+    assert record.extra is None
+    assert image(0).after == 6
+
+
+def test_a_call_goes_through_json() -> None:
+    stored = json.loads(json.dumps(call(image(0, 4, 2), image(1, 3)).to_dict()))
+    stage = {"method": "random:keep=1", "site": "input", "layer": None}
+    assert stored == {
+        "images": [
+            {
+                "row": 0,
+                "original": 6,
+                "grid": [2, 3],
+                "stages": [
+                    {**stage, "before": 6, "after": 4, "kept": [0, 1, 2, 3]},
+                    {**stage, "before": 4, "after": 2, "kept": [0, 1]},
+                ],
+            },
+            {
+                "row": 1,
+                "original": 6,
+                "grid": [2, 3],
+                "stages": [{**stage, "before": 6, "after": 3, "kept": [0, 1, 2]}],
+            },
+        ],
+        "prompt_length": 20,
+        "length": 16,
+        "text": 14.0,
+        "kv_lengths": [16, 16],
+        "budget": SHORT.to_dict(),
+        "unpruned": FULL.to_dict(),
+        "milliseconds": 1.234,
+    }
+
+
+COST = "prefill 8 TFLOPs -> 2 TFLOPs (25%) | KV 2 MB -> 500 kB | choosing 1.23 ms"
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens"),
+    [
+        ([image(0, 2)], "6 -> 2 tokens"),
+        ([image(0, 4, 2)], "6 -> 4 -> 2 tokens"),
+        ([image(0, 2), image(1, 2)], "6 -> 2 tokens in each of 2 images"),
+        ([image(0, 2), image(1, 3), image(1, 4, original=8)], "6 -> 2; 6 -> 3; 8 -> 4 tokens"),
+    ],
+)
+def test_what_a_call_says(images: list[ImageRecord], tokens: str) -> None:
+    assert str(call(*images)) == f"{tokens} | {COST}"
+
+
+def test_a_call_without_a_known_cost_gives_no_share() -> None:
+    assert "(" not in str(call(unpruned=replace(FULL, prefill_flops=0.0)))
+
+
+def test_a_trace_is_read_like_its_latest_call() -> None:
+    trace = Trace()
+    trace.add(call(image(0, 4)))
+    trace.add(call(image(0, 2)))
+    assert len(trace.history) == 2
+    assert trace.latest is trace.history[1]
+    for name in ("images", "prompt_length", "length", "text", "index", "budget", "unpruned", "kv_lengths", "kv_bytes"):
+        assert getattr(trace, name) is getattr(trace.history[1], name)
+    assert trace.kv_bytes == 500_000
+    assert trace.milliseconds == 1.234
+    assert trace.to_dict() == trace.latest.to_dict()
+    assert str(trace) == str(trace.latest)
+    assert repr(trace) == f"<Trace of 2 calls: 6 -> 2 tokens | {COST}>"
+
+
+def test_choosing_is_timed_when_it_is_read() -> None:
+    readings = []
+    trace = Trace()
+    trace.add(call(stopwatch=lambda: readings.append(1) or 2.0))
+    assert readings == []
+    assert trace.milliseconds == 2.0
+    assert readings == [1]
+
+
+def test_an_empty_trace_says_why() -> None:
+    trace = Trace()
+    for read in (lambda: trace.latest, lambda: trace.budget, lambda: trace.to_dict):
+        with pytest.raises(FoveateError) as error:
+            read()
+        assert str(error.value) == (
+            "nothing has been pruned yet: the trace fills when the model sees a prompt with an image"
+        )
+    assert str(trace) == "nothing pruned yet"
+    assert repr(trace) == "<Trace of 0 calls: nothing pruned yet>"
+
+
+def test_a_trace_has_no_other_attributes() -> None:
+    trace = Trace()
+    for name in ("flops", "stopwatchs", "_private", "__length_hint__"):
+        with pytest.raises(AttributeError, match=f"^Trace has no attribute '{name}'$"):
+            getattr(trace, name)
+
+
+def test_a_trace_can_be_copied() -> None:
+    trace = Trace()
+    trace.add(call(stopwatch=float))
+    assert copy.copy(trace).history == trace.history
+    assert pickle.loads(pickle.dumps(trace)).to_dict() == trace.to_dict()  # noqa: S301 - written one line above
+
+
+def test_a_long_trace_forgets_its_oldest_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Trace.history_limit == 1000
+    monkeypatch.setattr(Trace, "history_limit", 3)
+    trace = Trace()
+    calls = [call(text=float(number)) for number in range(5)]
+    for one in calls:
+        trace.add(one)
+    assert [one.text for one in trace.history] == [2.0, 3.0, 4.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "hint"),
+    [
+        ("forpu", ["random", "fopru"], "did you mean 'fopru'? Choices: fopru, random."),
+        ("zzz", ["random", "fopru"], "Choices: fopru, random."),
+        ("FoPru", ["random", "fopru"], "did you mean 'fopru'? Choices: fopru, random."),
+        ("any", [], "Choices: none."),
+        ("", ["fopru"], "Choices: fopru."),
+    ],
+)
+def test_did_you_mean(name: str, choices: list[str], hint: str) -> None:
+    assert did_you_mean(name, choices) == hint
+    assert did_you_mean(name, iter(choices)) == hint
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (8.453e12, "8.45 TFLOPs"),
+        (0, "0 FLOPs"),
+        (1, "1 FLOPs"),
+        (0.5, "0.5 FLOPs"),
+        (999, "999 FLOPs"),
+        (999.6, "1 kFLOPs"),
+        (1000, "1 kFLOPs"),
+        (999_499, "999 kFLOPs"),
+        (999_999, "1 MFLOPs"),
+        (-2_500_000, "-2.5 MFLOPs"),
+        (1.234e9, "1.23 GFLOPs"),
+        (12_345e12, "12.3 PFLOPs"),
+    ],
+)
+def test_readable(value: float, text: str) -> None:
+    assert readable(value, "FLOPs") == text
+
+
+@given(st.floats(1e-3, 1e17))
+def test_a_readable_number_has_no_exponent_and_three_digits(value: float) -> None:
+    number, unit = readable(value, "B").split()
+    assert "e" not in number
+    scale = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit]
+    assert math.isclose(float(number) * scale, value, rel_tol=0.0051)
+    assert float(number) < 1000

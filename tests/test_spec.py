@@ -1,0 +1,485 @@
+"""The spec language: its grammar, its errors, and that every method survives the way to text and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from foveate import methods
+from foveate.core import FoveateError, Keep, Method, check_keep
+from foveate.methods.fopru import FoPru
+from foveate.methods.random import Random
+from foveate.methods.uniform import Uniform
+from foveate.spec import format as format_spec
+from foveate.spec import parse, parse_stages
+
+REGISTERED = methods.names()
+
+
+@dataclass(frozen=True)
+class Probe(Method):
+    """Probe: a field of every kind that a method may have."""
+
+    keep: Keep = 0.25
+    shares: tuple[float, ...] = (0.5, 0.3, 0.1)
+    layers: tuple[int, ...] | None = None
+    budgets: tuple[Keep, ...] = (1.0,)
+    pair: tuple[int, float] = (1, 2.0)
+    words: tuple[str, ...] = ()
+    note: str = ""
+    label: str | None = None
+    flag: bool = True
+    maybe: bool | None = None
+    level: Literal["low", "high", "none", 2] = "low"
+    where: int | Literal["output"] = 3
+    count_of: int = 7
+    rate: float = 0.5
+    made: tuple[int, ...] = dataclasses.field(default_factory=lambda: (1, 2))
+    derived: int = dataclasses.field(default=0, init=False)
+
+
+@dataclass(frozen=True)
+class Demanding(Method):
+    """Demanding: two fields without a default."""
+
+    keep: Keep
+    alpha: float
+    beta: float = 1.0
+
+
+@dataclass(frozen=True)
+class Trained(Method):
+    """Trained: comes from a folder."""
+
+    path: str | None = None
+    keep: Keep = 0.5
+    loaded: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    @classmethod
+    def from_pretrained(cls, path: str, **settings: Any) -> Trained:
+        cls.loaded.append((path, settings))
+        return cls(path=path, **settings)
+
+
+@dataclass(frozen=True)
+class Elsewhere(Method):
+    """Elsewhere: trained too, but its folder is no field."""
+
+    keep: Keep = 0.5
+
+    @classmethod
+    def from_pretrained(cls, path: str, **settings: Any) -> Elsewhere:
+        Trained.loaded.append((path, settings))
+        return cls(**settings)
+
+
+OWN: dict[str, type[Method]] = {kind.__name__.lower(): kind for kind in (Probe, Demanding, Trained, Elsewhere)}
+OWN["3d"] = Uniform  # other packages choose their own names
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_methods() -> Iterator[None]:
+    """The classes above can be named in a spec, beside the real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        real: Callable[[str], type[Method]] = methods.get
+        patch.setattr(methods, "get", lambda name: OWN.get(name) or real(name))
+        yield
+
+
+def told(text: str) -> str:
+    """What the user reads about a wrong spec."""
+    with pytest.raises(FoveateError) as error:
+        parse_stages(text)
+    return str(error.value)
+
+
+def exactly(left: object, right: object) -> bool:
+    """Equal in value and in type: 1 is one token, 1.0 is all of them, and Python calls them equal."""
+    return repr(left) == repr(right)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grammar
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("fopru", FoPru()),
+        ("fopru:keep=0.5", FoPru(keep=0.5)),
+        ("fopru:keep=64", FoPru(keep=64)),
+        ("fopru:keep=1", FoPru(keep=1)),
+        ("fopru:keep=1.0", FoPru(keep=1.0)),
+        ("fopru:keep=1.", FoPru(keep=1.0)),
+        ("fopru:keep=100%", FoPru(keep=1.0)),
+        ("fopru:keep=25%", FoPru(keep=0.25)),
+        ("fopru:keep=6.25%", FoPru(keep=0.0625)),
+        ("fopru:keep=.5", FoPru(keep=0.5)),
+        ("fopru:keep=5e-1", FoPru(keep=0.5)),
+        ("fopru:keep=5E-1", FoPru(keep=0.5)),
+        ("  fopru : keep = 64 , strategy = row ", FoPru(keep=64, strategy="row")),
+        ("fopru:strategy=row,direction=low,reorder=false,budget=image", FoPru(0.25, "row", "low", False, "image")),
+        ("fopru:reorder=FALSE", FoPru(reorder=False)),
+        ('fopru:strategy="row"', FoPru(strategy="row")),
+        ("fopru:strategy='row'", FoPru(strategy="row")),
+        ("random:seed=7", Random(seed=7)),
+        ("probe:shares=0.4/0.2", Probe(shares=(0.4, 0.2))),
+        ("probe:shares=50%/25%", Probe(shares=(0.5, 0.25))),
+        ("probe:shares=0.4", Probe(shares=(0.4,))),
+        ("probe:shares=0.4/", Probe(shares=(0.4,))),
+        ("probe:shares=1/0.5", Probe(shares=(1.0, 0.5))),
+        ("probe:shares=1", Probe(shares=(1.0,))),
+        ("probe:shares=/", Probe(shares=())),
+        ("probe:shares= 0.4 / 0.2 ", Probe(shares=(0.4, 0.2))),
+        ("probe:layers=8/16/24", Probe(layers=(8, 16, 24))),
+        ("probe:layers=8", Probe(layers=(8,))),
+        ("probe:layers=none", Probe(layers=None)),
+        ("probe:layers=None", Probe(layers=None)),
+        ("probe:budgets=1/1.0", Probe(budgets=(1, 1.0))),
+        ("probe:pair=3/4.0", Probe(pair=(3, 4.0))),
+        ("probe:words=a/b", Probe(words=("a", "b"))),
+        ("probe:words=5/6", Probe(words=("5", "6"))),
+        ("probe:words=5", Probe(words=("5",))),
+        ('probe:words="a,b"/"c/d"/e', Probe(words=("a,b", "c/d", "e"))),
+        ("probe:words='it/'", Probe(words=("it/",))),
+        ("probe:note=plain", Probe(note="plain")),
+        ("probe:note=5", Probe(note="5")),
+        ("probe:note=none", Probe(note="none")),
+        ("probe:label=none", Probe(label=None)),
+        ('probe:label="none"', Probe(label="none")),
+        ("probe:note=a/b", Probe(note="a/b")),
+        ("probe:note=a=b", Probe(note="a=b")),
+        ('probe:note=""', Probe(note="")),
+        ('probe:note="a, b: c+d/e"', Probe(note="a, b: c+d/e")),
+        ("probe:note='say \"yes\"'", Probe(note='say "yes"')),
+        (r'probe:note="say \"yes\" \\ no"', Probe(note='say "yes" \\ no')),
+        (r"probe:note='it\'s'", Probe(note="it's")),
+        ("probe:flag=false", Probe(flag=False)),
+        ("probe:maybe=true", Probe(maybe=True)),
+        ("probe:level=2", Probe(level=2)),
+        ('probe:level="none"', Probe(level="none")),
+        ("probe:level=none", Probe(level="none")),
+        ("probe:where=output", Probe(where="output")),
+        ("probe:where=5", Probe(where=5)),
+        ("probe:rate=2", Probe(rate=2.0)),
+        ("probe:rate=inf", Probe(rate=math.inf)),
+        ("probe:rate=-1e3", Probe(rate=-1000.0)),
+        ("demanding:keep=1,alpha=2", Demanding(keep=1, alpha=2.0)),
+    ],
+)
+def test_what_a_spec_means(text: str, method: Method) -> None:
+    assert exactly(parse(text), method)
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("fopru+random", (FoPru(), Random())),
+        ("fopru:keep=0.5 + random:keep=0.25", (FoPru(keep=0.5), Random(keep=0.25))),
+        ("probe:rate=1e+3+random", (Probe(rate=1000.0), Random())),
+        ("probe:shares=1e-1/1e+1,rate=2e+2+fopru:keep=1", (Probe(shares=(0.1, 10.0), rate=200.0), FoPru(keep=1))),
+        ("probe:note=3e+random", (Probe(note="3e"), Random())),
+        ("probe:note=some+3d", (Probe(note="some"), Uniform())),
+        ("probe:note='a+b'+random", (Probe(note="a+b"), Random())),
+        ("fopru+random+uniform", (FoPru(), Random(), Uniform())),
+    ],
+)
+def test_plus_joins_stages(text: str, stages: tuple[Method, ...]) -> None:
+    assert exactly(parse_stages(text), stages)
+
+
+def test_one_method_is_one_stage() -> None:
+    assert exactly(parse_stages("fopru"), (FoPru(),))
+    with pytest.raises(FoveateError) as error:
+        parse("fopru+random")
+    assert str(error.value) == "'fopru+random' names 2 stages where one method is expected"
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (FoPru(), "fopru:keep=0.25"),
+        (FoPru(keep=1.0), "fopru:keep=1.0"),
+        (FoPru(keep=1), "fopru:keep=1"),
+        (FoPru(strategy="row", reorder=False), "fopru:keep=0.25,strategy=row,reorder=false"),
+        (Random(seed=3), "random:keep=0.25,seed=3"),
+        (Probe(shares=(0.5,)), "probe:keep=0.25,shares=0.5/"),
+        (Probe(layers=()), "probe:keep=0.25,layers=/"),
+        (Probe(budgets=(1,)), "probe:keep=0.25,budgets=1/"),
+        (Probe(made=(1, 2)), "probe:keep=0.25"),
+        (Probe(made=(1,)), "probe:keep=0.25,made=1/"),
+        (Probe(label="none"), 'probe:keep=0.25,label="none"'),
+        (Probe(note="5%"), 'probe:keep=0.25,note="5%"'),
+        (Probe(note="INF"), 'probe:keep=0.25,note="INF"'),
+        (Probe(note="a\n"), 'probe:keep=0.25,note="a\n"'),
+        (Probe(words=("a,b", "c")), 'probe:keep=0.25,words="a,b"/c'),
+        (Probe(rate=1e16), "probe:keep=0.25,rate=1e+16"),
+    ],
+)
+def test_how_a_method_is_written(method: Method, text: str) -> None:
+    assert format_spec(method) == str(method) == text
+    assert exactly(parse(text), method)
+
+
+def test_a_number_of_numpy_is_written_as_a_number() -> None:
+    assert format_spec(FoPru(keep=numpy.float64(0.1))) == "fopru:keep=0.1"
+
+
+def test_stages_are_written_with_plus() -> None:
+    assert format_spec([FoPru(keep=0.5), Random(keep=9)]) == "fopru:keep=0.5+random:keep=9"
+    assert format_spec(()) == ""
+
+
+def test_a_trained_method_takes_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(Trained, "loaded", loaded)
+    assert parse("trained:from=runs/lvp,keep=9") == Trained("runs/lvp", 9)
+    assert parse('trained:path="/data/lvp+1"') == Trained("/data/lvp+1", 0.5)
+    assert parse("trained:from=7") == Trained("7")
+    assert parse("elsewhere:from=runs/lvp,keep=0.1") == Elsewhere(0.1)
+    assert loaded == [
+        ("runs/lvp", {"keep": 9}),
+        ("/data/lvp+1", {}),
+        ("7", {}),
+        ("runs/lvp", {"keep": 0.1}),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors
+
+FIELDS = ", ".join(sorted(field.name for field in dataclasses.fields(Probe) if field.init))
+ALL = f"Choices: {', '.join(REGISTERED)}."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' has an empty stage; write name[:field=value,...], stages joined by +"),
+        ("fopru+", "'fopru+' has an empty stage; write name[:field=value,...], stages joined by +"),
+        ("+fopru", "'+fopru' has an empty stage; write name[:field=value,...], stages joined by +"),
+        ("fopru++random", "'fopru++random' has an empty stage; write name[:field=value,...], stages joined by +"),
+        ("forpu", f"unknown method 'forpu'; did you mean 'fopru'? {ALL}"),
+        ("FoPru:keep=1", f"unknown method 'FoPru'; did you mean 'fopru'? {ALL}"),
+        (":keep=1", f"unknown method ''; {ALL}"),
+        ("../../x", f"unknown method '../../x'; {ALL}"),
+        ("fopru:", "'' in 'fopru:' is no field=value"),
+        ("fopru:keep", "'keep' in 'fopru:keep' is no field=value"),
+        ("fopru:keep=1,", "'' in 'fopru:keep=1,' is no field=value"),
+        ("fopru:0.5", "'0.5' in 'fopru:0.5' is no field=value"),
+        (
+            "fopru:kep=1",
+            "fopru has no field 'kep'; did you mean 'keep'? Choices: budget, direction, keep, reorder, strategy.",
+        ),
+        ("random:=1", "random has no field ''; Choices: keep, seed."),
+        ("random:from=runs", "random has no field 'from'; Choices: keep, seed."),
+        ("probe:derived=1", f"probe has no field 'derived'; did you mean 'where'? Choices: {FIELDS}."),
+        ("fopru:keep=1,keep=2", "fopru is given 'keep' twice"),
+        ("trained:from=a,path=b", "trained is given 'path' twice"),
+        ("fopru:keep=half", "fopru: keep=half is str, not int or float"),
+        ("fopru:keep='0.5'", "fopru: keep='0.5' is str, not int or float"),
+        ("fopru:keep=true", "fopru: keep=true is bool, not int or float"),
+        ("fopru:keep=none", "fopru: keep=none is none, not int or float"),
+        ("fopru:keep=0.5/0.3", "fopru: keep=0.5/0.3 is tuple, not int or float"),
+        (
+            "fopru:keep=64.0",
+            "keep=64.0 is no share in (0, 1]; the nearest is keep=1.0; write 64 without a point for tokens",
+        ),
+        (
+            "fopru:keep=150%",
+            "keep=1.5 is no share in (0, 1]; the nearest is keep=1.0; write 2 without a point for tokens",
+        ),
+        ("fopru:keep=0%", "keep=0.0 is no share in (0, 1]; the nearest is keep=0.01"),
+        ("fopru:keep=nan", "keep=nan is no share in (0, 1]; the nearest is keep=0.01"),
+        ("fopru:keep=inf", "keep=inf is no share in (0, 1]; the nearest is keep=1.0"),
+        ("fopru:keep=" + "9" * 5000, "keep=inf is no share in (0, 1]; the nearest is keep=1.0"),
+        ("fopru:keep=0", "keep=0 is below 1 token; the smallest budget is keep=1"),
+        ("fopru:keep=-1", "keep=-1 is below 1 token; the smallest budget is keep=1"),
+        (
+            "fopru:keep=",
+            "fopru: keep=(nothing): a string that is empty or holds , : + / or space is quoted",
+        ),
+        (
+            "fopru:strategy=rows",
+            "fopru: strategy=rows is not among its choices; did you mean 'row'? Choices: rank, row.",
+        ),
+        ("fopru:reorder=1", "fopru: reorder=1 is int, not bool"),
+        ("random:seed=1.5", "random: seed=1.5 is float, not int"),
+        ("random:seed=1e3", "random: seed=1e3 is float, not int"),
+        ("random:seed=-1", "seed=-1 is negative; the smallest is seed=0"),
+        ("probe:level=3", "probe: level=3 is not among its choices; Choices: 2, high, low, none."),
+        (
+            "probe:level=2.0",
+            "probe: level=2.0 is not among its choices; did you mean '2'? Choices: 2, high, low, none.",
+        ),
+        ("probe:layers=1/x", "probe: layers=1/x is tuple, not tuple[int, ...] or none"),
+        ("probe:layers=1/2.5", "probe: layers=1/2.5 is tuple, not tuple[int, ...] or none"),
+        ("probe:layers=0.5", "probe: layers=0.5 is float, not tuple[int, ...] or none"),
+        ("probe:shares=1//2", "probe: shares=1//2: a string that is empty or holds , : + / or space is quoted"),
+        ("probe:pair=1/2.0/3.0", "probe: pair=1/2.0/3.0 is tuple, not tuple[int, float]"),
+        ("probe:note=/data/x", "probe: note=/data/x: a string that is empty or holds , : + / or space is quoted"),
+        ("probe:note=a b", "probe: note=a b: a string that is empty or holds , : + / or space is quoted"),
+        ("probe:note=a:b", "probe: note=a:b: a string that is empty or holds , : + / or space is quoted"),
+        ("probe:note='a", "\"probe:note='a\" has an open ' quote"),
+        ("probe:note='a'b", "probe: note='a'b has an open quote"),
+        ('probe:note="a\\"', '\'probe:note="a\\\\"\' has an open " quote'),
+        ("demanding", "demanding needs keep and alpha; write demanding:keep=..."),
+        ("demanding:keep=1", "demanding needs alpha; write demanding:alpha=..."),
+    ],
+)
+def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
+    assert told(text) == message
+
+
+@given(st.text(alphabet="fopru:keep=0.15,/+@%\"'\\ \n-e", max_size=30))
+def test_no_text_is_answered_with_anything_but_a_method_or_an_error_of_ours(text: str) -> None:
+    try:
+        stages = parse_stages(text)
+    except FoveateError:
+        return
+    assert all(isinstance(stage, Method) for stage in stages)
+    assert exactly(parse_stages(format_spec(stages)), stages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# @file
+
+
+def test_a_file_holds_a_spec(tmp_path: Path) -> None:
+    stored = tmp_path / "best+one.json"
+    stored.write_text(json.dumps({"prune": "fopru:keep=0.5+random:keep=0.25", "score": 0.9}))
+    assert exactly(parse_stages(f"@{stored}"), (FoPru(keep=0.5), Random(keep=0.25)))
+    stored.write_text(json.dumps("fopru:keep=1"))
+    assert exactly(parse(f"@{stored}"), FoPru(keep=1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"keep": 1}', '@{path} has no "prune" entry that holds a spec'),
+        (b"[1]", '@{path} has no "prune" entry that holds a spec'),
+        (b'{"prune": ["fopru"]}', '@{path} has no "prune" entry that holds a spec'),
+        (b'{"prune": "@{path}"}', "@{path} points on to @{{path}}; the file itself holds the spec"),
+        (b"fopru", "@{path} cannot be read as JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"", "@{path} cannot be read as JSON: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_a_file_without_a_spec(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "best.json"
+    path.write_bytes(content)
+    assert told(f"@{path}") == message.format(path=path)
+
+
+def test_a_file_that_points_at_itself_ends(tmp_path: Path) -> None:
+    path = tmp_path / "loop.json"
+    path.write_text(json.dumps({"prune": f"@{path}"}))
+    assert told(f"@{path}") == f"@{path} points on to @{path}; the file itself holds the spec"
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert told(f"@{tmp_path}").startswith(f"@{tmp_path} cannot be read as JSON: ")
+    assert told(f"@{tmp_path / 'gone.json'}").startswith(f"@{tmp_path / 'gone.json'} cannot be read as JSON: ")
+    (tmp_path / "picture").write_bytes(b"\xff\xd8\xff")
+    assert told(f"@{tmp_path / 'picture'}").startswith(f"@{tmp_path / 'picture'} cannot be read as JSON: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# there and back
+
+_FLOATS = st.floats(allow_nan=False) | st.floats(0, 1, exclude_min=True) | st.sampled_from([1.0, 1e16, 1e-7, math.inf])
+_TEXTS = (
+    st.text(max_size=12)
+    | st.text(alphabet="ab ,:+/\"'\\=@%\n\t1e.-", max_size=12)
+    | st.sampled_from(["none", "True", "false", "1", "1.0", "25%", "nan", "-inf", "3e", "1e5", "/", "@x", "a ", " a"])
+)
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Values that a field annotated with `hint` may hold."""
+    origin, items = typing.get_origin(hint), typing.get_args(hint)
+    if origin in {typing.Union, types.UnionType}:
+        return st.one_of(*map(values, items))
+    if origin is Literal:
+        return st.sampled_from(items)
+    if origin is tuple and items[1:] == (Ellipsis,):
+        return st.lists(values(items[0]), max_size=4).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values, items))
+    plain = {int: st.integers(), float: _FLOATS, bool: st.booleans(), str: _TEXTS, type(None): st.none()}
+    return plain[hint]
+
+
+@st.composite
+def instances(draw: st.DrawFn, kind: type[Method]) -> Method:
+    """A method with drawn fields; fields that its own rules refuse keep their example."""
+    hints = typing.get_type_hints(kind)
+    method = kind.example()
+    for field in dataclasses.fields(kind):
+        if field.init and draw(st.booleans()):
+            drawn = draw(_likely(field.name, hints[field.name]))
+            try:
+                method = dataclasses.replace(method, **{field.name: drawn})
+            except FoveateError:
+                continue
+    return method
+
+
+def _likely(name: str, hint: Any) -> st.SearchStrategy[Any]:
+    """Values that a field allows, those first that methods are known to accept."""
+    found = values(hint)
+    if hint == Keep:
+        found = st.integers(1, 600) | st.floats(0, 1, exclude_min=True)
+    if hint is int:
+        found = st.integers(0, 10**6) | found
+    return found
+
+
+@pytest.mark.parametrize("name", [*REGISTERED, "probe"])
+@given(data=st.data())
+def test_every_method_survives_the_way_to_text_and_back(name: str, data: st.DataObject) -> None:
+    method = data.draw(instances(methods.get(name)))
+    again = parse(format_spec(method))
+    assert again == method
+    assert exactly(again, method)
+
+
+@given(data=st.data())
+def test_stages_survive_the_way_to_text_and_back(data: st.DataObject) -> None:
+    names = data.draw(st.lists(st.sampled_from([*REGISTERED, "probe"]), min_size=1, max_size=3))
+    stages = tuple(data.draw(instances(methods.get(name))) for name in names)
+    assert exactly(parse_stages(format_spec(stages)), stages)
+
+
+@given(data=st.data())
+def test_the_generator_reaches_more_than_the_example(data: st.DataObject) -> None:
+    """Fields of every registered method do vary, so that the tests above are about more than defaults."""
+    kind = methods.get(data.draw(st.sampled_from(REGISTERED)))
+    method = data.draw(instances(kind))
+    assert type(method) is kind
+    assume(method != kind.example())
+    assert format_spec(method) != format_spec(kind.example())
+
+
+@given(keep=st.integers() | _FLOATS)
+def test_keep_is_read_as_it_is_in_python(keep: float) -> None:
+    try:
+        check_keep(keep)
+        refusal = ""
+    except FoveateError as error:
+        refusal = str(error)
+    if refusal:
+        assert told(f"random:keep={keep!r}") == refusal
+    else:
+        assert exactly(parse(f"random:keep={keep!r}"), Random(keep=keep))
