@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from typing import Any
@@ -244,6 +245,42 @@ def test_a_reset_cache_that_was_filled_elsewhere_is_refused() -> None:
     with pytest.raises(FoveateError, match="holds 46 tokens of a prompt that was not pruned"):
         generate(model, given, past_key_values=cache)
     handle.stop()
+
+
+def test_a_copied_cache_goes_on_by_itself() -> None:
+    """One prompt, several questions: its cache is copied for each of them."""
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i1i5")
+    with torch.no_grad(), foveate.prune(model, Ragged()) as trace:
+        prefix = DynamicCache(config=model.config.get_text_config())
+        first = generate(model, given, past_key_values=prefix, max_new_tokens=1)
+        for words in ([[5, 6]] * 2, [[7, 8]] * 2):
+            whole = say_more(given, first, torch.tensor(words))
+            mine = copy.deepcopy(prefix)
+            out = generate(model, whole, past_key_values=mine)
+            rows = agreement.prompts(model, {**whole, "pixel_values": given["pixel_values"]}, trace.latest)
+            assert agreement.worst(model, rows, out, STEPS) < agreement.TOLERANCE
+        copied = copy.deepcopy(prefix)
+        copied.crop(-1)
+        copied.reset()
+        assert int(prefix.get_seq_length()) == trace.length
+    with pytest.raises(FoveateError, match="has been stopped"):
+        mine.get_seq_length()
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i1i5")
+    with foveate.prune(model, Ragged()):
+        with torch.inference_mode():
+            out = generate(model, given)
+        whole = say_more(given, out, torch.tensor([[5, 6]] * 2))
+        after = generate(
+            model, {key: value.clone() for key, value in whole.items()}, past_key_values=out.past_key_values
+        )
+        expected = generate(model, given)
+        expected = generate(model, whole, past_key_values=expected.past_key_values)
+    assert torch.equal(after.sequences, expected.sequences)
 
 
 # -- whose cache it is ------------------------------------------------------------------------------------------------

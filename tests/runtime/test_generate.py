@@ -12,7 +12,14 @@ import tiny
 import torch
 from doubles import Fixed, Ragged
 from torch import Tensor
-from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 import foveate
@@ -202,6 +209,50 @@ def test_prompt_lookup_equals_greedy(decoder: str) -> None:
     assert max(calls) > 1, "no candidate was looked up"
 
 
+def test_an_assistant_model_changes_nothing() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i9")
+    assistant = LlamaForCausalLM(model.config.get_text_config()).eval()
+    assistant.generation_config.pad_token_id = tiny.PAD
+    # A draft by the decoder's own weights, so that some of it is accepted.
+    assistant.model.load_state_dict(model.get_decoder().state_dict())
+    assistant.lm_head.load_state_dict(model.lm_head.state_dict())
+    with foveate.prune(model, Random(keep=0.25)):
+        plain = model.generate(**given, max_new_tokens=12)
+        assisted = model.generate(**given, max_new_tokens=12, assistant_model=assistant)
+    assert torch.equal(assisted, plain)
+
+
+def test_guidance_by_a_negative_prompt() -> None:
+    """The unguided half is text alone and runs beside the pruned prompt."""
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    guided: dict[str, Any] = dict(guidance_scale=1.7, negative_prompt_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=5)
+    unpruned = model.generate(**given, **guided)
+    with foveate.prune(model, Random(keep=1.0)):
+        assert torch.equal(model.generate(**given, **guided), unpruned)
+    with foveate.prune(model, Random(keep=0.25)):
+        assert not torch.equal(model.generate(**given, **guided), unpruned)
+
+
+def test_a_logits_processor_may_generate_on_its_own() -> None:
+    model = tiny.model()
+    given, other = tiny.inputs(model, "3i4"), tiny.inputs(model, "2i1i5", seed=3)
+    inside: list[Tensor] = []
+
+    class Nested(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            inside.append(model.generate(**other, max_new_tokens=3))
+            return scores
+
+    with foveate.prune(model, FoPru(keep=0.25)):
+        expected, expected_inside = model.generate(**given, max_new_tokens=4), model.generate(**other, max_new_tokens=3)
+        out = model.generate(**given, max_new_tokens=4, logits_processor=LogitsProcessorList([Nested()]))
+    assert torch.equal(out, expected)
+    assert len(inside) == 4
+    assert all(torch.equal(one, expected_inside) for one in inside)
+
+
 # -- lengths ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +267,19 @@ def test_max_length_counts_the_prompt_that_the_caller_knows(keep: float) -> None
         with foveate.prune(model, Random(keep=keep)):
             pruned = model.generate(**given, **options)
         assert pruned.shape == unpruned.shape == (2, longest + 5)
+
+
+@pytest.mark.parametrize("longest", [1, 20, 43])
+def test_a_max_length_that_leaves_no_room_is_refused_in_the_callers_numbers(longest: int) -> None:
+    model = tiny.model()
+    message = (
+        f"max_length={longest} leaves no room for an answer to a prompt of 43 tokens; the smallest is max_length=44, or "
+        "set max_new_tokens"
+    )
+    with foveate.prune(model, Random(keep=0.25)):
+        with pytest.raises(FoveateError, match=message):
+            model.generate(**tiny.inputs(model, "3i4"), max_length=longest)
+        assert model.generate(**tiny.inputs(model, "3i4"), max_length=44).shape == (1, 44)
 
 
 def test_max_length_in_the_models_own_generation_config() -> None:

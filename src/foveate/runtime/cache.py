@@ -6,6 +6,7 @@ holds fewer entries; `kept` says which place of the timeline each of them is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -133,6 +134,13 @@ class Timeline:
     held: dict[int, Held] = field(default_factory=dict)  # by layer, once entries may have left it
     before: int = 0  # while evicting: entries that layer 0 had been given before the latest call
     seen: int = 0  # ... and after it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
+        """A copy of a cache belongs to the same handle."""
+        memo[id(self.owner)] = self.owner
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     @property
     def entries(self) -> int:

@@ -66,7 +66,8 @@ class Handle:
         if self._evictor is not None:
             self._evictor.listen(self._decoder_probe)
         inside = [part for part in self.parts if part.site == "tower"]
-        self._tower = TowerStages(model, self.family, inside, self._probe, lambda: self._thread is not None)
+        mine = lambda: self._thread == threading.get_ident()  # noqa: E731 - a question, asked while the encoder runs
+        self._tower = TowerStages(model, self.family, inside, self._probe, mine)
         self._prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self)
         self._run: _Run | None = None
         self._direct: Shortened | None = None
@@ -160,8 +161,7 @@ class Handle:
 
     def _generate(self, *arguments: Any, **options: Any) -> Any:
         self._claim()
-        if self._run is not None:
-            return self._stock["generate"](*arguments, **options)
+        outer, self._run = self._run, None  # a logits processor may generate on its own
         try:
             self._finish()  # pictures may have been encoded by hand
             bound = inspect.signature(self._stock["generate"]).bind_partial(*arguments, **options).arguments
@@ -172,9 +172,10 @@ class Handle:
                 given["streamer"] = _PromptStreamer(given["streamer"], self._run)
             return self._restore_prompt(self._stock["generate"](**given), self._run)
         finally:
-            self._run = None
+            self._run = outer
             self._finish()
-            self._thread = None
+            if outer is None:
+                self._thread = None
 
     def _begin(self, shortened: Shortened) -> None:
         """A shortened prompt is about to enter the decoder: note it, and get ready for the stages inside."""
@@ -268,10 +269,19 @@ class Handle:
         if self._run is not None and self._run.shortened is not None:
             removed = self._run.shortened.removed
             if by_caller["max"] and prepared.max_new_tokens is None:
+                self._check_room(prepared.max_length, config["input_ids_length"] + removed)
                 prepared.max_length -= removed
             if by_caller["min"] and prepared.min_new_tokens is None and prepared.min_length is not None:
                 prepared.min_length = max(0, prepared.min_length - removed)
         return prepared
+
+    @staticmethod
+    def _check_room(longest: int, prompt: int) -> None:
+        if longest <= prompt:
+            raise FoveateError(
+                f"max_length={longest} leaves no room for an answer to a prompt of {prompt} tokens; the smallest is "
+                f"max_length={prompt + 1}, or set max_new_tokens"
+            )
 
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         result = self._stock["_prepare_cache_for_generation"](generation_config, model_kwargs, *rest, **options)

@@ -257,8 +257,8 @@ class _View:
             fields["text_normed"] = self.descent.norm(_take(hidden, words))
         seen = self.descent.probe.seen(self.stage.depth - 1)
         if seen is not None:
-            places = [self._as_seen(rows, one) for one in (visual, words)]
-            fields.update(seen.signals(needs, rows, *places, self._last(rows, self.descent.behind[1])))
+            last = self._last(rows, self.descent.behind[1])
+            fields.update(seen.signals(needs, rows, self._as_seen(rows, visual), self._as_seen(rows, words), last))
         if "next_query" in needs:
             last = self._last(rows, self.descent.valid)
             fields["next_query"] = self._look_ahead().signals({"last_query"}, rows, visual, words, last)["last_query"]

@@ -22,15 +22,12 @@ from foveate.scenes.generator import Scenes, generate
 from foveate.scenes.learner import Learner, answer_loss, encoder_losses
 from foveate.scenes.packing import ask
 from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
-from foveate.scenes.targets import Targets, objects_first, targets
+from foveate.scenes.targets import objects_first, targets
 
 Report = Callable[[dict[str, Any]], None]
 
 LENGTH = 127  # text tokens per picture: with <bos> and 576 visual tokens that makes 704, a multiple of 64
 LOG_STEPS = 20
-THIN = (576, 64, 144, 32, 288, 96, 48)
-"""Visual tokens that the decoder reads in a thin phase, step by step."""
-
 WEIGHTS = {"answer": 1.0, "name": 0.5, "color": 0.25, "digit": 1.0, "tag": 1.0, "contrast": 0.25}
 
 
@@ -48,10 +45,6 @@ class Phase:
         final: the rate at the phase's last step, as a share of the peak; linear in between.
         share: share of the pictures that the decoder is asked about; the encoder's losses see all of them.
         patches: how many patches of each picture the encoder sees, those of objects first; None is all 576.
-        thin: the decoder reads a part of what the encoder gives, another number of tokens in each step, at random or
-            those of objects first, so that it can answer from few tokens whoever chooses them.
-        again: come back to the same pictures after so many steps, with other questions; 0 is never. A frozen encoder
-            sees each of them once.
     """
 
     kind: Literal["ideal", "joint"]
@@ -62,8 +55,6 @@ class Phase:
     final: float = 1.0
     share: float = 1.0
     patches: int | None = None
-    thin: bool = False
-    again: int = 0
 
     def rate(self, step: int) -> float:
         """The share of the peak rate at `step` of this phase, counted from 0."""
@@ -191,7 +182,6 @@ class _Session:
         self.half = device.type == "cuda" or _bfloat16_cpu()
         self.done = Progress()
         self.best = -1.0
-        self.encoded: dict[int, Tensor] = {}  # visual tokens of pictures that a phase comes back to
 
     def _optimizer(self) -> torch.optim.AdamW:
         decoder = {id(parameter) for parameter in self.learner.model.model.language_model.parameters()}
@@ -268,8 +258,7 @@ class _Session:
 
     def _step(self, phase: Phase, step: int) -> dict[str, Tensor]:
         number = self.done.step
-        picture = number % phase.again if phase.again else number
-        scenes = generate(self.batch, seed=(self.seed * 1_000_003 + picture) % 2**31, device=self.device)
+        scenes = generate(self.batch, seed=(self.seed * 1_000_003 + number) % 2**31, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = getattr(phase, f"{group['side']}_rate") * phase.rate(step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
@@ -291,25 +280,15 @@ class _Session:
             wanted = wanted.at(places)
         frozen = phase.encoder_rate == 0
         with torch.set_grad_enabled(not frozen):
-            visual, pooled = self._encode(phase, scenes, number, places)
+            visual, pooled = self.learner.encode(scenes.pixels, phase.kind == "ideal", places)
         losses = {} if frozen else encoder_losses(self.learner, visual, pooled, scenes, wanted)
         if phase.kind == "ideal":
             visual, places = ideal_tokens(self.learner.words, targets(scenes), scenes, draw)
-        if phase.thin:
-            visual, places = _thin(visual, targets(scenes), number, draw)
         rows = max(1, round(self.batch * phase.share))
         packed = ask(first(scenes, rows), LENGTH, random.Random(f"{self.seed} {number}")).to(self.device)
         places = None if places is None else places[:rows]
         losses["answer"] = answer_loss(self.learner.decode(visual[:rows], packed, places), packed)
         return losses
-
-    def _encode(self, phase: Phase, scenes: Scenes, number: int, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not phase.again or phase.encoder_rate or places is not None:
-            return self.learner.encode(scenes.pixels, phase.kind == "ideal", places)
-        picture = number % phase.again
-        if picture not in self.encoded:
-            self.encoded[picture] = self.learner.encode(scenes.pixels)[0].to("cpu", torch.bfloat16)
-        return self.encoded[picture].to(self.device), None
 
     @torch.no_grad()
     def _follow(self, number: int) -> None:
@@ -338,21 +317,6 @@ class _Session:
         line = {**vars(self.done), "exam": {kind: round(value, 4) for kind, value in marks.items()}}
         self.run.log(line)
         report(line)
-
-
-def _thin(visual: Tensor, wanted: Targets, number: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A part of the visual tokens (B, N, D): (B, K, D) and their raster indices (B, K).
-
-    K runs through `THIN` from step to step; every other time round the tokens of objects come first, as attention
-    would choose them, else all tokens have the same chance.
-    """
-    count = THIN[number % len(THIN)]
-    if number // len(THIN) % 2:
-        places = objects_first(wanted, count, draw)
-    else:
-        chance = torch.rand(visual.shape[:2], generator=draw).to(visual.device)
-        places = chance.topk(count, dim=1).indices.sort(dim=1).values
-    return visual.gather(1, places[..., None].expand(-1, -1, visual.shape[-1])), places
 
 
 def first(scenes: Scenes, rows: int) -> Scenes:
