@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import reference
 import tiny
 import torch
-from doubles import Fixed, Ragged
+from doubles import Answer, Fixed, Ragged
 from torch import Tensor
 from transformers import (
     CompileConfig,
@@ -23,7 +24,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 import foveate
-from foveate import FoPru, FoveateError, Pool, Random, Uniform
+from foveate import FoPru, FoveateError, Pool, Random, Uniform, families
+from foveate.core import Selection, Signals
 
 STEPS = 8
 ROWS = ("3i4", "2i1i5", "6", "1i")  # text after, between and after, none, image at the very end
@@ -273,8 +275,7 @@ def test_max_length_counts_the_prompt_that_the_caller_knows(keep: float) -> None
 def test_a_max_length_that_leaves_no_room_is_refused_in_the_callers_numbers(longest: int) -> None:
     model = tiny.model()
     message = (
-        f"max_length={longest} leaves no room for an answer to a prompt of 43 tokens; the smallest is max_length=44, or "
-        "set max_new_tokens"
+        f"max_length={longest} leaves no room for an answer to a prompt of 43 tokens; the smallest is max_length=44"
     )
     with foveate.prune(model, Random(keep=0.25)):
         with pytest.raises(FoveateError, match=message):
@@ -479,6 +480,38 @@ def test_a_merging_method_equals_the_reference() -> None:
     assert agreement.worst(model, rows, out, STEPS) < agreement.TOLERANCE
     unmerged = agreement.prompts(model, given, trace.latest)
     assert agreement.worst(model, unmerged, out, STEPS) > 0.1
+
+
+def answers_encoded(signals: Signals) -> Selection:
+    """Two tokens of the encoder's own width, before the projector."""
+    hidden = signals.tower["read"].hidden
+    assert hidden is not None
+    features = [torch.stack([one[:18].mean(dim=0), one[18:].mean(dim=0)]) for one in hidden]
+    return Selection([index[[0, 18]] for index in signals.index], features=features, space="encoded")
+
+
+def test_encoded_tokens_are_projected() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *ROWS)
+    with foveate.prune(model, Answer(answer=answers_encoded, wants=("tower.read.hidden",))) as trace:
+        out = generate(model, given)
+    merged = [
+        reference.project(model, torch.stack([one[:18].mean(dim=0), one[18:].mean(dim=0)]))
+        for one in reference.encode(model, given["pixel_values"])
+    ]
+    rows = agreement.prompts(model, given, trace.latest, merged=[merged])
+    assert agreement.worst(model, rows, out, STEPS) < agreement.TOLERANCE
+
+
+def test_encoded_tokens_are_refused_where_the_projector_merges_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", (dataclasses.replace(families.FAMILIES[0], pointwise=False),))
+    model = tiny.model()
+    message = (
+        "answer:.* returns encoded tokens, but this family's projector merges neighbours and cannot map single ones"
+    )
+    method = Answer(answer=answers_encoded, wants=("tower.read.hidden",))
+    with foveate.prune(model, method), pytest.raises(FoveateError, match=message):
+        generate(model, tiny.inputs(model, "3i4"))
 
 
 def test_fopru_without_reordering_hands_tokens_on_by_significance() -> None:
