@@ -38,13 +38,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_python_blocks_run_in_one_namespace(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = fences("python")
-    assert len(blocks) >= 2
+    assert blocks
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
-    printed = capsys.readouterr().out
-    assert "576 -> 144 tokens" in printed
-    assert "576 -> 288 -> 144 tokens" in printed
+    assert "576 -> 144 tokens" in capsys.readouterr().out
     assert (checkout / "kept.png").is_file()
 
 

@@ -57,4 +57,4 @@ def untouched(model: Any) -> Iterator[None]:
         yield
     finally:
         changed = differences(before, fingerprint(model))
-        assert changed == []
+        assert changed == [], f"changed: {', '.join(sorted(changed))}"

@@ -70,6 +70,24 @@ def test_a_second_turn_of_text(decoder: str, cache: str, ids: str) -> None:
     assert agreement.worst(model, rows, again, STEPS) < agreement.TOLERANCE
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_an_answer_that_ended_early_is_hidden_in_the_next_turn(cache: str) -> None:
+    """What pads a finished row is in the cache; the caller's mask keeps the next turn from reading it."""
+    model = tiny.model()
+    first = tiny.inputs(model, "3i4", "2i1i5")
+    text = model.config.get_text_config()
+    held: Any = DynamicCache(config=text) if cache == "dynamic" else StaticCache(config=text, max_cache_len=150)
+    with foveate.prune(model, Ragged()) as trace:
+        out = generate(model, first, past_key_values=held)
+        whole = say_more(first, out, torch.tensor([[5, 6, 7]] * 2))
+        end = first["input_ids"].shape[1] + 2
+        whole["attention_mask"][0, end : end + 2] = 0
+        again = generate(model, whole, past_key_values=held)
+    rows = agreement.prompts(model, {**whole, "pixel_values": first["pixel_values"]}, trace.latest)
+    assert [prompt.next_position for prompt in rows] == [7 + 36 + 5, 8 + 72 + 7]
+    assert agreement.worst(model, rows, again, STEPS) < agreement.TOLERANCE
+
+
 @pytest.mark.parametrize("ids", ["all", "new"])
 @pytest.mark.parametrize("decoder", ["llama", "mistral-sliding"])
 def test_three_turns_with_a_picture_each(decoder: str, ids: str) -> None:
@@ -355,10 +373,12 @@ def refused_caches(model: Any, given: dict[str, Tensor]) -> dict[str, tuple[Any,
     text = model.config.get_text_config()
     filled = DynamicCache(config=text)
     model.generate(**given, past_key_values=filled, max_new_tokens=1)
+    offloaded = DynamicCache(config=text)
+    offloaded.offloading = True  # asked for by argument, it opens a stream on a device that may not be there
     empty = "use an empty DynamicCache or StaticCache, or none"
     return {
         "filled": (filled, "this DynamicCache holds 43 tokens of a prompt that was not pruned; start with an empty"),
-        "offloaded": (DynamicCache(config=text, offloading=True), "an offloaded DynamicCache cannot hold a pruned"),
+        "offloaded": (offloaded, "an offloaded DynamicCache cannot hold a pruned"),
         "foreign": (_Foreign(layers=[]), f"_Foreign cannot hold a pruned prompt; {empty}"),
         "encoder-decoder": (
             EncoderDecoderCache(DynamicCache(), DynamicCache()),

@@ -11,7 +11,9 @@ import pytest
 import reference
 import tiny
 import torch
+import transformers
 from doubles import Answer, Fixed, Ragged
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     CompileConfig,
@@ -181,6 +183,15 @@ def test_compiled_decoding_equals_eager() -> None:
     torch._dynamo.reset()
 
 
+def test_chunks_are_refused_where_transformers_gets_them_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    model = tiny.model()
+    message = r"prefill_chunk_size=5: .* 5\.22\.2"
+    with foveate.prune(model, "random:keep=0.5"), pytest.raises(FoveateError, match=message):
+        generate(model, tiny.inputs(model, "3i4"), prefill_chunk_size=5)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="stock chunks are wrong before 5.23")
 @pytest.mark.parametrize("decoder", ["llama", "mistral-sliding"])
 @pytest.mark.parametrize("size", [1, 5, 50])
 def test_a_prompt_fed_in_chunks(decoder: str, size: int) -> None:

@@ -18,7 +18,9 @@ from untouched import differences, fingerprint, untouched
 
 import foveate
 from foveate import FoPru, FoveateError, Random
-from foveate.core import Method
+from foveate.core import Method, Selection
+from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.tower import TowerStages
 
 STEPS = 4
 
@@ -179,6 +181,29 @@ def test_weights_saved_inside_the_handle_are_the_models_own(tmp_path: Any) -> No
     given = tiny.inputs(model, "3i4")
     assert torch.equal(generate(loaded, given).sequences, generate(model, given).sequences)
     assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
+
+
+@pytest.mark.parametrize("what", [Probe, DecoderProbe, TowerStages])
+def test_a_start_that_fails_is_undone(what: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = what.install  # type: ignore[attr-defined]
+
+    def install(self: Any) -> None:
+        stock(self)
+        raise RuntimeError("no more")
+
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    unpruned = generate(model, given).sequences
+    monkeypatch.setattr(what, "install", install)
+    handle = foveate.prune(model, FoPru(keep=0.25))
+    with untouched(model), pytest.raises(RuntimeError, match="no more"):
+        handle.start()
+    assert not handle.active
+    assert torch.equal(generate(model, given).sequences, unpruned)
+    monkeypatch.setattr(what, "install", stock)
+    with untouched(model), handle as trace:
+        generate(model, given)
+    assert trace.images[0].after == 9
 
 
 # -- exceptions -------------------------------------------------------------------------------------------------------
@@ -357,6 +382,23 @@ def test_a_later_turn_with_pictures_that_do_not_belong() -> None:
         generate(model, {**whole, "pixel_values": second["pixel_values"]}, past_key_values=out.past_key_values)
 
 
+def test_an_encoder_that_saw_other_pictures_than_the_prompt() -> None:
+    """Somebody's hook encodes one more while the call is under way: whose scores these are cannot be told."""
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+
+    def encode_more(*_: Any) -> None:
+        model.model.vision_tower(given["pixel_values"])
+
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(encode_more)
+    with torch.no_grad(), foveate.prune(model, FoPru(keep=0.25)):
+        for call in (lambda: generate(model, given), lambda: model(**given)):
+            with pytest.raises(FoveateError, match="encoder block 2 saw 2 pictures, the prompt 1"):
+                call()
+        hook.remove()
+        generate(model, given)
+
+
 # -- methods that answer wrongly --------------------------------------------------------------------------------------
 
 
@@ -392,14 +434,13 @@ def test_later_stages_cannot_keep_what_is_gone() -> None:
 
 
 def wrong_answers() -> dict[str, tuple[Method, str]]:
-    from foveate.core import Selection
-
     def answer(indices: list[list[int]], **more: Any) -> Method:
         return Answer(answer=lambda signals: Selection([torch.tensor(one) for one in indices], **more))
 
     rows = torch.ones(2, 32)
     return {
         "images": (answer([[0], [1]]), "answered for 2 images but was asked for 1"),
+        "nothing": (Answer(answer=lambda signals: None), "answered with NoneType where a Selection is needed"),  # type: ignore[arg-type, return-value]
         "empty": (
             Answer(answer=lambda signals: Selection([torch.empty(0, dtype=torch.int64)])),
             "image 0: no token was kept; at least 1 must stay",

@@ -270,6 +270,19 @@ def test_the_callers_arguments_stay_theirs() -> None:
     assert model.generation_config.max_new_tokens is None
 
 
+@torch.no_grad()
+def test_token_types_are_shortened_with_their_tokens() -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4", "2i1i5")
+    types = (given["input_ids"] == tiny.IMAGE).long()
+    seen = decoder_calls(model)
+    with foveate.prune(model, Fixed((0, 3, 17))) as trace:
+        model(**given, mm_token_type_ids=types)
+    expected = types.gather(1, trace.index.clamp(min=0)).masked_fill(trace.index < 0, 0)
+    assert torch.equal(seen[0]["mm_token_type_ids"], expected)
+    assert expected.sum(dim=1).tolist() == [3, 6]
+
+
 # -- generate() -------------------------------------------------------------------------------------------------------
 
 

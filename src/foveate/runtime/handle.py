@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -126,10 +128,9 @@ class Handle:
         """Take pruning off the model. Caches it pruned refuse to work until start() is called again."""
         if getattr(self.model, "_foveate_handle", None) is not self:
             return
-        if self.active:
-            self._probe.remove()
-            self._tower.remove()
-            self._decoder_probe.remove()
+        self._probe.remove()
+        self._tower.remove()
+        self._decoder_probe.remove()
         self.active = False
         for hook in self._hooks:
             hook.remove()
@@ -220,6 +221,12 @@ class Handle:
         if kind in _UNSUPPORTED_CACHES:
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
         caches.check_usable(given.get("past_key_values"), self)
+        chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk is not None and Version(transformers.__version__) < Version("5.23"):
+            raise FoveateError(
+                f"prefill_chunk_size={chunk}: transformers {transformers.__version__} hands every chunk the features "
+                "of all images, pruned or not; use 5.23 or newer, or leave it out"
+            )
         if self._stages or self._evictor is not None:
             self._check_inside(config, given)
         if given.get("inputs_embeds") is not None:

@@ -48,31 +48,28 @@ def missing_signals(needs: Iterable[str], tower: Tower) -> list[str]:
     ]
 
 
-class Watch:
-    """One encoder block under observation; lives on its attention module while the probe is installed."""
+class Observed:
+    """One attention module under observation, from install() to remove()."""
 
-    def __init__(self, block: nn.Module, attention: Any, fields: set[str], summary: int) -> None:
-        self.block, self.attention, self.fields, self.summary = block, attention, fields, summary
-        self.seen: dict[str, list[Tensor]] = {name: [] for name in fields}
-        self.config: Any = None  # the block's own, while the probe's is in its place
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.config: Any = None  # the module's own, while the probe's is in its place
         self.implementation = ""
-        self._hook: Any = None
 
     def install(self) -> None:
-        """Give this block's attention a configuration of its own that names the probe; nothing else is touched."""
+        """Give this module a configuration of its own that names the probe; nothing else is touched."""
         self.config = self.attention.config
         self.implementation = self.config._attn_implementation
         config = copy.copy(self.config)
         config._attn_implementation_internal = PROBE
         self.attention.config = config
         self.attention._foveate_watch = self
-        self._hook = self.block.register_forward_hook(self._read_output)
 
     def remove(self) -> None:
-        """Put the block back as it was."""
-        self.attention.config = self.config
-        del self.attention._foveate_watch
-        self._hook.remove()
+        """Put the module back as it was; nothing to do for one that is not observed."""
+        if self.config is not None:
+            self.attention.config, self.config = self.config, None
+            del self.attention._foveate_watch
 
     def attend(self, queries: Tensor, *rest: Any, **options: Any) -> Any:
         """The attention that the model would have run."""
@@ -80,8 +77,37 @@ class Watch:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager)
         return function(self.attention, queries, *rest, **options)
 
+    def read_attention(
+        self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+    ) -> None:
+        """Note what this call's queries and keys (B, H, L, d) say."""
+        raise NotImplementedError(f"{type(self).__name__} reads nothing")
+
+
+class Watch(Observed):
+    """One encoder block under observation, its attention and its output."""
+
+    def __init__(self, block: nn.Module, attention: Any, fields: set[str], summary: int) -> None:
+        super().__init__(attention)
+        self.block, self.fields, self.summary = block, fields, summary
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in fields}
+        self._hook: Any = None
+
+    def install(self) -> None:
+        """Start observing the block."""
+        super().install()
+        self._hook = self.block.register_forward_hook(self._read_output)
+
+    def remove(self) -> None:
+        """Stop; the block is as it was."""
+        if self.config is not None:
+            self._hook.remove()
+        super().remove()
+
     @torch.no_grad()
-    def read_attention(self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> None:
+    def read_attention(
+        self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+    ) -> None:
         """Note what this call's queries and keys (B, H, CLS + N, d) say about each patch."""
         patches = slice(self.summary, None)
         valid = None if mask is None else _valid_keys(mask, keys.shape[0])
@@ -196,7 +222,7 @@ def _register() -> None:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
-    watch: Watch | _DecoderWatch = module._foveate_watch
+    watch: Observed = module._foveate_watch
     output = watch.attend(query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     more = {"softcap": options["softcap"]} if options.get("softcap") else {}
@@ -266,45 +292,34 @@ class Seen:
         return logits
 
 
-class _DecoderWatch:
+class _DecoderWatch(Observed):
     """One decoder block's attention under observation; keeps queries and keys only while it is open.
 
     A mask may be None (plain causal), (R or 1, 1, L, C) or, for flash attention, (R, C).
     """
 
     def __init__(self, attention: Any) -> None:
-        self.attention = attention
-        self.config: Any = None  # the block's own, while the probe's is in its place
-        self.implementation = ""
+        super().__init__(attention)
         self.open, self.stub = False, False
         self.past = 0  # entries of earlier prompts among the keys
         self.listener: Callable[..., None] | None = None
         self.seen: Seen | None = None
 
-    def install(self) -> None:
-        self.config = self.attention.config
-        self.implementation = self.config._attn_implementation
-        config = copy.copy(self.config)
-        config._attn_implementation_internal = PROBE
-        self.attention.config = config
-        self.attention._foveate_watch = self
-
     def remove(self) -> None:
-        self.attention.config = self.config
-        del self.attention._foveate_watch
+        """Stop; the block is as it was."""
+        super().remove()
         self.seen = None
 
     def attend(self, queries: Tensor, *rest: Any, **options: Any) -> Any:
         """The attention that the model would have run; nothing while only queries and keys are wanted."""
         if self.stub:
             return queries.transpose(1, 2), None
-        eager = getattr(sys.modules[type(self.attention).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager)
-        return function(self.attention, queries, *rest, **options)
+        return super().attend(queries, *rest, **options)
 
     def read_attention(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
     ) -> None:
+        """Tell the listener, and keep queries and keys while a stage waits for them."""
         if self.listener is not None and not self.stub:
             self.listener(queries, keys, mask, scale, softcap)
         if self.open:
