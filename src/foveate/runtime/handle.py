@@ -221,14 +221,14 @@ class Handle:
         if kind in _UNSUPPORTED_CACHES:
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
         caches.check_usable(given.get("past_key_values"), self)
+        if self._stages or self._evictor is not None:
+            self._check_inside(config, given)
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None and Version(transformers.__version__) < Version("5.23"):
             raise FoveateError(
                 f"prefill_chunk_size={chunk}: transformers {transformers.__version__} hands every chunk the features "
                 "of all images, pruned or not; use 5.23 or newer, or leave it out"
             )
-        if self._stages or self._evictor is not None:
-            self._check_inside(config, given)
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
         ids = given.get("input_ids", given.get("inputs"))
