@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -51,15 +50,6 @@ each_with_budget = pytest.mark.parametrize(
 each_evictor = pytest.mark.parametrize("name", [name for name in RUNNABLE if name in at("cache")])
 each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 each_attention = pytest.mark.parametrize("attn", ATTENTION)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second thread would only cost time on models of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of(family: str, attn: str = "sdpa") -> Any:

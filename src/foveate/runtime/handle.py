@@ -300,8 +300,7 @@ class Handle:
                 caches.attach(held, shortened.timeline)
             elif model_kwargs.get("attention_mask") is None:
                 # Without cache and mask, gaps in the positions would be read as packed sequences.
-                ids = shortened.plan.valid
-                model_kwargs["attention_mask"] = ids.long().repeat_interleave(shortened.repeats, dim=0)
+                model_kwargs["attention_mask"] = shortened.plan.repeat(shortened.repeats).valid.long()
         return result
 
     def _restore_prompt(self, result: Any, run: _Run) -> Any:

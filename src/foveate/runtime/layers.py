@@ -66,7 +66,7 @@ class Descent:
     _shared: dict[Any, Any] = field(default_factory=dict)  # what layers of one group share
 
     def __post_init__(self) -> None:
-        self.prompt_valid = self.plan.valid.repeat_interleave(self.repeats, dim=0)
+        self.prompt_valid = self.plan.repeat(self.repeats).valid
         # Where an earlier prompt changed what the cache holds, this one's groups must change as well.
         self.probe.open(self._cached)
         self._boundaries = {stage.depth for stage in self.stages} | {group.first for group in self.earlier}

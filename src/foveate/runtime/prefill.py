@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Block, Call, FoveateError, Method
+from foveate.cost.shapes import ModelShape
 from foveate.families import Family
 from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.choose import Image, Prompt, choose
@@ -88,6 +89,7 @@ class Prefill:
         self.evicting = any(part.site == "cache" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
+        self.shape = ModelShape.from_config(model.config)
 
     def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> None:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
@@ -269,6 +271,7 @@ class Prefill:
             shortened.record = partial(
                 record,
                 self.model,
+                self.shape,
                 images,
                 index=made.original + torch.where(made.valid, new.reached, 0),
                 prompt_length=new.ids.shape[1],

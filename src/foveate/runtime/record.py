@@ -46,6 +46,7 @@ class Stopwatch:
 
 def record(
     model: Any,
+    shape: ModelShape,
     images: Sequence[Image],
     *,
     index: Tensor,
@@ -60,6 +61,7 @@ def record(
     """The record of one call, as far as its stages have come.
 
     Args:
+        shape: the model's, read from its configuration once.
         index: (B, S') original position of each shortened one.
         prompt_length: columns of the caller's prompt.
         text: (B,) tokens of each row's new part that are neither visual nor padding.
@@ -68,7 +70,6 @@ def record(
         repeats: beams or samples per row, each with a cache of its own.
     """
     config = model.config
-    shape = ModelShape.from_config(config)
     layers = shape.decoder.layers
     width = model.dtype.itemsize
     length = past_entries + index.shape[1]

@@ -29,7 +29,6 @@ _DECODER = (
     "text_normed",
 )
 _CACHE = ("scores", "age", "keys", "window_queries")
-_OF_CLIP = ("image_clip", "text_clip")
 
 
 def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
