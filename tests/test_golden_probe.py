@@ -6,11 +6,11 @@ import json
 from functools import cache
 from typing import Any, NamedTuple
 
-import golden_cases
+import golden_files
 import numpy as np
 import pytest
 import torch
-from golden_cases import FOLDER
+from golden_files import FOLDER
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -44,7 +44,7 @@ FILES = sorted(entries())
 @cache
 def encoded(file: str) -> Encoded:
     """Run the stored weights on the stored picture."""
-    arrays = golden_cases.arrays_of(FOLDER, file)
+    arrays = golden_files.arrays_of(FOLDER, file)
     config = CLIPVisionConfig(**entries()[file]["hyperparameters"]["config"])
     model = CLIPVisionModel(config).eval()
     names = {name.removeprefix("vision_model."): name for name in model.state_dict()}
