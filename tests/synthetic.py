@@ -19,6 +19,7 @@ _SHAPES: dict[str, str] = {
     "text": "TD",
     "image_clip": "ND",
     "text_clip": "TD",
+    "word_clip": "TD",
     "hidden": "ND",
     "cls": "D",
     "cls_attention": "HN",
@@ -53,7 +54,7 @@ def signals(method: Method, batch: int, grid: Grid, seed: int = 0) -> Signals:
     for need in method.needs:
         room, _, rest = need.partition(".")
         name = rest.rpartition(".")[2] or room
-        if name in {"text_mask", "after_image"}:
+        if name in {"text_mask", "after_image", "word_mask"}:
             fields[name] = torch.ones(batch, WORDS, dtype=torch.bool)
             continue
         shape = [tokens if axis == "N" else _SIZES[axis] for axis in _SHAPES[name]]

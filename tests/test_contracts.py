@@ -116,7 +116,7 @@ def test_decoding_equals_the_reference_without_cache(
     given = tiny.inputs(model, *SITUATIONS[situation])
     method = example(name, model)
     seen = selections(method)
-    with untouched(model), foveate.prune(model, method) as trace:
+    with untouched(model), tiny.prune(model, method) as trace:
         out = generate(model, given)
     merged = merged_features(model, seen, trace.history)
     rows = agreement.prompts(model, given, trace.latest, merged=merged)
@@ -136,7 +136,7 @@ def test_eviction_leaves_the_first_token_exact(name: str, family: str, attn: str
     model = model_of(family, attn)
     given = tiny.inputs(model, *SITUATIONS[situation])
     unpruned = generate(model, given)
-    with untouched(model), foveate.prune(model, example(name, model)):
+    with untouched(model), tiny.prune(model, example(name, model)):
         out = generate(model, given)
     torch.testing.assert_close(out.logits[0], unpruned.logits[0], atol=agreement.TOLERANCE, rtol=0)
 
@@ -150,7 +150,7 @@ def test_a_second_turn_equals_the_reference(name: str, family: str, attn: str, s
     first, second = tiny.inputs(model, "3i4", "2i2", "6"), tiny.inputs(model, "5", "1i3", "2i1", seed=1)
     method = example(name, model)
     seen = selections(method)
-    with untouched(model), foveate.prune(model, method) as trace:
+    with untouched(model), tiny.prune(model, method) as trace:
         out = generate(model, first, max_new_tokens=3)
         given = continued(first, out.sequences, second)
         out = generate(model, {**given, "pixel_values": second["pixel_values"]}, past_key_values=out.past_key_values)
@@ -190,7 +190,7 @@ def test_beams_over_ragged_rows_equal_each_row_alone(name: str, family: str, att
     rows = ("3i4", "2i1i5", "1i2")
     given = tiny.inputs(model, *rows)
     beams: dict[str, Any] = dict(num_beams=3, num_return_sequences=3, output_scores=True)
-    with foveate.prune(model, example(name, model)) as trace:
+    with tiny.prune(model, example(name, model)) as trace:
         together = generate(model, given, **beams)
         images = trace.images
         for row in range(len(rows)):
@@ -211,7 +211,7 @@ def test_keeping_everything_changes_nothing(name: str, family: str, attn: str) -
     assert method is not None
     given = tiny.inputs(model, "3i4", "2i1i5", "6")
     unpruned = generate(model, given)
-    with foveate.prune(model, method) as trace:
+    with tiny.prune(model, method) as trace:
         pruned = generate(model, given)
         direct = model(**given).logits
     assert [image.after for image in trace.images] == [tiny.TOKENS] * 3
@@ -228,7 +228,7 @@ def test_exactly_count_tokens_stay_and_no_text_leaves(name: str, family: str) ->
     given = tiny.inputs(model, "3i4", "2i1i5", "6")
     method = example(name, model)
     counted = [part.count(tiny.TOKENS, tiny.GRID) for part in method.parts()]
-    with foveate.prune(model, method) as trace:
+    with tiny.prune(model, method) as trace:
         generate(model, given, max_new_tokens=1)
     for image in trace.images:
         if None not in counted:
@@ -252,11 +252,11 @@ def test_a_second_run_equals_the_first(name: str, family: str) -> None:
     given = tiny.inputs(model, "3i4", "2i1i5", "6")
     before = {key: value.clone() for key, value in given.items()}
     method = example(name, model)
-    with foveate.prune(model, method) as trace:
+    with tiny.prune(model, method) as trace:
         first = generate(model, given)
         second = generate(model, given)
     assert len(trace.history) == 2
-    with foveate.prune(model, method):
+    with tiny.prune(model, method):
         third = generate(model, given)
     for other in (second, third):
         assert torch.equal(first.sequences, other.sequences)
@@ -278,7 +278,7 @@ def test_the_model_is_as_before_after_an_exception(name: str, family: str) -> No
         for module in (model.lm_head, model.get_decoder().layers[1]):
             with untouched(model):
                 hook = module.register_forward_pre_hook(explode)
-                with pytest.raises(RuntimeError, match="in the middle"), foveate.prune(model, example(name, model)):
+                with pytest.raises(RuntimeError, match="in the middle"), tiny.prune(model, example(name, model)):
                     call()
                 hook.remove()
     assert torch.equal(generate(model, given).sequences, unpruned.sequences)
@@ -291,7 +291,7 @@ def test_the_trace_is_ready_for_json_and_for_reading(name: str, family: str) -> 
 
     model = model_of(family)
     method = example(name, model)
-    with foveate.prune(model, method) as trace:
+    with tiny.prune(model, method) as trace:
         generate(model, tiny.inputs(model, "3i4", "2i1i5"), max_new_tokens=1)
     stored = json.loads(json.dumps(trace.to_dict()))
     assert [image["original"] for image in stored["images"]] == [tiny.TOKENS] * 3

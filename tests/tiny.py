@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
     CLIPVisionConfig,
     GemmaConfig,
     LlamaConfig,
@@ -21,6 +24,10 @@ from transformers import (
     Qwen3Config,
     SiglipVisionConfig,
 )
+
+import foveate
+from foveate.runtime.choose import JOINT
+from foveate.scenes.mini import clip_tokenizer
 
 PAD, IMAGE, EOS = 0, 96, 1
 VOCABULARY = 97
@@ -127,6 +134,45 @@ def _draw(module: nn.Module) -> None:
 _FAMILIES: dict[str, Callable[..., Any]] = {"llava-1.5": _llava}
 FAMILIES = tuple(_FAMILIES)
 _BUILT: dict[str, Any] = {}  # a copy costs less than a model; nobody is handed the original
+
+
+def clip(model: Any, seed: int = 0, longest: int = 12) -> tuple[CLIPModel, Any]:
+    """A tiny random CLIP around a model's own vision tower, and its tokenizer, which knows the words of scenes."""
+    tokens = clip_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=longest,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+    )
+    config = CLIPConfig(
+        vision_config=model.config.vision_config.to_dict(), text_config=text.to_dict(), projection_dim=20
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = CLIPModel(config)
+        made.apply(_draw)
+    made.vision_model.load_state_dict(vision(model).state_dict())
+    return made.eval(), tokens
+
+
+def vision(model: Any) -> Any:
+    """The module that holds the tower's embeddings, blocks and norms."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
+
+
+def prune(model: Any, method: Any, **more: Any) -> Any:
+    """`foveate.prune`, with a CLIP and a question where a method compares both."""
+    stages = method if isinstance(method, list | tuple) else [method]
+    needs = {need for stage in stages for part in stage.parts() for need in part.needs}
+    if needs.intersection(JOINT):
+        more = {"clip": clip(model), "question": "what color is behind the dog ?", **more}
+    return foveate.prune(model, method, **more)
 
 
 def inputs(

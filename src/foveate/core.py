@@ -162,13 +162,15 @@ class Signals:
     tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
     size: Tensor | None = None  # (B, N) how many original tokens each stands for
     features: Tensor | None = None  # (B, N, D) after the projector
-    tower: Mapping[int | str, Block] = field(default_factory=dict)  # by 0-based block, "read" and "last"
+    tower: Mapping[int | str, Block] = field(default_factory=dict)  # by 0-based block, "8/24", "read" and "last"
     decoder: Block | None = None  # layer=k: block k-1
     text: Tensor | None = None  # (B, T, D) input embeddings of the prompt's text
     text_mask: Tensor | None = None  # (B, T) bool
     after_image: Tensor | None = None  # (B, T) bool
     image_clip: Tensor | None = None  # (B, N, C) CLIP's joint space
-    text_clip: Tensor | None = None  # (B, Q, C)
+    text_clip: Tensor | None = None  # (B, Q, C) of the question, one embedding per piece that CLIP's text tower takes
+    word_clip: Tensor | None = None  # (B, W, C) every position of those pieces, start, end and padding included
+    word_mask: Tensor | None = None  # (B, W) bool, the question's own tokens among them
     cache: CacheBlock | None = None
 
     @property

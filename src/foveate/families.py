@@ -19,6 +19,7 @@ class Tower:
     summary: int  # CLS tokens in front of the patches
     blocks: str  # attribute path from the tower to its list of blocks
     attention: str = "self_attn"  # ... from a block to its attention module, which calls the attention interface
+    joint: bool = False  # a CLIPModel's head maps its patches into a space shared with texts
 
     def blocks_of(self, tower: nn.Module) -> nn.ModuleList:
         """The encoder's blocks in order."""
@@ -26,7 +27,7 @@ class Tower:
 
 
 TOWERS = (
-    Tower("clip_vision_model", summary=1, blocks="encoder.layers"),
+    Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True),
     Tower("siglip_vision_model", summary=0, blocks="encoder.layers"),
 )
 

@@ -26,7 +26,8 @@ def prune(
         methods: a method, its spec ("fopru:keep=0.25"), or several of them, which act one after the other.
         processor: the model's processor, for methods that read the question as text.
         question: what those methods are to read in place of the prompt's text after the image; one, or one per row.
-        clip: a CLIP model or its name, for methods that compare image and question in CLIP's joint space.
+        clip: for methods that compare image and question in CLIP's joint space: folder or hub id of the CLIPModel whose
+            vision tower the encoder is, or the pair (CLIPModel, tokenizer); `mini` brings its own.
 
     Returns:
         The handle: `with handle as trace: ...`, or `handle.start()` and `handle.stop()`.
@@ -35,13 +36,14 @@ def prune(
         FoveateError: the model is no VLM of a known family, a method cannot run on it, or an argument is missing.
     """
     from foveate.runtime.handle import Handle
+    from foveate.runtime.joint_space import joint_space
     from foveate.runtime.support import check_parts
 
     parts = tuple(part for method in _listed(methods) for part in method.parts())
     if not parts:
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
-    check_parts(model, parts, processor=processor, question=question, clip=clip)
-    return Handle(model, parts)
+    check_parts(model, parts)
+    return Handle(model, parts, joint_space(model, parts, processor=processor, question=question, clip=clip))
 
 
 def _listed(methods: Method | str | Sequence[Method | str]) -> list[Method]:

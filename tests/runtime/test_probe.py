@@ -17,7 +17,7 @@ from untouched import untouched
 import foveate
 from foveate import FoPru, FoveateError, Random
 from foveate.core import Selection, Signals
-from foveate.runtime.probe import PROBE
+from foveate.runtime.probe import PROBE, block_number
 
 FIELDS = ("hidden", "received", "given", "received_all", "keys")
 OF_CLS = ("cls", "cls_attention", "key_cls", "query_cls")
@@ -256,7 +256,22 @@ def test_signals_that_an_encoder_cannot_give() -> None:
     ):
         foveate.prune(with_cls, Answer(wants=("tower.read.nonsense",)))
     with pytest.raises(FoveateError, match="needs text_clip, image_clip, which"):
-        foveate.prune(with_cls, Answer(wants=("text_clip", "image_clip")))
+        foveate.prune(without, Answer(wants=("text_clip", "image_clip")))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "number"),
+    [("read", 6, 4), ("last", 6, 5), ("3", 6, 3), ("8/24", 24, 8), ("8/24", 6, 2), ("22/24", 6, 5), ("23/24", 2, 1)],
+)
+def test_a_block_can_be_named_by_its_share_of_the_depth(name: str, blocks: int, number: int) -> None:
+    """round(8 * 6 / 24) = 2; round(22 * 6 / 24) = round(5.5) = 6 is past the last of six."""
+    assert block_number(name, blocks - 2, blocks) == number
+
+
+@pytest.mark.parametrize("name", ["first", "1/", "/4", "-1", "1/x"])
+def test_other_names_of_blocks_are_refused(name: str) -> None:
+    with pytest.raises(FoveateError, match=f"encoder block '{name}' is no number"):
+        block_number(name, 4, 6)
 
 
 def test_blocks_that_are_not_there() -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Grid, Method, Selection, Signals, StageRecord
 from foveate.spec import format as format_spec
+
+if TYPE_CHECKING:
+    from foveate.runtime.joint_space import JointSpace
+
+JOINT = ("image_clip", "text_clip", "word_clip", "word_mask")
+"""Signals that need question and picture in CLIP's joint space."""
 
 # The axis of each Block field that counts visual tokens; the others hold one value per image.
 TOKEN_AXIS = {
@@ -57,6 +63,8 @@ class Prompt:
 
     embeddings: Callable[[], Tensor]  # (B, S, D)
     is_text: Tensor  # (B, S) neither visual nor padding
+    joint_space: JointSpace | None = None  # where a method compares question and picture
+    ids: Tensor | None = None  # (B, S)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +154,9 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
     more: dict[str, Any] = {}
     if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
         more = _text(sources.prompt, group)
+    blocks = {name: _narrow(block, rows, index) for name, block in sources.blocks.items()}
+    if any(need in JOINT for need in part.needs):
+        more.update(_joint(sources.prompt, group, blocks["read"]))
     if sources.at is not None:
         wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
         memory = sources.at.memory.setdefault(tuple(numbers), {})
@@ -156,7 +167,7 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
         index=index,
         grid=first.grid if first.whole else None,
         features=torch.stack([image.features for image in group]) if "features" in part.needs else None,
-        tower={name: _narrow(block, rows, index) for name, block in sources.blocks.items()},
+        tower=blocks,
         **more,
     )
 
@@ -195,6 +206,14 @@ def _text(prompt: Prompt, group: Sequence[Image]) -> dict[str, Tensor]:
         mask[place, :count] = True
         after[place, :count] = places > image.columns[-1]
     return {"text": text, "text_mask": mask, "after_image": after}
+
+
+def _joint(prompt: Prompt, group: Sequence[Image], read: Block) -> dict[str, Tensor]:
+    """Both modalities in CLIP's joint space."""
+    assert prompt.joint_space is not None and prompt.ids is not None and read.hidden is not None
+    written = prompt.joint_space.text(prompt.ids, prompt.is_text, group)
+    image = prompt.joint_space.image(read.hidden)
+    return {"image_clip": image, "text_clip": written.text, "word_clip": written.words, "word_mask": written.mask}
 
 
 def _apply(

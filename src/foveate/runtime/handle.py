@@ -21,6 +21,7 @@ from foveate.core import FoveateError, Method, Trace
 from foveate.families import family_of
 from foveate.runtime import cache as caches
 from foveate.runtime.evict import Evictor
+from foveate.runtime.joint_space import JointSpace
 from foveate.runtime.layers import Descent, decode_mask, stages_of
 from foveate.runtime.prefill import Prefill, Shortened
 from foveate.runtime.probe import DecoderProbe, Probe
@@ -52,7 +53,7 @@ class Handle:
     configuration and methods of the model are the same after stop() as before start().
     """
 
-    def __init__(self, model: Any, parts: Sequence[Method]) -> None:
+    def __init__(self, model: Any, parts: Sequence[Method], joint_space: JointSpace | None = None) -> None:
         self.model = model
         self.parts = tuple(parts)
         self.trace = Trace()
@@ -61,7 +62,8 @@ class Handle:
         decoder = model.get_decoder()
         self._layers: Sequence[nn.Module] = decoder.layers
         self._stages = stages_of(self.parts, len(decoder.layers))
-        self._probe = Probe(model, self.family, {need for part in parts for need in part.needs})
+        needs = {need for part in parts for need in part.needs}
+        self._probe = Probe(model, self.family, needs if joint_space is None else {*needs, "tower.read.hidden"})
         evicting = [part for part in self.parts if part.site == "cache"]
         self._evictor = Evictor(evicting[0], decoder.layers) if evicting else None
         self._decoder_probe = DecoderProbe(decoder.layers, self._stages, everywhere=bool(evicting))
@@ -70,7 +72,7 @@ class Handle:
         inside = [part for part in self.parts if part.site == "tower"]
         mine = lambda: self._thread == threading.get_ident()  # noqa: E731 - a question, asked while the encoder runs
         self._tower = TowerStages(model, self.family, inside, self._probe, mine)
-        self._prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self)
+        self._prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self, joint_space)
         self._run: _Run | None = None
         self._direct: Shortened | None = None
         self._descent: Descent | None = None

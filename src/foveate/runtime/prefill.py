@@ -19,6 +19,7 @@ from foveate.cost.shapes import ModelShape
 from foveate.families import Family
 from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.choose import Image, Prompt, choose
+from foveate.runtime.joint_space import JointSpace
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
 from foveate.runtime.shorten import Plan, Side, find_images, padding_side, plan
@@ -82,9 +83,17 @@ class Prefill:
     """Shortens the prompts of one model; holds no state between calls."""
 
     def __init__(
-        self, model: Any, family: Family, parts: Sequence[Method], probe: Probe, stages: TowerStages, owner: Owner
+        self,
+        model: Any,
+        family: Family,
+        parts: Sequence[Method],
+        probe: Probe,
+        stages: TowerStages,
+        owner: Owner,
+        joint_space: JointSpace | None = None,
     ) -> None:
         self.model, self.family, self.probe, self.stages, self.owner = model, family, probe, stages, owner
+        self.joint_space = joint_space
         self.encoded: Encoded | None = None  # of the prefill in progress
         self.evicting = any(part.site == "cache" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
@@ -248,7 +257,8 @@ class Prefill:
         is_text = new.mask & (new.ids != self.image_token)
         stopwatch = Stopwatch(new.ids.device)
         with stopwatch:
-            prompt = Prompt(lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0)), is_text)
+            embed = lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0))  # noqa: E731 - rarely asked
+            prompt = Prompt(embed, is_text, self.joint_space, new.ids)
             choose(self.parts, images, blocks, prompt, self._projector())
         made = plan(new.mask, images, side)
         timeline = self._timeline(new, made, repeats)

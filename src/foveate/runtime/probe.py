@@ -48,6 +48,23 @@ def missing_signals(needs: Iterable[str], tower: Tower) -> list[str]:
     ]
 
 
+def block_number(name: str, read: int, blocks: int) -> int:
+    """0-based encoder block of a name in `needs`: "read", "last", "8", or "8/24", block 8 of 24 in proportion.
+
+    Raises:
+        FoveateError: the name is none of these, or names a block that this encoder does not have.
+    """
+    block, _, of = name.partition("/")
+    if name in {"read", "last"}:
+        return read if name == "read" else blocks - 1
+    if not block.isdigit() or not (of.isdigit() or name == block):
+        raise FoveateError(f"encoder block {name!r} is no number; write 8, '8/24', 'read' or 'last'")
+    number = int(block) if not of else min(blocks - 1, round(int(block) * blocks / int(of)))
+    if not 0 <= number < blocks:
+        raise FoveateError(f"encoder block {number} is outside 0..{blocks - 1}")
+    return number
+
+
 class Observed:
     """One attention module under observation, from install() to remove()."""
 
@@ -168,13 +185,11 @@ class Probe:
     def __init__(self, model: Any, family: Family, needs: Iterable[str]) -> None:
         tower, row = family.tower_of(model)
         blocks = row.blocks_of(tower)
-        numbers = {"read": family.read_block(model), "last": len(blocks) - 1}
+        read = family.read_block(model)
         wanted: dict[int, set[str]] = {}
         self._names: dict[str, int] = {}
         for name, fields in tower_needs(needs).items():
-            number = numbers[name] if name in numbers else int(name)
-            if not 0 <= number < len(blocks):
-                raise FoveateError(f"encoder block {number} is outside 0..{len(blocks) - 1}")
+            number = block_number(name, read, len(blocks))
             wanted.setdefault(number, set()).update(fields)
             self._names[name] = number
         self._watches = {

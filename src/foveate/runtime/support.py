@@ -10,6 +10,7 @@ from foveate.core import FoveateError, Method, check_depths
 from foveate.cost.plan import visual_per_layer
 from foveate.cost.shapes import ModelShape
 from foveate.families import Tower, family_of
+from foveate.runtime.choose import JOINT
 from foveate.runtime.probe import missing_signals
 from foveate.spec import format as format_spec
 
@@ -31,7 +32,7 @@ _DECODER = (
 _CACHE = ("scores", "age", "keys", "window_queries")
 
 
-def check_parts(model: Any, parts: Sequence[Method], **arguments: Any) -> None:
+def check_parts(model: Any, parts: Sequence[Method]) -> None:
     """Refuse parts whose site or signals this model cannot serve.
 
     Raises:
@@ -75,6 +76,8 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
             continue
         if room != "tower" and part.site == "tower":
             missing.append(f"{need} inside the encoder")
+        elif need in JOINT and tower.joint:
+            continue
         elif room != "tower" and need not in _GIVEN:
             missing.append(need)
     return missing

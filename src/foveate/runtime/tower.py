@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.core import Block, FoveateError, Method
 from foveate.families import Family
 from foveate.runtime.choose import TOKEN_AXIS, Depth, Image, Prompt, choose
-from foveate.runtime.probe import Probe, tower_needs
+from foveate.runtime.probe import Probe, block_number, tower_needs
 from foveate.runtime.record import Stopwatch
 from foveate.spec import format as format_spec
 
@@ -105,9 +105,8 @@ class TowerStages:
                     f"{format_spec(part)} acts after {depth} encoder blocks; tokens must leave after 1 to {self.read} "
                     f"of them, before the block that the projector reads"
                 )
-        named = {"read": self.read, "last": len(self.blocks) - 1}
         for block in tower_needs(part.needs):
-            if (named[block] if block in named else int(block)) >= max(depths):
+            if block_number(block, self.read, len(self.blocks)) >= max(depths):
                 raise FoveateError(
                     f"{format_spec(part)} acts after {max(depths)} encoder blocks and reads block {block}, which has "
                     f"not run by then; it can read blocks 0 to {max(depths) - 1}"
