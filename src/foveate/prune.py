@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError, Method
@@ -44,6 +45,16 @@ def prune(
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
     check_parts(model, parts)
     return Handle(model, parts, joint_space(model, parts, processor=processor, question=question, clip=clip))
+
+
+def share_encoding(model: Any, needs: Iterable[str]) -> AbstractContextManager[None]:
+    """While this is open, handles on `model` that act behind the encoder share one encoding of the same pictures.
+
+    For comparing methods: `needs` are the signals of all that will run. What each answers does not change.
+    """
+    from foveate.runtime.share import share_encoding as share
+
+    return share(model, needs)
 
 
 def _listed(methods: Method | str | Sequence[Method | str]) -> list[Method]:

@@ -67,23 +67,29 @@ def test_the_unpruned_model_comes_first_and_twins_once() -> None:
 
 
 def test_every_rival_answers_the_same_questions(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, ...]] = []
-    encode = scenes_task.encode
+    asked: list[Any] = []
+    greedy = scenes_task.greedy
 
-    def noted(*arguments: Any) -> Any:
-        asked.append(tuple(arguments[3]))
-        return encode(*arguments)
+    def noted(model: Any, inputs: Any, **options: Any) -> Any:
+        asked.append((inputs["input_ids"].tolist(), inputs["pixel_values"].sum().item()))
+        return greedy(model, inputs, **options)
 
-    monkeypatch.setattr(scenes_task, "encode", noted)
+    monkeypatch.setattr(scenes_task, "greedy", noted)
     progress: list[int] = []
     rows = evaluate(
         model, words(model), ["random:keep=4", "uniform:keep=9"], samples=7, batch=3, progress=progress.append
     )
     assert [row.method for row in rows] == ["none", "random:keep=4", "uniform:keep=9"]
-    assert asked == [
-        batch for batch, group in itertools.groupby(asked) for _ in range(len(rows) * (len(list(group)) // 3))
-    ]
-    assert sum(map(len, asked)) == sum(progress) == 3 * 7
+    assert asked == [batch for batch, group in itertools.groupby(asked) for _ in rows]
+    assert sum(len(ids) for ids, _ in asked) == sum(progress) == 3 * 7
+
+
+def test_a_rival_inside_the_encoder_gets_an_encoding_of_its_own() -> None:
+    model = tiny.model(blocks=6)
+    rivals = ["random:keep=4", "image_text_interaction", "uniform:keep=9"]
+    together = figures(evaluate(model, words(model), rivals, samples=5, batch=3))
+    alone = [figures(evaluate(model, words(model), [rival], samples=5, batch=3))[1] for rival in rivals]
+    assert together[1:] == alone
 
 
 def words(model: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.cli.errors import usage
-from foveate.cli.loading import Device, Dtype, Trust
+from foveate.cli.loading import Clip, Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from foveate.evaluate.tables import Column
@@ -24,6 +24,7 @@ def command(
     samples: Annotated[int, typer.Option(metavar="N", help="Questions, each about a picture of its own.")] = 500,
     batch: Annotated[int, typer.Option(metavar="B", help="Questions answered at once.")] = 16,
     seed: Annotated[int, typer.Option(metavar="N", help="Of pictures and questions.")] = 0,
+    clip: Clip = None,
     ceiling: Annotated[
         bool,
         typer.Option("--ceiling", help="Add the row that keeps the tokens of the object asked about, from its box."),
@@ -65,6 +66,7 @@ def command(
             batch=batch,
             seed=seed,
             ceiling=ceiling,
+            clip=clip,
             progress=lambda count: bar.advance(answers, count),
         )
     table = [row.to_dict() for row in rows]

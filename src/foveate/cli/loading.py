@@ -17,6 +17,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Device = Annotated[str, typer.Option(metavar="D", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(metavar="T", help="auto (as stored), float32, bfloat16, float16.")]
+Clip = Annotated[
+    str | None,
+    typer.Option(metavar="C", help="Folder or hub id of the CLIP whose vision tower the encoder is; mini has its own."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that a hub repository ships.")]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.cli.errors import UsageError, usage
-from foveate.cli.loading import Device, Dtype, Trust
+from foveate.cli.loading import Clip, Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +36,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 64,
+    clip: Clip = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
@@ -56,7 +57,7 @@ def command(
     with working(f"loading {model}"):
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with working("answering"):
-        report, trace = _answer(loaded, pictures, question, methods, max_new_tokens)
+        report, trace = _answer(loaded, pictures, question, methods, max_new_tokens, clip)
     for record, path in zip(report["images"], images, strict=True):
         record["path"] = str(path)
     for number, target in enumerate(targets):
@@ -99,7 +100,12 @@ def _load_pictures(paths: list[Path]) -> list[Image.Image]:
 
 
 def _answer(
-    loaded: Loaded, pictures: list[Image.Image], question: str, methods: tuple[Any, ...], max_new_tokens: int
+    loaded: Loaded,
+    pictures: list[Image.Image],
+    question: str,
+    methods: tuple[Any, ...],
+    max_new_tokens: int,
+    clip: str | None,
 ) -> tuple[dict[str, Any], Trace | None]:
     """Everything that is printed, and the trace when something was pruned."""
     from foveate import spec
@@ -109,7 +115,7 @@ def _answer(
 
     model, processor = loaded.model, loaded.processor
     inputs = encode(model, processor, [pictures], [question])
-    handle = prune(model, methods, processor=processor, question=question) if methods else nullcontext()
+    handle = prune(model, methods, processor=processor, question=question, clip=clip) if methods else nullcontext()
     with handle as trace:
         output, latency = settled(model, inputs, max_new_tokens=max_new_tokens)
     report = {

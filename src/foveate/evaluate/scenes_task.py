@@ -12,13 +12,14 @@ from foveate import spec
 from foveate.core import FoveateError, Method
 from foveate.evaluate.answers import decode, encode, greedy
 from foveate.evaluate.oracle import Box, Oracle
-from foveate.prune import prune
+from foveate.prune import prune, share_encoding
 from foveate.scenes import generator, questions, scoring
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from foveate.core import Trace
+    from foveate.runtime.handle import Handle
 
 CEILING = "ceiling (tokens of the object asked about)"
 NONE = "none"
@@ -93,6 +94,7 @@ def evaluate(
     batch: int = 16,
     seed: int = 0,
     ceiling: bool = False,
+    clip: Any = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Greedy answers of the unpruned model and of each rival to the same questions about the split "test".
@@ -104,6 +106,7 @@ def evaluate(
         seed: of pictures and questions.
         ceiling: add the row of `Oracle`: the tokens of the object asked about, from its box; those of all objects where
             a question asks about no single one (counts, descriptions, things that are not there).
+        clip: as `prune` takes it.
         progress: called with the number of answers given since the last call; `len(rows) * samples` in all.
 
     Raises:
@@ -112,13 +115,27 @@ def evaluate(
     check(samples=samples, batch=batch, seed=seed)
     named = parse_rivals(rivals)
     rows = [Row(name) for name in named] + ([Row(CEILING)] if ceiling else [])
+    handles = {name: prune(model, stages, processor=processor, clip=clip) for name, stages in named.items() if stages}
+    # Whatever acts behind the encoder looks at the same encoding; the others make their own.
+    together = [row for row in rows if all(part.site != "tower" for part in _parts(named.get(row.method, ())))]
+    needs = {need for row in together for part in _parts(named.get(row.method, ())) for need in part.needs}
     for group in _batches(samples, batch, seed):
+        asked = [sample.question for sample in group]
+        inputs = encode(model, processor, [[sample.image] for sample in group], asked)
+        ceilings = {CEILING: prune(model, Oracle([sample.boxes for sample in group]))} if ceiling else {}
+        with share_encoding(model, needs):
+            for row in together:
+                _answer(model, processor, {**handles, **ceilings}.get(row.method), inputs, group, row)
         for row in rows:
-            methods = Oracle([sample.boxes for sample in group]) if row.method == CEILING else named[row.method]
-            _answer(model, processor, methods, group, row)
+            if row not in together:
+                _answer(model, processor, handles[row.method], inputs, group, row)
             if progress is not None:
                 progress(len(group))
     return rows
+
+
+def _parts(stages: Sequence[Method]) -> list[Method]:
+    return [part for stage in stages for part in stage.parts()]
 
 
 def check(*, samples: int, batch: int, seed: int) -> None:
@@ -193,16 +210,14 @@ def _batches(samples: int, batch: int, seed: int) -> Iterator[list[Sample]]:
         drawn = []
 
 
-def _answer(model: Any, processor: Any, methods: Any, group: list[Sample], row: Row) -> None:
-    """Answer one batch and add its figures to `row`."""
-    asked = [sample.question for sample in group]
-    inputs = encode(model, processor, [[sample.image] for sample in group], asked)
-    if methods == ():
+def _answer(model: Any, processor: Any, handle: Handle | None, inputs: Any, group: list[Sample], row: Row) -> None:
+    """Answer one batch, through `handle` where there is one, and add its figures to `row`."""
+    if handle is None:
         output = greedy(model, inputs, max_new_tokens=_LONGEST)
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
         row.tokens += [visual // len(group)] * len(group)
     else:
-        with prune(model, methods, processor=processor, question=asked) as trace:
+        with handle as trace:
             output = greedy(model, inputs, max_new_tokens=_LONGEST)
         _add(trace, row)
     answers = decode(processor, model, output, inputs["input_ids"].shape[1])

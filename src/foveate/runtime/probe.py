@@ -186,6 +186,8 @@ class Probe:
         tower, row = family.tower_of(model)
         blocks = row.blocks_of(tower)
         read = family.read_block(model)
+        self._model = model
+        self._shared: Any = None  # an Encoding whose probe sees for this one
         wanted: dict[int, set[str]] = {}
         self._names: dict[str, int] = {}
         for name, fields in tower_needs(needs).items():
@@ -200,6 +202,9 @@ class Probe:
     def install(self) -> None:
         """Start observing."""
         _register()
+        self._shared = getattr(self._model, "_foveate_encoding", None)
+        if self._shared is not None:
+            return
         for watch in self._watches.values():
             watch.install()
 
@@ -222,7 +227,18 @@ class Probe:
 
     def take(self) -> dict[int | str, Block]:
         """Blocks by number and by name, B = the images encoded since the last call, in order."""
+        if self._shared is not None:
+            return self._of(self._shared.take())
         seen: dict[int | str, Block] = {number: watch.take() for number, watch in self._watches.items()}
+        seen.update({name: seen[number] for name, number in self._names.items()})
+        return seen
+
+    def _of(self, shared: dict[int | str, Block]) -> dict[int | str, Block]:
+        """Of what another probe saw, what this one would have."""
+        seen: dict[int | str, Block] = {}
+        for number, watch in self._watches.items():
+            whole = shared.get(number, Block())
+            seen[number] = Block(**{name: getattr(whole, name) for name in watch.fields})
         seen.update({name: seen[number] for name, number in self._names.items()})
         return seen
 
