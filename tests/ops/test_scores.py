@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.core import FoveateError
 from foveate.ops import scores
-from foveate.ops.scores import attention_sums, less_dispersed, more_dispersed, row_attention
+from foveate.ops.scores import attention_sums, less_dispersed, more_dispersed, row_attention, unsplit_cls_attention
 from foveate.ops.subsets import descending
 
 LN2 = math.log(2.0)
@@ -305,3 +305,31 @@ def test_one_vector_is_chosen_and_the_other_rejected(batch: int, tokens: int, se
         pair = sorted([first[row].tolist(), second[row].tolist()])
         assert sorted([more[row].tolist(), less[row].tolist()]) == pair
         assert more[row].var(unbiased=False) >= less[row].var(unbiased=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLS attention at full width
+
+
+def test_the_heads_of_cls_are_not_split() -> None:
+    """Two heads of width 2, scale 1 / sqrt(4): logits 0 for CLS, ln 2 and ln 4 for the patches."""
+    query = torch.tensor([[[2 * LN2, 0.0], [0.0, 2 * LN2]]])
+    keys = torch.tensor([[[[1.0, 5.0], [1.0, 5.0]], [[5.0, 0.0], [5.0, 1.0]]]])
+    found = unsplit_cls_attention(query, torch.zeros(1, 2, 2), keys)
+    torch.testing.assert_close(found.exp(), torch.tensor([[2 / 7, 4 / 7]]))
+
+
+def test_full_width_attention_is_that_of_one_head_of_all_widths() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, own, keys = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 4), (2, 3, 4), (2, 3, 9, 4)))
+    wide = keys.transpose(1, 2).flatten(2)[:, None]
+    whole = torch.cat([own.flatten(1)[:, None, None], wide], dim=2)
+    expected = row_attention(query.flatten(1)[:, None, None], whole, 12**-0.5)[:, 0, 0, 1:]
+    torch.testing.assert_close(unsplit_cls_attention(query, own, keys).exp(), expected)
+
+
+def test_full_width_attention_survives_extreme_logits() -> None:
+    keys = torch.tensor([[[[1e4], [-1e4], [0.0]]]])
+    found = unsplit_cls_attention(torch.tensor([[[1e2]]]), torch.zeros(1, 1, 1), keys)
+    assert found.isfinite().all()
+    assert found.argmax() == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,12 @@ class AttentionSums:
 
 
 def attention_sums(
-    queries: Tensor, keys: Tensor, scale: float, skip: int = 0, valid: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    skip: int = 0,
+    valid: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> AttentionSums:
     """What each token receives and gives under softmax(q k^T * scale), in O(N) memory.
 
@@ -37,19 +43,20 @@ def attention_sums(
         queries: (B, H, skip + N, d).
         keys: (B, H, skip + N, d).
         valid: (B, skip + N) bool, False in padding, which neither gives nor receives; None without any.
+        bias: (B, skip + N) added to the logits of each key, such as the log of how many tokens it stands for.
     """
     batch, heads, total, _ = queries.shape
     own = torch.ones(batch, total, dtype=torch.bool, device=keys.device) if valid is None else valid
     tokens = own[:, skip:].sum(dim=1, keepdim=True)
     summary = queries.new_zeros(batch, total, dtype=torch.float32)
     if skip:
-        summary = _received(queries[:, :, :skip], keys, scale, valid, slice(0, skip))[0]
+        summary = _received(queries[:, :, :skip], keys, scale, valid, bias, slice(0, skip))[0]
     received = torch.zeros_like(summary)
     given = []
     rows = max(1, CHUNK_VALUES // (batch * heads * total))
     for start in range(skip, total, rows):
         part = slice(start, min(total, start + rows))
-        column, on_skipped = _received(queries[:, :, part], keys, scale, valid, part, skip)
+        column, on_skipped = _received(queries[:, :, part], keys, scale, valid, bias, part, skip)
         received += column
         given.append((1.0 - on_skipped) * own[:, part] / tokens)
     received_all = (received + summary) / (tokens + skip)
@@ -57,13 +64,21 @@ def attention_sums(
 
 
 def _received(
-    queries: Tensor, keys: Tensor, scale: float, valid: Tensor | None, part: slice, skip: int = 0
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    part: slice,
+    skip: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Column sums (B, N) of a few rows of the map, mean over heads; each row's mass on the first `skip` keys (B, M).
 
     The division by the row sum is folded into the sum over rows, so that the map is written once and read once.
     """
     weights = torch.matmul(queries * scale, keys.transpose(-1, -2)).float()
+    if bias is not None:
+        weights = weights.add_(bias[:, None, None, :])
     if valid is not None:
         weights = weights.masked_fill_(~valid[:, None, None, :], -torch.inf)
     weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
@@ -74,13 +89,18 @@ def _received(
     return columns, on_skipped
 
 
-def row_attention(query: Tensor, keys: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
+def row_attention(
+    query: Tensor, keys: Tensor, scale: float, valid: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Probabilities of single queries: (B, H, M, d) and (B, H, N, d) -> (B, H, M, N), float32.
 
     Args:
         valid: (B, N) bool, keys that are no padding; None for all.
+        bias: (B, N) added to the logits of each key.
     """
     logits = torch.matmul(query * scale, keys.transpose(-1, -2)).float()
+    if bias is not None:
+        logits = logits + bias[:, None, None, :]
     if valid is not None:
         logits = logits.masked_fill(~valid[:, None, None, :], -torch.inf)
     return logits.softmax(dim=-1)
@@ -189,3 +209,76 @@ def cls_similarity(hidden: Tensor, cls: Tensor) -> Tensor:
     """softmax(cls . hidden / sqrt(E)) over the patches: (B, N, E), (B, E) -> (B, N), float32 (image-text, eq. 1)."""
     logits = torch.matmul(hidden.float(), cls.float()[:, :, None]).squeeze(-1)
     return logits.div(math.sqrt(hidden.shape[-1])).softmax(dim=-1)
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """(B, M, D) and (B, N, D) -> (B, M, N) cosine similarities, float32; 0 where a vector is zero."""
+    normalize = torch.nn.functional.normalize
+    return normalize(first.float(), dim=-1) @ normalize(second.float(), dim=-1).transpose(-1, -2)
+
+
+def distinctiveness(
+    change: Tensor, clusters: int = 8, iterations: int = 2, start: Literal["farthest", "lengths"] = "farthest"
+) -> Tensor:
+    """How far the direction of each token's change lies from the common ones: (B, N, E) -> (B, N), float32 (EvoCut).
+
+    1 minus the largest cosine to the centres of `clusters` groups of directions (fewer where there are fewer tokens),
+    which come out of `iterations` rounds of assigning tokens to the nearest centre and taking normalised means. A token
+    that has not changed belongs to no group and gets 0.
+
+    Args:
+        start: which tokens are the first centres. "farthest": the longest change, then each time the token least
+            similar to those before, the first of several. "lengths": tokens at even steps through the order of length,
+            which fall into large groups as random ones would.
+    """
+    length = change.float().norm(dim=-1)
+    unit = torch.nn.functional.normalize(change.float(), dim=-1)
+    still = length == 0
+    clusters = min(clusters, unit.shape[1])
+    first = _farthest if start == "farthest" else _by_length
+    centres = first(unit, length, clusters)
+    for _ in range(iterations):
+        group = torch.matmul(unit, centres.transpose(-1, -2)).argmax(dim=-1)
+        member = (group[:, None, :] == torch.arange(clusters, device=group.device)[:, None]).to(unit.dtype)
+        total = torch.matmul(member, unit)
+        # A group without members, or whose members cancel out, keeps its centre.
+        empty = (total == 0).all(dim=-1, keepdim=True)
+        centres = centres.where(empty, torch.nn.functional.normalize(total, dim=-1))
+    nearest = torch.matmul(unit, centres.transpose(-1, -2)).amax(dim=-1)
+    return (1.0 - nearest).masked_fill(still, 0.0)
+
+
+def _farthest(unit: Tensor, length: Tensor, count: int) -> Tensor:
+    """(B, N, E) directions, (B, N) -> (B, count, E): the longest, then each time the one farthest from those before."""
+    centres = _take_one(unit, length.argmax(dim=-1))
+    while centres.shape[1] < count:
+        nearest = torch.matmul(unit, centres.transpose(-1, -2)).amax(dim=-1)
+        farthest = nearest.masked_fill(length == 0, torch.inf).argmin(dim=-1)
+        centres = torch.cat([centres, _take_one(unit, farthest)], dim=1)
+    return centres
+
+
+def _by_length(unit: Tensor, length: Tensor, count: int) -> Tensor:
+    """(B, N, E) directions, (B, N) -> (B, count, E): the middle one of each of `count` even spans of falling length."""
+    order = length.sort(dim=-1, descending=True, stable=True).indices
+    middle = (2 * torch.arange(count, device=order.device) + 1) * unit.shape[1] // (2 * count)
+    return unit.take_along_dim(order[:, middle, None], dim=1)
+
+
+def _take_one(rows: Tensor, place: Tensor) -> Tensor:
+    """(B, N, E), (B,) -> (B, 1, E)."""
+    return rows.gather(1, place[:, None, None].expand(-1, 1, rows.shape[-1]))
+
+
+def unsplit_cls_attention(query_cls: Tensor, key_cls: Tensor, keys: Tensor) -> Tensor:
+    """Logarithm of softmax(q_cls . k / sqrt(E)) over CLS and patches, heads side by side: (B, N), float32 (PruMerge).
+
+    Args:
+        query_cls: (B, H, d), E = H * d.
+        key_cls: (B, H, d).
+        keys: (B, H, N, d) of the patches, whose part alone is returned.
+    """
+    query = query_cls.float()
+    patches = torch.einsum("bhd,bhnd->bn", query, keys.float())
+    own = (query * key_cls.float()).sum(dim=(1, 2))[:, None]
+    return torch.cat([own, patches], dim=1).div(math.sqrt(query[0].numel())).log_softmax(dim=-1)[:, 1:]

@@ -6,6 +6,7 @@ Shapes: B images, N tokens, K kept. Indices are positions on the N axis, int64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,13 +51,127 @@ def split_budget(total: int, capacity: list[int]) -> list[int]:
 def top_k_by_tile(scores: Tensor, tile: Tensor, k: int) -> list[Tensor]:
     """(B, N) scores and tile numbers -> B ascending position tensors (k,), the budget split evenly over the tiles."""
     order = descending(scores)
-    chosen = []
-    for row, tiles in zip(order, tile, strict=True):
-        shares = split_budget(k, torch.bincount(tiles).tolist())
-        of_order = tiles[row]
-        kept = [row[of_order == number][:share] for number, share in enumerate(shares)]
-        chosen.append(torch.cat(kept).sort().values)
-    return chosen
+    rows = zip(order, tile, strict=True)
+    return [best_of_tiles(row, tiles, split_budget(k, torch.bincount(tiles).tolist())) for row, tiles in rows]
+
+
+def best_of_tiles(order: Tensor, tile: Tensor, shares: list[int]) -> Tensor:
+    """(N,) positions, best first, and (N,) tile numbers -> the first shares[t] of each tile t, ascending."""
+    of_order = tile[order]
+    return torch.cat([order[of_order == number][:share] for number, share in enumerate(shares)]).sort().values
+
+
+def each_tile(tile: Tensor, k: int, choose: Callable[[Tensor, Tensor, int], Tensor]) -> list[Tensor]:
+    """Let `choose` pick within every tile, the budget split evenly over the tiles: B ascending position tensors (k,).
+
+    Tiles of one size and one share are asked about together, across the images.
+
+    Args:
+        tile: (B, N) tile numbers.
+        choose: takes (R,) numbers of the images that R tiles belong to, (R, n) positions of their tokens and the share;
+            gives the (R, share) chosen among the n.
+    """
+    order = tile.argsort(dim=-1, stable=True)
+    alike: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+    for image, tiles in enumerate(tile):
+        sizes, start = torch.bincount(tiles).tolist(), 0
+        for size, share in zip(sizes, split_budget(k, sizes), strict=True):
+            if share:
+                alike.setdefault((size, share), []).append((image, order[image, start : start + size]))
+            start += size
+    chosen: list[list[Tensor]] = [[] for _ in tile]
+    for (_, share), found in alike.items():
+        images = torch.tensor([image for image, _ in found], device=tile.device)
+        positions = torch.stack([places for _, places in found])
+        picked = positions.gather(1, choose(images, positions, share))
+        for (image, _), row in zip(found, picked, strict=True):
+            chosen[image].append(row)
+    return [torch.cat(rows).sort().values for rows in chosen]
+
+
+def split_in_proportion(total: int, weights: list[float], capacity: list[int]) -> list[int]:
+    """Share `total` tokens in proportion to `weights`, none above its `capacity`: largest remainder, then lowest place.
+
+    What a full place cannot take goes to the others in proportion; where no place with room has weight, evenly. The sum
+    is always `total` (at most the sum of capacities).
+    """
+    if total > sum(capacity):
+        raise FoveateError(f"{total} tokens are asked of {len(capacity)} tiles that hold {sum(capacity)}")
+    shares = [0] * len(capacity)
+    while (missing := total - sum(shares)) > 0:
+        room = [place for place, most in enumerate(capacity) if shares[place] < most]
+        weight = {place: max(0.0, weights[place]) for place in room}
+        if not sum(weight.values()):
+            weight = dict.fromkeys(room, 1.0)
+        exact = {place: missing * weight[place] / sum(weight.values()) for place in room}
+        whole = {place: math.floor(exact[place]) for place in room}
+        rest = missing - sum(whole.values())
+        for place in sorted(room, key=lambda place: (whole[place] - exact[place], place))[:rest]:
+            whole[place] += 1
+        for place in room:
+            shares[place] = min(capacity[place], shares[place] + whole[place])
+    return shares
+
+
+def without_duplicates(similarity: Tensor, order: Tensor, keep: int, removed: int = 8) -> Tensor:
+    """Drop tokens that resemble others, a few per round, until `keep` are left: (B, keep) in the list's order.
+
+    Each round sets the even places of the list against the odd ones, drops the (at most) `removed` even ones of largest
+    similarity to any odd one, and lists the surviving even ones by falling similarity, then the odd ones (VisPruner).
+
+    Args:
+        similarity: (B, N, N).
+        order: (B, R) the positions listed at first.
+        keep: 0..R.
+    """
+    images = torch.arange(order.shape[0], device=order.device)[:, None, None]
+    while (left := order.shape[1]) > keep > 0:
+        even, odd = order[:, ::2], order[:, 1::2]
+        nearest = similarity[images, even[:, :, None], odd[:, None, :]].amax(dim=-1)
+        by_nearest = nearest.sort(dim=-1, descending=True, stable=True).indices
+        drop = min(removed, left - keep, even.shape[1])
+        order = torch.cat([even.gather(1, by_nearest[:, drop:]), odd], dim=1)
+    return order[:, :keep]
+
+
+def least_similar(similarity: Tensor, quota: Tensor, taken: Tensor) -> Tensor:
+    """Let P pivots in turn take the tokens least similar to them among those not taken yet: (B, N) bool (DART).
+
+    Args:
+        similarity: (B, P, N).
+        quota: (B, P) how many each pivot takes; together at most those not taken.
+        taken: (B, N) bool, gone from the start and True in the answer too.
+    """
+    places = torch.arange(taken.shape[1], device=taken.device).expand_as(taken)
+    for number in range(similarity.shape[1]):
+        order = similarity[:, number].masked_fill(taken, torch.inf).sort(dim=-1, stable=True).indices
+        rank = torch.empty_like(order).scatter_(1, order, places)
+        taken = taken | (rank < quota[:, number, None])
+    return taken
+
+
+def grid_neighbours(grid: Grid, wrap: bool = False, device: torch.device | None = None) -> Tensor:
+    """(h * w, 4) position to the left, to the right, above and below; -1 beyond the border.
+
+    With `wrap` the position before, the one after, the one a row before and the one a row after in raster order,
+    clamped to the raster: rows run on into each other.
+    """
+    height, width = grid
+    place = torch.arange(height * width, device=device)
+    beside = torch.stack([place - 1, place + 1, place - width, place + width], dim=-1)
+    if wrap:
+        return beside.clamp(0, height * width - 1)
+    row, column = place // width, place % width
+    inside = torch.stack([column > 0, column < width - 1, row > 0, row < height - 1], dim=-1)
+    return beside.where(inside, -1)
+
+
+def with_neighbours(chosen: Tensor, neighbours: Tensor) -> Tensor:
+    """(B, A) positions and (N, m) neighbours of each, -1 for none -> (B, N) bool: the chosen ones and theirs."""
+    tokens = neighbours.shape[0]
+    around = torch.cat([chosen[..., None], neighbours[chosen]], dim=-1).flatten(1)
+    mask = torch.zeros(chosen.shape[0], tokens + 1, dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(1, around.where(around >= 0, tokens), True)[:, :tokens]
 
 
 def lattice(height: int, width: int, cells: int) -> Tensor:
@@ -126,3 +241,19 @@ def heavy_and_recent(older: Tensor, age: Tensor, heavy: int) -> Tensor:
     """
     chosen = top_k(older.flatten(0, 1), heavy).unflatten(0, older.shape[:2])
     return torch.cat([age.gather(-1, chosen), age[..., older.shape[-1] :]], dim=-1)
+
+
+def outlier_counts(scores: Tensor, together: bool = False) -> list[int]:
+    """How many scores of each row of (B, N) lie above Q3 + 1.5 * (Q3 - Q1) of that row: B counts in 0..N.
+
+    Quartiles are interpolated linearly.
+
+    Args:
+        together: one count for all rows, int(N * share) of the outliers' share in the flattened batch.
+    """
+    rows = scores.float().flatten()[None] if together else scores.float()
+    low, high = rows.quantile(rows.new_tensor([0.25, 0.75]), dim=-1)
+    counts: list[int] = (rows > (high + 1.5 * (high - low))[:, None]).sum(dim=-1).tolist()
+    if together:
+        return [int(scores.shape[1] * (counts[0] / scores.numel()))] * len(scores)
+    return counts

@@ -1,0 +1,56 @@
+"""What methods that are applied tile by tile share: how a budget is counted and spent over the tiles of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveate.core import Keep, Selection, Signals, tokens_to_keep
+from foveate.ops.subsets import each_tile
+
+
+def tiles_to_keep(keep: Keep, original: int, tiles: int, budget: Literal["tile", "image"]) -> int:
+    """Tokens that `keep` asks of an image of `original` tokens in `tiles` tiles.
+
+    With budget "tile" a share is rounded within one tile where all are of one size, as code that prunes tile by tile
+    does it; otherwise it is rounded once per image.
+
+    Raises:
+        FoveateError: `keep` asks for more tokens than there are.
+    """
+    if budget == "tile" and tiles > 1 and isinstance(keep, float) and original % tiles == 0:
+        return tiles * tokens_to_keep(keep, original // tiles)
+    return tokens_to_keep(keep, original)
+
+
+def kept_of(keep: Keep, signals: Signals, budget: Literal["tile", "image"]) -> int:
+    """Tokens to keep of what is left of an image at this stage.
+
+    Raises:
+        FoveateError: `keep` asks for more tokens than are left.
+    """
+    left = signals.shape[1]
+    tokens_to_keep(keep, signals.original, left)
+    return min(tiles_to_keep(keep, signals.original, signals.tiles, budget), left)
+
+
+def choose_by_tile(
+    signals: Signals, kept: int, budget: Literal["tile", "image"], choose: Callable[[Tensor, Tensor, int], Tensor]
+) -> Selection:
+    """Let `choose` pick `kept` tokens of each image: of every tile its even share, or of all its tokens at once.
+
+    Args:
+        choose: takes (R,) numbers of images, (R, n) positions on the N axis and a count; gives the (R, count) chosen
+            among the n, distinct.
+    """
+    batch, left = signals.shape
+    if signals.tile is None or budget == "image":
+        images = torch.arange(batch, device=signals.index.device)
+        everything = torch.arange(left, device=signals.index.device).expand(batch, left)
+        positions = list(choose(images, everything, kept))
+    else:
+        positions = each_tile(signals.tile, kept, choose)
+    return Selection([index[row].sort().values for index, row in zip(signals.index, positions, strict=True)])

@@ -1,0 +1,152 @@
+"""HiRED: share one budget over the tiles of an image, then prune each by the attention of the encoder's CLS token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.ops.subsets import best_of_tiles, descending, split_in_proportion
+
+
+@dataclass(frozen=True)
+class HiRED(Method):
+    """HiRED: keeps the patches that CLS attends to most, more of them in the tiles where there is more to see.
+
+    In every tile the attention of the CLS query in the block whose output the projector reads, summed over heads,
+    ranks the tokens. Of the budget the base tile (the whole picture at low resolution) gets int(total * alpha), at most
+    what it has; the other tiles share the rest in proportion to the CLS attention that the FIRST encoder block pays to
+    their part of the base tile. What a full tile cannot take goes to the others. One tile: the `keep` highest of it.
+
+    The other tiles are taken to stand in raster order, and the base tile to be a square cut into as many even rows and
+    columns as they form; it must be complete (no earlier stage). The tokens of an image do not say how its tiles lie:
+    give `layout` for pictures that are not cut into a square number of tiles, or pass them with their grid.
+
+    Args:
+        keep: tokens per image, all its tiles together, or a share of them; a share is cut, not rounded (int(N * keep)),
+            and at least 1.
+        alpha: share of the budget that goes to the base tile, 0 to 1.
+        layout: rows and columns of the other tiles. None: the arrangement of that many tiles whose shape is nearest to
+            the grid's where the image has one, else nearest to a square, and wide rather than tall.
+        official: as the authors' code does it: the base tile's part of each tile is a run of consecutive tokens in
+            raster order; shares are counts among the int(N * (1 - alpha)) tokens of the base tile that the first block
+            attends to most, and are cut to whole tokens, so that up to one token per tile fewer than `keep` stay. The
+            count then depends on the picture.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2408.10945"
+    site: ClassVar[Site] = "input"
+    needs = ("tower.0.cls_attention", "tower.read.cls_attention")
+
+    keep: Keep = 0.2
+    alpha: float = 0.5
+    layout: tuple[int, int] | None = None
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
+            raise FoveateError(f"alpha={self.alpha!r} is no share in [0, 1]; the paper's is alpha=0.5")
+        if self.layout is not None and (
+            len(self.layout) != 2 or any(type(side) is not int or side < 1 for side in self.layout)
+        ):
+            raise FoveateError(f"layout={self.layout} is not (rows, columns) of whole numbers from 1, such as (2, 2)")
+        # The class speaks for the default.
+        object.__setattr__(self, "adaptive", self.official)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        total = self._total(original, original)
+        return None if self.official else (total,)
+
+    def _total(self, original: int, left: int) -> int:
+        cut = self.keep if isinstance(self.keep, int) else max(1, int(original * self.keep))
+        return tokens_to_keep(cut, original, left)
+
+    def select(self, signals: Signals) -> Selection:
+        read, first = signals.tower["read"].cls_attention, signals.tower[0].cls_attention
+        assert read is not None and first is not None
+        total = self._total(signals.original, signals.shape[1])
+        order = descending(read.float().sum(dim=1))
+        if signals.tile is None or signals.tiles == 1 or total == signals.shape[1]:
+            kept = list(order[:, :total])
+        else:
+            budgets = self.budgets(first.float().sum(dim=1), signals, total)
+            kept = [best_of_tiles(*row) for row in zip(order, signals.tile, budgets, strict=True)]
+        return Selection([index[row].sort().values for index, row in zip(signals.index, kept, strict=True)])
+
+    def budgets(self, first: Tensor, signals: Signals, total: int) -> list[list[int]]:
+        """Tokens to keep of every tile of every image, the base tile first.
+
+        Args:
+            first: (B, N) attention that the first block pays to each token.
+
+        Raises:
+            FoveateError: the base tile is no complete square, or `layout` is of another number of tiles.
+        """
+        assert signals.tile is not None
+        descending(first)  # refuses what is not finite
+        others = signals.tiles - 1
+        layout = self._layout(others, signals)
+        found = []
+        for attention, tile, index in zip(first, signals.tile, signals.index, strict=True):
+            capacity = torch.bincount(tile, minlength=others + 1).tolist()
+            places = (tile == 0).nonzero().squeeze(-1)
+            base = attention[places[index[places].argsort()]]
+            sub = min(total - min(int(total * self.alpha), capacity[0]), sum(capacity[1:]))
+            content = self._content(base, layout)
+            if self.official:
+                share = (content / content.sum().clamp(min=1) * sub).int().tolist()
+                rest = list(map(min, share, capacity[1:]))
+                head = max(min(int(total * self.alpha), capacity[0]), 0 if any(rest) else 1)
+            else:
+                head, rest = total - sub, split_in_proportion(sub, content.tolist(), capacity[1:])
+            found.append([head, *rest])
+        return found
+
+    def _content(self, base: Tensor, layout: Grid) -> Tensor:
+        """(n,) attention of the base tile in raster order -> (rows * columns,) how much of it each tile's part has."""
+        tokens, (rows, columns) = base.numel(), layout
+        place = torch.arange(tokens, device=base.device)
+        if self.official:
+            part = place * (rows * columns) // tokens
+            weight = torch.zeros_like(base).scatter(0, descending(base[None])[0, : int(tokens * (1 - self.alpha))], 1.0)
+        else:
+            side = math.isqrt(tokens)
+            part = place // side * rows // side * columns + place % side * columns // side
+            weight = base
+        cells = torch.arange(rows * columns, device=base.device)
+        return (part == cells[:, None]).to(base.dtype) @ weight
+
+    def _layout(self, others: int, signals: Signals) -> Grid:
+        """Rows and columns of the tiles that are not the base."""
+        assert signals.tile is not None
+        if signals.shape[1] != signals.original:
+            raise FoveateError(
+                "HiRED needs the whole grid of the image's base tile to share the budget over the tiles, but an "
+                "earlier stage has taken tokens from the image; put HiRED first"
+            )
+        for size in (signals.tile == 0).sum(dim=1).tolist():
+            if size < 1 or math.isqrt(size) ** 2 != size:
+                raise FoveateError(
+                    f"HiRED shares the budget by the places in a square base tile (tile 0), but this one has {size} "
+                    "tokens; use a method with budget='tile'"
+                )
+        if self.layout is not None:
+            if math.prod(self.layout) != others:
+                raise FoveateError(
+                    f"layout={self.layout} arranges {math.prod(self.layout)} tiles, but beside its base tile the image "
+                    f"has {others}; the nearest is layout={_nearest_layout(others, 1.0)}"
+                )
+            return self.layout
+        height, width = signals.grid or (1, 1)
+        return _nearest_layout(others, height / width)
+
+
+def _nearest_layout(tiles: int, shape: float) -> Grid:
+    """Rows and columns of `tiles` tiles whose rows / columns is nearest to `shape`; of two, the wide one."""
+    choices = [(rows, tiles // rows) for rows in range(1, tiles + 1) if tiles % rows == 0]
+    return min(choices, key=lambda choice: (round(abs(math.log(choice[0] / choice[1] / shape)), 9), choice))

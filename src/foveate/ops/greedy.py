@@ -1,0 +1,242 @@
+"""Sets chosen one token at a time: the greedy engine and the three gains that it maximises.
+
+Every round takes the token of the highest gain among those that are left, the lowest index on a tie, so that K distinct
+tokens always come out and the first picks do not depend on how many follow. The loops wait for nothing on the host and
+launch few kernels per round.
+
+Shapes: B images or tiles, N tokens, R things to cover, K picks, D width. Picks are (B, K) positions on the N axis,
+int64, in the order in which they were taken. `free` (B, N) bool is False in padding, which is taken only when nothing
+else is left; None without any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError
+
+BLOCK = 384
+"""Rows of a table of cosines that are computed at once, against the columns up to their own only."""
+
+COPY = 1.0 - 1e-6
+"""Cosines above this are those of a token and its copy, but for float32 rounding, and count as 1."""
+
+EXHAUSTED = 1e-5
+"""A token of which no more than this share is new, given those taken, is nothing new but for float32 rounding."""
+
+
+@torch.no_grad()
+def farthest(
+    features: Tensor,
+    count: int,
+    first: Tensor | None = None,
+    weight: Tensor | None = None,
+    free: Tensor | None = None,
+) -> Tensor:
+    """Max-min: each pick is the token farthest from all taken before, in cosine distance times its weight.
+
+    O(N * D) memory: N x N cosines are kept only where they are smaller than the features. A token without length is at
+    distance 1 from every other.
+
+    Args:
+        features: (B, N, D).
+        count: K, at most N.
+        first: (B, N) whose highest is the first pick; by default the distance to the nearest other token (no padding
+            then).
+        weight: (B, N), at least 0; None for 1.
+    """
+    cosines = _Cosines(features)
+    assert first is not None or free is None
+    gain = 1.0 - cosines.nearest() if first is None else first.detach().float()
+    weight = torch.ones_like(gain) if weight is None else weight.detach().float()
+    _check_finite(gain, weight)
+    nearest = torch.full_like(gain, -1.0)
+
+    def take(pick: Tensor) -> Tensor:
+        return torch.maximum(nearest, cosines.row(pick), out=nearest)
+
+    # weight * (1 - nearest), as weight - weight * nearest.
+    return _greedy(count, _closed(gain, free), _closed(weight, free), -weight, take)
+
+
+@torch.no_grad()
+def covering(
+    similarity: Tensor,
+    count: int,
+    row_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    free: Tensor | None = None,
+) -> Tensor:
+    """Max-sum coverage: each pick raises most, over all rows, the highest similarity to anything taken.
+
+    gain_j = weight_j * sum_r row_weight_r * max(0, similarity_rj - best_r), where best_r is the highest similarity of
+    row r to a token taken before, and 0 at first. O(R * N) memory.
+
+    Args:
+        similarity: (B, R, N); what is below 0 covers nothing.
+        count: K, at most N.
+        row_weight: (B, R), at least 0, and 0 in padding; None for 1.
+        weight: (B, N), at least 0; None for 1.
+    """
+    # What each token would still add to each row.
+    rest = similarity.detach().float().clamp(min=0.0)
+    if row_weight is not None:
+        rest.mul_(row_weight.detach().float()[..., None])
+    gain = rest.sum(dim=1)
+    weight = torch.ones_like(gain) if weight is None else weight.detach().float()
+    _check_finite(gain, weight)
+    base = _closed(torch.zeros_like(gain), free)
+
+    def take(pick: Tensor) -> Tensor:
+        added = rest.gather(2, pick[:, None].expand(-1, rest.shape[1], 1))
+        return rest.sub_(added).clamp_(min=0.0).sum(dim=1)
+
+    return _greedy(count, torch.addcmul(base, gain, weight), base, weight, take)
+
+
+@torch.no_grad()
+def diverse(features: Tensor, count: int, weight: Tensor, free: Tensor | None = None) -> Tensor:
+    """Max-volume: each pick is the token of the largest conditional variance, given those taken, times its weight.
+
+    Greedy maximisation of det(L_S) for L = diag(r) C diag(r), C the cosines and weight = r ** 2, by an incremental
+    Cholesky factor of C. O(N * (K + D)) memory. Once nothing new is left (K above the rank), the weight alone decides.
+
+    Args:
+        features: (B, N, D).
+        count: K, at most N.
+        weight: (B, N), at least 0.
+    """
+    cosines = _Cosines(features, beside=max(1, count))
+    weight = weight.detach().float()
+    _check_finite(weight)
+    base = _closed(torch.zeros_like(weight), free)
+    # The variance that is left, and below it what each pick had in common with each token, earlier picks aside.
+    variance, shared = cosines.beside[:, :1], cosines.beside[:, 1:].zero_()
+    variance.copy_(cosines.own()[:, None]).clamp_min_(EXHAUSTED)
+    # The same, over the variance of the pick.
+    scaled = torch.zeros_like(shared)
+    slots = iter(zip(shared.split(1, dim=1), scaled.split(1, dim=1), strict=True))
+
+    def take(pick: Tensor) -> Tensor:
+        row, column = cosines.column(pick)
+        new, over = next(slots)
+        torch.baddbmm(row, column[:, 1:].mT, scaled, alpha=-1, out=new)
+        # Over infinity: a pick that was nothing new takes nothing from the others.
+        torch.div(new, torch.nn.functional.threshold(column[:, :1], EXHAUSTED, torch.inf), out=over)
+        return variance.addcmul_(new, over, value=-1).clamp_min_(EXHAUSTED).squeeze(1)
+
+    return _greedy(count, torch.addcmul(base, variance.squeeze(1), weight), base, weight, take)
+
+
+def _greedy(count: int, gain: Tensor, base: Tensor, weight: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """K times the highest of `gain`; then base + weight * take(pick), with base -inf where nothing may be taken.
+
+    torch.argmax gives the first of several maxima on every device.
+    """
+    picks: list[Tensor] = []
+    base = base.clone()
+    for remaining in range(count, 0, -1):
+        pick = gain.argmax(dim=-1, keepdim=True)
+        picks.append(pick)
+        if remaining > 1:
+            base.scatter_(1, pick, -torch.inf)
+            gain = torch.addcmul(base, take(pick), weight)
+    return torch.cat(picks, dim=1) if picks else gain.new_empty(len(gain), 0, dtype=torch.int64)
+
+
+def _closed(values: Tensor, free: Tensor | None) -> Tensor:
+    """The values, -inf where there is no token."""
+    return values if free is None else values.masked_fill(~free, -torch.inf)
+
+
+def _check_finite(*values: Tensor) -> None:
+    for one in values:
+        if not bool(one.isfinite().all()):
+            bad = int((~one.isfinite()).sum())
+            raise FoveateError(f"{bad} of {one.numel()} scores are NaN or infinite; finite scores are needed to choose")
+
+
+def _unit(values: Tensor) -> Tensor:
+    """(B, N, D) -> the same directions at length 1, float32; what has no length stays zero.
+
+    Raises:
+        FoveateError: a value is NaN or infinite, so that there is no direction.
+    """
+    values = values.detach().float()
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    if not bool(length.isfinite().all()):
+        bad = int((~length.isfinite()).sum())
+        raise FoveateError(f"{bad} of {length.numel()} vectors hold NaN or infinity; finite ones are needed to compare")
+    directions: Tensor = values / length.clamp_min(torch.finfo(torch.float32).tiny)
+    return directions
+
+
+class _Cosines:
+    """Cosines among the tokens of each image: a table where that is smaller than the features, products on demand else.
+
+    The table is exactly symmetric, so that two mutual neighbours tie.
+    """
+
+    def __init__(self, features: Tensor, beside: int = 0) -> None:
+        """`beside` rows of N values more stand ready for whoever reads the same column of both."""
+        self.unit = _unit(features)
+        batch, tokens, width = features.shape
+        self.table: Tensor | None = None
+        self.all = self.unit.new_empty(batch, beside + (tokens if tokens <= width else 0), tokens)
+        self.beside = self.all[:, :beside]
+        if tokens <= width:
+            self.table = self.all[:, beside:]
+            for start, rows in self._blocks():
+                stop = rows.shape[2]
+                self.table[:, start:stop, :stop] = rows
+                self.table[:, :start, start:stop] = rows[..., :start].mT
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows from `start`, with the columns up to their last row: (start, (B, M, start + M))."""
+        for start in range(0, self.unit.shape[1], BLOCK):
+            stop = min(start + BLOCK, self.unit.shape[1])
+            rows = torch.bmm(self.unit[:, start:stop], self.unit[:, :stop].mT)
+            own = rows[..., start:]
+            own.copy_((own + own.mT) / 2)
+            yield start, rows.masked_fill_(rows > COPY, 1.0)
+
+    def row(self, pick: Tensor) -> Tensor:
+        """(B, 1) positions -> (B, N)."""
+        if self.table is not None:
+            own: Tensor = self.table.gather(1, pick[..., None].expand(-1, 1, self.table.shape[2]))
+            return own.squeeze(1)
+        chosen = self.unit.gather(1, pick[..., None].expand(-1, 1, self.unit.shape[2]))
+        row = torch.bmm(chosen, self.unit.mT).squeeze(1)
+        return row.masked_fill_(row > COPY, 1.0)
+
+    def column(self, pick: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1) positions -> (B, 1, N) cosines, and the picked column of what stands beside them, (B, beside, 1)."""
+        column = self.all.gather(2, pick[..., None].expand(-1, self.all.shape[1], 1))
+        if self.table is None:
+            return self.row(pick)[:, None], column
+        beside = self.beside.shape[1]
+        return column[:, beside:].mT, column[:, :beside]
+
+    def own(self) -> Tensor:
+        """(B, N): 1, and 0 for a token without length."""
+        return (self.unit != 0).any(dim=-1).float()
+
+    def nearest(self) -> Tensor:
+        """(B, N): the cosine to the most similar other token, -1 where there is none."""
+        nearest = self.unit.new_full(self.unit.shape[:2], -1.0)
+        if self.table is not None:
+            diagonal = self.table.diagonal(dim1=1, dim2=2)
+            before = diagonal.clone()
+            diagonal.fill_(-1.0)
+            nearest = self.table.amax(dim=-1)
+            diagonal.copy_(before)
+            return nearest
+        for start, rows in self._blocks():
+            stop = rows.shape[2]
+            rows[..., start:].diagonal(dim1=1, dim2=2).fill_(-1.0)
+            nearest[:, :stop] = torch.maximum(nearest[:, :stop], rows.amax(dim=1))
+            nearest[:, start:stop] = torch.maximum(nearest[:, start:stop], rows.amax(dim=2))
+        return nearest

@@ -1,0 +1,274 @@
+"""Renders what is said of the methods: a page for each in docs/methods, the README's table, the table of accuracies.
+
+    python tools/render_docs.py              # text; every file appears whole
+    python tools/render_docs.py --pictures   # also what each keeps on the demo scene, with `mini` (a minute)
+    python tools/render_docs.py --check      # says which texts are out of date, writes nothing
+
+Accuracies come from the newest benchmarks/results/accuracy-*.json, which `foveate eval --every` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from foveate import methods
+from foveate.core import FoveateError
+from foveate.evaluate.catalogue import ACTS, about, at, describe
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "methods"
+KEPT = 144  # tokens in the pictures
+QUESTION = "what color is behind the dog ?"
+BEGIN, END = "<!-- methods: made by tools/render_docs.py -->", "<!-- /methods -->"
+ORDER = tuple(ACTS)
+
+INTRO = """# Every method on `mini`
+
+Share of {samples} questions about pictures that `mini` never saw, a fifth of each kind, answered right (descriptions:
+share of what they should say), greedy, on a CPU. The command that made the numbers:
+
+```text
+{command}
+```
+
+Every method runs with its defaults and the budget of the column. A staged method keeps that many at every stage; beside
+it stand its equivalent tokens, the tokens averaged over the decoder's layers: compare it with methods of that column.
+`-` is a budget that a method cannot reach, with the reason below. Half of a 95 % interval is {interval} points at most.
+Methods on the cache drop no visual tokens and are not here.
+"""
+
+SEES = {
+    "features": "the visual tokens after the projector",
+    "text": "the prompt's word embeddings",
+    "image_clip": "the patches in CLIP's joint space",
+    "text_clip": "the question in CLIP's joint space",
+    "word_clip": "the question's words in CLIP's joint space",
+    "hidden": "hidden states",
+    "cls": "the hidden state of CLS",
+    "cls_attention": "the attention of CLS to the patches",
+    "received": "attention received",
+    "given": "attention given",
+    "received_all": "attention received, from CLS too",
+    "keys": "keys",
+    "key_cls": "the key of CLS",
+    "query_cls": "the query of CLS",
+    "last_query": "the last prompt token's attention",
+    "text_query": "the text's attention",
+    "next_query": "the last prompt token's attention in the next block",
+    "text_hidden": "the text's hidden states",
+    "text_keys": "the text's keys",
+    "normed": "hidden states behind the decoder's last norm",
+    "text_normed": "the text's hidden states behind the decoder's last norm",
+    "cross": "the cross token",
+    "cross_key": "the cross token's key",
+    "cross_attention": "the cross token's attention",
+    "scores": "attention that each entry has received",
+    "age": "each entry's position",
+    "window_queries": "the queries of the prompt's end",
+}
+SILENT = {"text_mask", "after_image", "word_mask"}  # say which entries of another signal count
+
+
+def sees(needs: Iterable[str]) -> list[str]:
+    """Signals in words."""
+    found = []
+    for need in needs:
+        room, _, rest = need.partition(".")
+        if need in SILENT:
+            continue
+        block, _, name = rest.rpartition(".") if room == "tower" else ("", "", rest or room)
+        place = {"": "", "read": "the encoder block that the projector reads", "last": "the last encoder block"}
+        where = place.get(block, f"encoder block {block.replace('/', ' of ')}")
+        words = SEES[name] + (f", {where}" if where else {"decoder": ", decoder", "cache": ", cache"}.get(room, ""))
+        found.append(f"{words} (`{need}`)")
+    return found
+
+
+def page(name: str) -> str:
+    """The Markdown page of one method."""
+    row = describe(name)
+    body, arguments = about(name)
+    lines = [f"# `{name}`", "", row["keeps"][0].upper() + row["keeps"][1:], ""]
+    facts = [
+        ("paper", f"<{row['paper']}>" if row["paper"] else "none: a baseline"),
+        ("acts", row["acts"]),
+        ("sees", "; ".join(sees(row["needs"])) or "nothing but the number of tokens"),
+        ("in Python", f"`foveate.{row['class']}`"),
+        (
+            "follows released code",
+            "with `official=true`" if row["official"] else "no switch: the default is all there is",
+        ),
+    ]
+    if row["trained"]:
+        facts.append(("weights", f"learned: `{name}:from=PATH`"))
+    lines += ["| | |", "|---|---|", *(f"| {title} | {text} |" for title, text in facts), ""]
+    if (PAGES / f"{name}.png").exists():
+        lines += [f"![What {name} keeps of a scene]({name}.png)", ""]
+        lines += [f'`{shown(name)}` on a scene, asked "{QUESTION}".', ""]
+    lines += [body, ""] if body else []
+    if arguments:
+        lines += ["| field | default | |", "|---|---|---|"]
+        for field, text in arguments.items():
+            default = value(row["defaults"][field]) if field in row["defaults"] else "none: required"
+            lines.append(f"| `{field}` | {default} | {text.replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def value(default: Any) -> str:
+    """A default as a spec writes it."""
+    if isinstance(default, tuple):
+        return "`" + "/".join(str(one) for one in default) + "`"
+    return f"`{str(default).lower() if default is None or isinstance(default, bool) else default}`"
+
+
+def ordered() -> list[dict[str, Any]]:
+    """Every method, in the order in which a picture meets them."""
+    return sorted((describe(name) for name in methods.names()), key=lambda row: (ORDER.index(first(row)), row["name"]))
+
+
+def first(row: dict[str, Any]) -> str:
+    """The site at which a method acts first."""
+    site: str = row["site"].partition("+")[0]
+    return site
+
+
+def table() -> str:
+    """The README's table of methods."""
+    lines = ["| method | acts | keeps |", "|---|---|---|"]
+    for row in ordered():
+        name = f"[`{row['name']}`](docs/methods/{row['name']}.md)"
+        lines.append(f"| {name} | {row['acts']} | {row['keeps'].removeprefix('keeps ').removesuffix('.')} |")
+    return "\n".join(lines)
+
+
+def readme(text: str) -> str:
+    """The README with its table made anew."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"README.md lacks {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def accuracy(found: dict[str, Any]) -> str:
+    """docs/accuracy.md from what `foveate eval --every` wrote."""
+    budgets = found["every"]
+    scores = {row["method"]: row for row in found["rows"]}
+    none = scores["none"]
+    intro = INTRO.format(samples=found["samples"], command=found["command"], interval=interval(none["samples"]))
+    lines = [
+        intro,
+        f"| method | {' | '.join(map(str, budgets))} |",
+        "|---|" + "---:|" * len(budgets),
+        f"| all 576 tokens | {' | '.join([percent(none)] * len(budgets))} |",
+    ]
+    for row in found["rows"]:
+        if row["method"].startswith("ceiling"):
+            tokens = f"about {row['tokens']:.0f} tokens"
+            lines.append(f"| those of the object asked about, {tokens} | {' | '.join([percent(row)] * len(budgets))} |")
+    why = {(entry["method"], entry["keep"]): entry["why"] for entry in found["unreached"]}
+    named = [row["name"] for row in ordered() if row["site"] != "cache"]
+    for name in named:
+        cells = ["-" if (name, keep) in why else cell(scores[str(at(name, keep, 576))]) for keep in budgets]
+        lines.append(f"| [`{name}`](methods/{name}.md) | {' | '.join(cells)} |")
+    lines += ["", "What could not be reached:", ""]
+    lines += [f"- `{name}` at {keep}: {reason}" for (name, keep), reason in why.items() if name in named]
+    return "\n".join(lines) + "\n"
+
+
+def interval(samples: int) -> str:
+    """Half of the widest 95 % interval of a share of so many answers, in points."""
+    return f"{196 * (0.25 / samples) ** 0.5:.1f}"
+
+
+def percent(row: dict[str, Any]) -> str:
+    """The accuracy of a row."""
+    return f"{100 * row['accuracy']:.1f}"
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Accuracy, and the equivalent tokens where they differ from the tokens that are left."""
+    same = abs(row["equivalent_tokens"] - row["tokens"]) < 0.5
+    return percent(row) if same else f"{percent(row)} ({row['equivalent_tokens']:.0f})"
+
+
+def texts() -> dict[Path, str]:
+    """Every text, by its file."""
+    found = {PAGES / f"{name}.md": page(name) for name in methods.names()}
+    path = ROOT / "README.md"
+    found[path] = readme(path.read_text(encoding="utf-8"))
+    results = sorted((ROOT / "benchmarks" / "results").glob("accuracy-*.json"))
+    if results:
+        found[ROOT / "docs" / "accuracy.md"] = accuracy(json.loads(results[-1].read_text(encoding="utf-8")))
+    return found
+
+
+def shown(name: str) -> str:
+    """The method as the pictures show it."""
+    try:
+        return str(at(name, KEPT, 576))
+    except FoveateError:
+        return ""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write under a temporary name, then move into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def pictures() -> None:
+    """What every method keeps of the demo scene, as small pictures."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import foveate
+    from foveate.evaluate.answers import encode, greedy
+    from foveate.scenes.generator import demo
+
+    model = AutoModelForImageTextToText.from_pretrained(foveate.MINI)
+    processor = AutoProcessor.from_pretrained(foveate.MINI)
+    image = demo().image(0)
+    inputs = encode(model, processor, [[image]], [QUESTION])
+    for name in methods.names():
+        if not shown(name):
+            continue
+        with foveate.prune(model, shown(name), processor=processor) as trace:
+            greedy(model, inputs, max_new_tokens=1)
+        small = foveate.draw(image, trace).quantize(96, dither=Image.Dither.NONE)
+        data = io.BytesIO()
+        small.save(data, format="PNG", optimize=True)
+        write(PAGES / f"{name}.png", data.getvalue())
+        print(name)
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures first")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a text is out of date")
+    options = parser.parse_args()
+    if options.pictures:
+        pictures()
+    old = [path for path, text in texts().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if options.check:
+        if old:
+            sys.exit("out of date: " + ", ".join(str(path.relative_to(ROOT)) for path in old))
+        return
+    for path, text in texts().items():
+        if path in old:
+            write(path, text.encode())
+
+
+if __name__ == "__main__":
+    main()
