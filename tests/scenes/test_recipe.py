@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,8 @@ def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"max_seconds": 0}, "max_seconds=0 leaves no time"),
         ({"batch": -1}, "batch=-1 is below 1 picture"),
         ({"phases": [Phase("dreamy", 1, 1.0, 1.0)]}, "unknown kind of phase 'dreamy'; choices: ideal, joint"),
+        ({"phases": [Phase("joint", 1, 0.0, 1.0, thin=1.5)]}, "thin=1.5 is no share of the steps; it is from 0 to 1"),
+        ({"phases": [Phase("joint", 1, 0.0, 1.0, thin=0.5, patches=9)]}, "give it to a joint phase without patches="),
         ({"start": "nowhere"}, "start='nowhere' holds no config.json"),
     ],
 )
@@ -165,6 +168,35 @@ def test_errors_come_before_any_work(tmp_path: Path, change: dict, message: str)
     with pytest.raises(FoveateError, match=message):
         train_mini(tmp_path / "run", **{"phases": SHORT, **TINY, **change})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_thinned_phase_shows_the_decoder_few_tokens_at_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int] | None]] = []
+    decode = recipe.Learner.decode
+
+    def noted(self: Any, visual: Any, packed: Any, places: Any = None) -> Any:
+        seen.append((visual.shape[1], None if places is None else places[0].tolist()))
+        return decode(self, visual, packed, places)
+
+    monkeypatch.setattr(recipe.Learner, "decode", noted)
+    phase = Phase("joint", 12, encoder_rate=0.0, decoder_rate=1e-3, warmup=1, thin=0.5)
+    train_mini(tmp_path, phases=[phase], **TINY)
+    thin = [(count, places) for count, places in seen if places is not None]
+    assert 0 < len(thin) < len(seen) == 12
+    for count, places in thin:
+        assert recipe.FEWEST <= count <= recipe.MOST
+        assert len(set(places)) == count and places == sorted(places) and places[-1] < 576
+    assert all(count == 576 for count, places in seen if places is None)
+
+
+def test_a_phase_at_rate_zero_leaves_the_encoder_as_it_is(tmp_path: Path) -> None:
+    train_mini(tmp_path, phases=[Phase("joint", 3, encoder_rate=0.0, decoder_rate=1e-3, warmup=1, thin=1.0)], **TINY)
+    after, before = load_file(tmp_path / STATE), mini.build(0, TINY["config"])
+    for name, parameter in before.named_parameters():
+        same = torch.equal(after[f"weights/model.{name}"], parameter)
+        assert same == ("language_model" not in name), name
 
 
 def test_rates_by_hand() -> None:

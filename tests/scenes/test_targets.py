@@ -20,6 +20,7 @@ from foveate.scenes.targets import (
     dense_loss,
     objects_first,
     targets,
+    thinned,
 )
 
 
@@ -117,6 +118,19 @@ def test_objects_come_first_and_background_fills_up(one):
     assert (at.owner != BACKGROUND).sum() == boxed
     assert at.tag.sum() == wanted.tag.sum()
     assert (places.diff(dim=1) > 0).all()
+
+
+def test_thinned_pictures_keep_what_some_method_might():
+    scenes = generate(40, seed=5)
+    wanted = targets(scenes)
+    places = thinned(wanted, 48, torch.Generator().manual_seed(0))
+    assert places.shape == (40, 48) and (places.diff(dim=1) > 0).all() and places.max() < 576
+    shown = (wanted.owner != BACKGROUND).float()
+    on_objects = shown.gather(1, places).mean(dim=1) - shown.mean(dim=1)
+    assert on_objects.min() < 0.05 < 0.4 < on_objects.max()  # some pictures by chance alone, some by what they show
+    again = thinned(wanted, 48, torch.Generator().manual_seed(0))
+    assert torch.equal(places, again)
+    assert not torch.equal(places, thinned(wanted, 48, torch.Generator().manual_seed(1)))
 
 
 def test_contrastive_loss_by_hand(one):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +23,12 @@ from foveate.scenes.generator import Scenes, generate
 from foveate.scenes.learner import Learner, answer_loss, encoder_losses
 from foveate.scenes.packing import ask
 from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
-from foveate.scenes.targets import objects_first, targets
+from foveate.scenes.targets import objects_first, targets, thinned
 
 Report = Callable[[dict[str, Any]], None]
 
 LENGTH = 127  # text tokens per picture: with <bos> and 576 visual tokens that makes 704, a multiple of 64
+FEWEST, MOST = 16, 288  # tokens of a thinned picture, drawn evenly on a logarithmic scale
 LOG_STEPS = 20
 WEIGHTS = {"answer": 1.0, "name": 0.5, "color": 0.25, "digit": 1.0, "tag": 1.0, "contrast": 0.25}
 
@@ -45,6 +47,7 @@ class Phase:
         final: the rate at the phase's last step, as a share of the peak; linear in between.
         share: share of the pictures that the decoder is asked about; the encoder's losses see all of them.
         patches: how many patches of each picture the encoder sees, those of objects first; None is all 576.
+        thin: share of the steps at which the decoder is given few of each picture's tokens, as if pruned.
     """
 
     kind: Literal["ideal", "joint"]
@@ -55,6 +58,7 @@ class Phase:
     final: float = 1.0
     share: float = 1.0
     patches: int | None = None
+    thin: float = 0.0
 
     def rate(self, step: int) -> float:
         """The share of the peak rate at `step` of this phase, counted from 0."""
@@ -66,8 +70,14 @@ class Phase:
 PHASES: tuple[Phase, ...] = (
     Phase("ideal", 3000, encoder_rate=1e-3, decoder_rate=1e-3, warmup=200),
     Phase("joint", 6000, encoder_rate=5e-4, decoder_rate=5e-4, warmup=200, final=0.02),
+    Phase("joint", 1500, encoder_rate=0.0, decoder_rate=3e-4, warmup=30, final=0.05, thin=0.6),
 )
 """From nothing, at batch 128 on one large GPU."""
+
+THINNED: tuple[Phase, ...] = (
+    Phase("joint", 2000, encoder_rate=0.0, decoder_rate=3e-4, warmup=30, final=0.05, thin=0.6),
+)
+"""From weights that have only seen whole pictures, at batch 8 on a CPU: the decoder learns to do with few tokens."""
 
 FURTHER: tuple[Phase, ...] = (Phase("joint", 3000, encoder_rate=4e-4, decoder_rate=1e-4, final=0.02, share=0.5),)
 """From weights that can already look things up, at batch 16 on a CPU."""
@@ -149,6 +159,10 @@ def _check(max_seconds: float, batch: int, phases: Sequence[Phase]) -> None:
     for phase in phases:
         if phase.kind not in ("ideal", "joint"):
             raise FoveateError(f"unknown kind of phase {phase.kind!r}; choices: ideal, joint")
+        if not 0 <= phase.thin <= 1:
+            raise FoveateError(f"thin={phase.thin} is no share of the steps; it is from 0 to 1")
+        if phase.thin and (phase.kind == "ideal" or phase.patches):
+            raise FoveateError("thin= leaves out tokens of whole pictures: give it to a joint phase without patches=")
 
 
 def _model(start: str | Path | None, seed: int, config: LlavaConfig | None) -> LlavaForConditionalGeneration:
@@ -284,6 +298,12 @@ class _Session:
         losses = {} if frozen else encoder_losses(self.learner, visual, pooled, scenes, wanted)
         if phase.kind == "ideal":
             visual, places = ideal_tokens(self.learner.words, targets(scenes), scenes, draw)
+        chance = random.Random(f"thin {self.seed} {number}")
+        if phase.kind == "joint" and chance.random() < phase.thin:
+            count = round(math.exp(chance.uniform(math.log(FEWEST), math.log(MOST))))
+            kept = thinned(wanted, min(count, visual.shape[1]), draw)
+            visual = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[2]))
+            places = kept if places is None else places.gather(1, kept)
         rows = max(1, round(self.batch * phase.share))
         packed = ask(first(scenes, rows), LENGTH, random.Random(f"{self.seed} {number}")).to(self.device)
         places = None if places is None else places[:rows]

@@ -15,6 +15,9 @@ from foveate.scenes.mini import IMAGE, PATCH
 
 BACKGROUND, CORNER = -1, -2
 IGNORED = -100
+REGIONS = 6  # to a side, of which a thinned picture may prefer some
+PULLS = torch.tensor([0.0, 1.5, 3.0, 8.0, -2.0])  # towards objects, in units of the spread of chance
+PULL_SHARES = (3.0, 2.0, 2.0, 3.0, 0.5)
 SCALE = 16.0  # logits are dot products with word embeddings of norm below 1
 
 _FIRST_NAME = vocabulary.WORDS.index(vocabulary.NAMES[0])
@@ -65,6 +68,24 @@ def objects_first(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
     chance = torch.rand(wanted.owner.shape, generator=draw).to(wanted.owner.device)
     chance = chance + (wanted.owner != BACKGROUND)
     return chance.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def thinned(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
+    """Raster indices (B, count), ascending: what some method or other might keep of each picture.
+
+    Chance decides, pulled towards objects by as much as the row happens to draw (not at all, a little, entirely, or
+    away from them), and in every other picture towards some regions.
+    """
+    batch, tokens = wanted.owner.shape
+    chance = -torch.log(-torch.log(torch.rand(batch, tokens, generator=draw).clamp(1e-6, 1 - 1e-6)))
+    pull = PULLS[torch.multinomial(torch.tensor(PULL_SHARES), batch, replacement=True, generator=draw)]
+    coarse = torch.randn(batch, 1, REGIONS, REGIONS, generator=draw)
+    side = math.isqrt(tokens)
+    regions = 2.0 * functional.interpolate(coarse, (side, side), mode="bicubic").flatten(1)
+    by_region = torch.rand(batch, 1, generator=draw) < 0.5
+    chance = chance + regions * by_region
+    score = chance.to(wanted.owner.device) + pull[:, None].to(wanted.owner.device) * (wanted.owner != BACKGROUND)
+    return score.topk(count, dim=1).indices.sort(dim=1).values
 
 
 def _shows(boxes: Tensor) -> tuple[Tensor, Tensor]:
