@@ -333,3 +333,19 @@ def test_full_width_attention_survives_extreme_logits() -> None:
     found = unsplit_cls_attention(torch.tensor([[[1e2]]]), torch.zeros(1, 1, 1), keys)
     assert found.isfinite().all()
     assert found.argmax() == 0
+
+
+def test_a_bias_weighs_keys_as_if_they_stood_there_several_times() -> None:
+    """The log of n added to a key's logits is that key n times, for what it receives and what it takes from others."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, 1, 2, 4, 3, generator=generator)
+    bias = torch.tensor([[0.0, 0.0, math.log(3), 0.0]])
+    repeated = torch.cat([keys, keys[:, :, 2:3], keys[:, :, 2:3]], dim=2)
+    several = torch.softmax(queries @ repeated.transpose(-1, -2), dim=-1)
+    single = several[..., :4].clone()
+    single[..., 2] += several[..., 4:].sum(dim=-1)
+    sums = attention_sums(queries, keys, 1.0, skip=1, bias=bias)
+    torch.testing.assert_close(sums.received, single.mean(dim=1)[:, 1:, 1:].mean(dim=1))
+    torch.testing.assert_close(sums.given, single.mean(dim=1)[:, 1:, 1:].sum(dim=2) / 3)
+    torch.testing.assert_close(sums.received_all, single.mean(dim=1)[:, :, 1:].mean(dim=1))
+    torch.testing.assert_close(row_attention(queries[:, :, :1], keys, 1.0, bias=bias), single[:, :, :1])

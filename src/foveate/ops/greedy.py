@@ -50,9 +50,9 @@ def farthest(
     """
     cosines = _Cosines(features)
     assert first is not None or free is None
+    _check_finite(first, weight)
     gain = 1.0 - cosines.nearest() if first is None else first.detach().float()
     weight = torch.ones_like(gain) if weight is None else weight.detach().float()
-    _check_finite(gain, weight)
     nearest = torch.full_like(gain, -1.0)
 
     def take(pick: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def covering(
     if row_weight is not None:
         rest.mul_(row_weight.detach().float()[..., None])
     gain = rest.sum(dim=1)
-    weight = torch.ones_like(gain) if weight is None else weight.detach().float()
     _check_finite(gain, weight)
+    weight = torch.ones_like(gain) if weight is None else weight.detach().float()
     base = _closed(torch.zeros_like(gain), free)
 
     def take(pick: Tensor) -> Tensor:
@@ -152,11 +152,15 @@ def _closed(values: Tensor, free: Tensor | None) -> Tensor:
     return values if free is None else values.masked_fill(~free, -torch.inf)
 
 
-def _check_finite(*values: Tensor) -> None:
-    for one in values:
-        if not bool(one.isfinite().all()):
-            bad = int((~one.isfinite()).sum())
-            raise FoveateError(f"{bad} of {one.numel()} scores are NaN or infinite; finite scores are needed to choose")
+def _check_finite(*scores: Tensor | None) -> None:
+    """One wait for the device, whatever is given."""
+    given = [one for one in scores if one is not None]
+    if given and not bool(torch.stack([one.isfinite().all() for one in given]).all()):
+        for one in given:
+            if bad := int((~one.isfinite()).sum()):
+                raise FoveateError(
+                    f"{bad} of {one.numel()} scores are NaN or infinite; finite scores are needed to choose"
+                )
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""PruMerge: prune by the attention of CLS in the encoder's last block, and merge what is pruned into what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.methods._merged import everything, in_raster_order, of_all_rows, with_rest
+from foveate.ops.pooling import nearest_neighbours, others, take, weighted_sums
+from foveate.ops.scores import unsplit_cls_attention
+from foveate.ops.subsets import descending, outlier_counts
+
+
+class _Pick(NamedTuple):
+    """Places of b images."""
+
+    kept: Tensor  # (b, P)
+    pruned: Tensor  # (b, M), the token of the rest is made of
+    among: Tensor  # (b, A), where the kept ones find their neighbours
+
+
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """PruMerge: keeps the patches whose CLS attention stands out and merges similar pruned ones into them.
+
+    The attention is softmax(q_cls . k / sqrt(E)) over CLS and patches in the encoder's last block, at full width: the
+    paper's equation has no heads and the code does not split them. Without `keep`, the patches above
+    Q3 + 1.5 * (Q3 - Q1) of their image stay. Each is replaced by the average, weighted by that attention, of itself and
+    its most similar pruned patches by the cosine of the keys; a pruned patch may join several, and all pruned ones
+    together become one more token, their weighted average, which stands at the largest index that is free. The merged
+    tokens are encoder tokens in raster order.
+
+    The authors' code (`official`) draws neighbours from the kept patches too, adds a_j * x_j of each neighbour to the
+    patch in place of an average, does the same for the last token, takes the quartiles over the whole batch and hands
+    the tokens on by falling attention; all but that order is reproduced.
+
+    Args:
+        keep: tokens per image, or a share of them, rounded half to even: `keep` - 1 patches and the token of the
+            rest; all hands everything on as it is. None for the image's own count, the outliers and the rest.
+        neighbours: pruned patches that join a kept one; as many as there are where those are fewer.
+        official: the code's merge and, without `keep`, its count.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
+    site: ClassVar[Site] = "input"
+    adaptive: ClassVar[bool] = True
+    needs = ("tower.read.hidden", "tower.last.keys", "tower.last.key_cls", "tower.last.query_cls")
+
+    keep: Keep | None = None
+    neighbours: int = 32
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self.keep)
+        if type(self.neighbours) is not int or self.neighbours < 1:
+            raise FoveateError(f"neighbours={self.neighbours!r} is no number of patches; the least is neighbours=1")
+        # The class speaks for the defaults.
+        object.__setattr__(self, "adaptive", self.keep is None)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """One stage; None unless `keep` fixes it."""
+        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
+
+    def select(self, signals: Signals) -> Selection:
+        read, last = signals.tower["read"], signals.tower["last"]
+        assert read.hidden is not None and last.keys is not None
+        assert last.key_cls is not None and last.query_cls is not None
+        left = signals.shape[1]
+        total = None if self.keep is None else tokens_to_keep(self.keep, signals.original, left)
+        if total == left:
+            return everything(signals)
+        weights = unsplit_cls_attention(last.query_cls, last.key_cls, last.keys)
+        keys = last.keys.transpose(1, 2).flatten(2)
+        index, tokens, keys, weights = in_raster_order(signals, read.hidden, keys, weights)
+        selections, row = [], 0
+        for pick in self._picks(weights, total):
+            rows = slice(row, row + pick.kept.shape[0])
+            merged = self._merged(tokens[rows], keys[rows], weights[rows], pick)
+            selections.append(with_rest(index[rows], pick.kept, pick.pruned, *merged))
+            row = rows.stop
+        return of_all_rows(selections)
+
+    def _picks(self, weights: Tensor, total: int | None) -> Iterator[_Pick]:
+        """What to keep of all rows at once, or of one after the other.
+
+        Args:
+            weights: (B, N) logarithm of the attention.
+            total: tokens to hand on; None for each image's own number.
+        """
+        order = descending(weights)
+        if total is not None:
+            yield self._pick(order, total - 1)
+            return
+        for row, outliers in zip(order.split(1), outlier_counts(weights.exp(), self.official), strict=True):
+            yield self._pick(row, self._patches(outliers))
+
+    def _patches(self, outliers: int) -> int:
+        """Patches to keep of an image that has so many outliers."""
+        return outliers
+
+    def _pick(self, order: Tensor, patches: int) -> _Pick:
+        """The choice of `patches` to keep out of (b, N) places by falling attention."""
+        return self._around(order[:, :patches], order.shape[1])
+
+    def _around(self, kept: Tensor, tokens: int) -> _Pick:
+        pruned = others(kept, tokens)
+        return _Pick(kept, pruned, torch.cat([kept, pruned], dim=1) if self.official else pruned)
+
+    def _merged(self, tokens: Tensor, keys: Tensor, weights: Tensor, pick: _Pick) -> tuple[Tensor, Tensor]:
+        """(b, P, E) what stands for the kept patches and (b, 1, E) for the rest, in the dtype of the tokens."""
+        count = min(self.neighbours, pick.among.shape[1] - self.official)
+        places = torch.cat([pick.kept[..., None], nearest_neighbours(keys, pick.kept, pick.among, count)], dim=-1)
+        shares = take(weights, places.flatten(1)).view_as(places)
+        of_rest = take(weights, pick.pruned)[:, None]
+        if self.official:
+            shares, of_rest = shares.exp(), of_rest.exp()
+            shares[..., 0] = 1.0
+        else:
+            shares, of_rest = shares.softmax(dim=-1), of_rest.softmax(dim=-1)
+        merged, rest = weighted_sums(tokens, places, shares), weighted_sums(tokens, pick.pruned[:, None], of_rest)
+        return merged.to(tokens.dtype), rest.to(tokens.dtype)

@@ -1,0 +1,83 @@
+"""TRIM: prune by how much each patch resembles the question in CLIP's joint space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep, tokens_to_keep
+from foveate.methods._merged import everything, in_raster_order, of_all_rows, with_rest
+from foveate.ops.pooling import others, take
+from foveate.ops.scores import cosines
+from foveate.ops.subsets import descending, outlier_counts
+
+
+@dataclass(frozen=True)
+class TRIM(Method):
+    """TRIM: keeps the patches whose resemblance to the question stands out in CLIP's joint space, and one mean.
+
+    The score is a softmax over the patches of their cosine to the question (mean over the pieces of a long one).
+    Without `keep`, the patches above Q3 + 1.5 * (Q3 - Q1) of their image stay. All others become one more token, their
+    mean, which stands at the largest index that is free; the tokens are encoder tokens in raster order.
+
+    The authors' code (`official`) takes dot products in place of cosines, NEGATES them, so that what resembles the
+    question least stays, and takes the quartiles over the whole batch.
+
+    Args:
+        keep: tokens per image, or a share of them, rounded half to even: `keep` - 1 patches and the mean of the
+            others; all hands everything on as it is. None for the image's own count, the outliers and the mean.
+        relevance: "negated" keeps what resembles the question least.
+        official: the code's score, whatever `relevance` says, and, without `keep`, its count.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.10994"
+    site: ClassVar[Site] = "input"
+    adaptive: ClassVar[bool] = True
+    needs = ("tower.read.hidden", "image_clip", "text_clip")
+
+    keep: Keep | None = None
+    relevance: Literal["direct", "negated"] = "direct"
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.keep is not None:
+            check_keep(self.keep)
+        # The class speaks for the defaults.
+        object.__setattr__(self, "adaptive", self.keep is None)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """One stage; None unless `keep` fixes it."""
+        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
+
+    def select(self, signals: Signals) -> Selection:
+        hidden, left = signals.tower["read"].hidden, signals.shape[1]
+        assert hidden is not None
+        total = None if self.keep is None else tokens_to_keep(self.keep, signals.original, left)
+        if total == left:
+            return everything(signals)
+        index, tokens, scores = in_raster_order(signals, hidden, self.scores(signals))
+        order = descending(scores)
+        if total is not None:
+            return _handed_on(index, tokens, order, total - 1)
+        counts = outlier_counts(scores, together=self.official)
+        rows = zip(index.split(1), tokens.split(1), order.split(1), counts, strict=True)
+        return of_all_rows([_handed_on(*row) for row in rows])
+
+    def scores(self, signals: Signals) -> Tensor:
+        """(B, N), sums to 1: the higher, the sooner a patch stays."""
+        image, text = signals.image_clip, signals.text_clip
+        assert image is not None and text is not None
+        likeness = image.float() @ text.float().transpose(1, 2) if self.official else cosines(image, text)
+        likeness = likeness.mean(dim=-1)
+        return (-likeness if self.official or self.relevance == "negated" else likeness).softmax(dim=-1)
+
+
+def _handed_on(index: Tensor, tokens: Tensor, order: Tensor, patches: int) -> Selection:
+    """The first `patches` of the (b, N) places in `order`, and the mean of the others."""
+    kept = order[:, :patches]
+    dropped = others(kept, index.shape[1])
+    rest = take(tokens, dropped).float().mean(dim=1, keepdim=True).to(tokens.dtype)
+    return with_rest(index, kept, dropped, take(tokens, kept), rest)
