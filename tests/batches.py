@@ -37,6 +37,8 @@ def together(values: list[Any]) -> Any:
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
         return dataclasses.replace(first, **{name: together([getattr(one, name) for one in values]) for name in names})
+    if isinstance(first, dict):
+        return {name: together([one[name] for one in values]) for name in first}
     return first
 
 

@@ -101,7 +101,8 @@ def test_a_method_needs_signals_that_exist(name: str) -> None:
             assert room in SIGNALS
             if room == "tower":
                 number, _, field = field.partition(".")
-                assert number in {"read", "last"} or number.isdigit()
+                assert re.fullmatch(r"read|last|latest|\d+(/\d+)?", number)
+                assert number != "latest" or part.site == "tower"
             assert field in block if room in {"tower", "decoder"} else field == "" or room == "cache"
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.ops.pools import by_tile, whole_images
+from foveate.ops.tiles import by_tile, whole_images
 
 # Tiles of 3, 1 and 2 tokens in one image; of 2 and 4, without tile 1, in the other.
 TILE = torch.tensor([[0, 2, 0, 1, 2, 0], [2, 2, 0, 2, 0, 2]])

@@ -1,0 +1,59 @@
+"""SCOPE: prune to salient tokens that cover the picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
+from foveate.methods._sets import check_power, choose_sets, salience
+from foveate.methods._tiles import tiles_to_keep
+from foveate.ops.greedy import covering
+from foveate.ops.scores import cosines
+from foveate.ops.tiles import Pools
+
+
+@dataclass(frozen=True)
+class SCOPE(Method):
+    """SCOPE: keeps tokens that CLS attends to and that resemble many others, so that the kept ones cover the picture.
+
+    Each pick has the largest gain in coverage times a ** alpha: the gain is the rise, summed over all patches, of the
+    cosine to the most similar kept patch (0 at first), a the CLS attention. Cosines are those of the patches before
+    the projector; the question is not read.
+
+    Args:
+        keep: tokens per image, or a share of them, rounded half to even: 64 of 576 by default.
+        alpha: weight of the attention, 0 to 8; 0 is coverage alone.
+        budget: with several tiles, "tile" covers every tile on its own and shares the budget evenly (the authors' code
+            rounds down per tile; the total is exact here), "image" covers all at once.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
+    site: ClassVar[Site] = "input"
+    needs = ("tower.read.cls_attention", "tower.read.hidden")
+
+    keep: Keep = 0.111
+    alpha: float = 1.0
+    budget: Literal["tile", "image"] = "tile"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choices(self)
+        check_power("alpha", self.alpha)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
+
+    def select(self, signals: Signals) -> Selection:
+        block = signals.tower["read"]
+        weight, hidden = salience(block).pow(self.alpha), block.hidden
+        assert hidden is not None
+
+        def choose(pools: Pools, count: int) -> Tensor:
+            patches, weights = pools.take(hidden), pools.take(weight)
+            everyone = pools.without_padding(weights.new_ones(weights.shape))
+            return covering(cosines(patches, patches), count, everyone, weights, pools.free)
+
+        return choose_sets(signals, self.keep, self.budget, choose)

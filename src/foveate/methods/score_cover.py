@@ -1,0 +1,58 @@
+"""SCoRe: prune to the salient tokens that lie far apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
+from foveate.methods._sets import check_power, choose_sets, salience
+from foveate.methods._tiles import tiles_to_keep
+from foveate.ops.greedy import farthest
+from foveate.ops.tiles import Pools
+
+
+@dataclass(frozen=True)
+class ScoreCover(Method):
+    """ScoreCover: keeps tokens that CLS attends to and that no kept one resembles, so that salience does not repeat.
+
+    SCoRe, salience-coverage reduction: first the patch of the highest CLS attention a, then always the one of the
+    largest d * a ** alpha, where d is the cosine distance to the nearest kept patch. The question is not read.
+
+    No code is public. Open in the paper and read here: attention and patch features are those of the block whose
+    output the projector reads, before the projector; the budget is split evenly over tiles.
+
+    Args:
+        keep: tokens per image, or a share of them, rounded half to even: 64 of 576 by default.
+        alpha: weight of the attention, 0 to 8; 0 keeps the farthest tokens from the most salient one on.
+        budget: with several tiles, "tile" shares the budget evenly, "image" lets the tiles compete.
+    """
+
+    paper: ClassVar[str] = "https://cvpr.thecvf.com/virtual/2026/poster/39155"
+    site: ClassVar[Site] = "input"
+    needs = ("tower.read.cls_attention", "tower.read.hidden")
+
+    keep: Keep = 0.111
+    alpha: float = 0.8
+    budget: Literal["tile", "image"] = "tile"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choices(self)
+        check_power("alpha", self.alpha)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
+
+    def select(self, signals: Signals) -> Selection:
+        block = signals.tower["read"]
+        attention, hidden = salience(block), block.hidden
+        assert hidden is not None
+
+        def choose(pools: Pools, count: int) -> Tensor:
+            first = pools.take(attention)
+            return farthest(pools.take(hidden), count, first, first.pow(self.alpha), pools.free)
+
+        return choose_sets(signals, self.keep, self.budget, choose)
