@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Block, CacheSelection, Grid, Method, Selection, Signals
+from foveate.core import Block, CacheSelection, Grid, Merger, Method, Selection, Signals
 
 HEADS, WIDTH, WORDS = 3, 8, 5
+BLOCKS = 6  # in which a merger acts
 
 # Shapes of the fields that count visual tokens (N) or text (T), by name; B comes first everywhere.
 _SHAPES: dict[str, str] = {
+    "size": "N",
     "features": "ND",
     "text": "TD",
     "image_clip": "ND",
@@ -67,6 +69,8 @@ def signals(method: Method, batch: int, grid: Grid, seed: int = 0) -> Signals:
             decoder[name] = value
         else:
             fields[name] = value
+    if isinstance(method, Merger):
+        fields["size"] = torch.ones(batch, tokens)
     return Signals(
         original=tokens,
         index=torch.arange(tokens).expand(batch, tokens),
@@ -98,13 +102,31 @@ def narrowed(before: Signals, selection: Selection, stage: int) -> Signals:
         stage=stage,
         grid=before.grid if index.shape[1] == before.original else None,
         features=features if selection.features is None else torch.stack(selection.features),
+        image_clip=take("image_clip", before.image_clip),
+        size=take("size", before.size),
         tower={name: block(whole) for name, whole in before.tower.items()},
         decoder=None if before.decoder is None else block(before.decoder),
     )
 
 
+def merged(part: Merger, seen: Signals) -> Selection:
+    """The last answer of a merger to images that it met first as `seen`; all blocks show the same of a token."""
+    answer = part.select(seen)
+    for stage in range(1, seen.stages):
+        seen = narrowed(seen, answer, stage)
+        answer = part.select(seen)
+    return answer
+
+
 def walk(part: Method, seen: Signals) -> Iterator[tuple[Signals, Selection]]:
-    """Every stage of a single-site method before the cache: what it saw and what it answered."""
+    """Every stage of a single-site method before the cache: what it saw and what it answered.
+
+    The merges of all blocks count as one stage.
+    """
+    if isinstance(part, Merger):
+        seen = dataclasses.replace(seen, stages=BLOCKS)
+        yield seen, merged(part, dataclasses.replace(seen, memory={}))
+        return
     counts = part.count(seen.original, seen.grid)
     for stage in range(1 if counts is None else len(counts)):
         answer = part.select(seen)

@@ -106,10 +106,22 @@ def test_a_selection_keeps_the_contract_and_the_count(case: Case) -> None:
             assert got.positions.shape[-1] == sum(case.method.budget(signals.cache.prompt_length))
             continue
         got.check(signals.original, signals.shape[0], case.name)
-        assert [len(kept) for kept in got.indices] == [case.method.count(signals.original)[stage]] * len(got.indices)
+        counted = case.method.count(signals.original)
+        assert (counted is None) == case.method.adaptive
+        if counted is not None:
+            assert [len(kept) for kept in got.indices] == [counted[stage]] * len(got.indices)
 
 
-@pytest.mark.parametrize("case", [case for case in cases() if rows_of(case.signals[0]) > 1], ids=lambda case: case.name)
+def judged_together(case: Case) -> bool:
+    """The code of some papers takes statistics over the whole batch, so that a row alone gets another answer."""
+    by_batch = getattr(case.method, "keep", 0) is None or methods.name_of(case.method) == "cdpruner"
+    return getattr(case.method, "official", False) and by_batch
+
+
+SEVERAL_ROWS = [case for case in cases() if rows_of(case.signals[0]) > 1 and not judged_together(case)]
+
+
+@pytest.mark.parametrize("case", SEVERAL_ROWS, ids=lambda case: case.name)
 def test_a_row_alone_gets_the_answer_that_it_gets_in_the_batch(case: Case) -> None:
     for row in range(rows_of(case.signals[0])):
         single = [alone(stage, row) for stage in case.signals]
@@ -121,6 +133,8 @@ def test_files_of_one_setting_can_be_asked_as_one_batch() -> None:
     """Two seeds of one method, setting and shape: together each gets its own answer."""
     groups: dict[Any, list[Case]] = {}
     for case in cases():
+        if judged_together(case):
+            continue
         first = case.signals[0]
         groups.setdefault((case.method, len(case.signals), first.shape, first.original), []).append(case)
     several = [group for group in groups.values() if len(group) > 1]

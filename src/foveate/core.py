@@ -1,4 +1,4 @@
-"""The nouns of the library: Method, Scorer, Signals, Selection, Budget, and the errors they raise.
+"""The nouns of the library: Method, Scorer, Merger, Signals, Selection, Budget, and the errors they raise.
 
 Shapes are written here, once: B images of one size, N visual tokens, T text tokens, L sequence, K kept, H heads,
 D width.
@@ -6,6 +6,7 @@ D width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -152,17 +153,21 @@ class Signals:
 
     `original` is the number of tokens an image had before any stage, `stage` which stage of its part a method is
     asked for, `memory` is carried between the stages of one part within one prefill.
+
+    At site `tower`, block "latest" is the one that has run last. For a `Merger` that is the block in which it acts: its
+    attention has run, and `hidden` and `cls` are the stream between attention and MLP.
     """
 
     original: int
     index: Tensor  # (B, N) original raster index of each token
     stage: int = 0
+    stages: int = 1  # how many stages a part inside the encoder has
     memory: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None  # raster shape (h, w); None once tokens have left
     tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
     size: Tensor | None = None  # (B, N) how many original tokens each stands for
     features: Tensor | None = None  # (B, N, D) after the projector
-    tower: Mapping[int | str, Block] = field(default_factory=dict)  # by 0-based block, "8/24", "read" and "last"
+    tower: Mapping[int | str, Block] = field(default_factory=dict)  # by 0-based block, "8/24", "read", "last", "latest"
     decoder: Block | None = None  # layer=k: block k-1
     text: Tensor | None = None  # (B, T, D) input embeddings of the prompt's text
     text_mask: Tensor | None = None  # (B, T) bool
@@ -195,7 +200,9 @@ class Selection:
 
     Output token k of an image takes the position id, the timeline slot and the place in the picture of the original
     token `indices[b][k]`; a merged token carries its representative's index. `features`, when given, has one row per
-    index. `extra` marks tokens that are not to be drawn.
+    index. `extra` marks tokens that are not to be drawn. `groups`, which a method that merges inside the encoder gives,
+    says of each token that was there (in the order of `Signals.index`) which output token it went into, -1 where it was
+    dropped; sizes add up along it.
     """
 
     indices: list[Tensor]  # B tensors (K_b,) int64, distinct
@@ -203,17 +210,19 @@ class Selection:
     space: Literal["encoded", "projected"] = "projected"
     extra: list[Tensor] | None = None  # B tensors (K_b,) bool
     ordered: bool = True
+    groups: list[Tensor] | None = None  # B tensors (N,) int64, -1..K_b - 1
 
     def check(self, original: int, batch: int, method: str) -> None:
         """Refuse a selection that breaks the contract, naming the method and the image.
 
         Raises:
-            FoveateError: wrong number of rows, indices out of range, repeated, out of order, or features that do not
-                match them or are not finite.
+            FoveateError: wrong number of rows, indices out of range, repeated, out of order, features that do not match
+                them or are not finite, or groups that name no output token.
         """
         if len(self.indices) != batch:
             raise FoveateError(f"{method} answered for {len(self.indices)} images but was asked for {batch}")
-        for name, rows in (("features", self.features), ("masks of extra tokens", self.extra)):
+        given = (("features", self.features), ("masks of extra tokens", self.extra), ("groups", self.groups))
+        for name, rows in given:
             if rows is not None and len(rows) != batch:
                 raise FoveateError(f"{method} gave {name} for {len(rows)} images but was asked for {batch}")
         for image, kept in enumerate(self.indices):
@@ -243,7 +252,18 @@ class Selection:
                 return "features hold NaN or infinity"
         if self.extra is not None and self.extra[image].shape != kept.shape:
             return f"the mask of extra tokens has {self.extra[image].numel()} entries for {kept.numel()} kept tokens"
+        if self.groups is not None:
+            return _problem_of_groups(self.groups[image], kept.numel())
         return None
+
+
+def _problem_of_groups(groups: Tensor, kept: int) -> str | None:
+    if groups.ndim != 1 or str(groups.dtype) != "torch.int64":
+        return f"groups are {groups.dtype} of shape {tuple(groups.shape)}; they must be torch.int64 of shape (N,)"
+    low, high = groups.min().item(), groups.max().item()
+    if low < -1 or high >= kept:
+        return f"group {low if low < -1 else high} is outside -1..{kept - 1}"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,6 +310,17 @@ class Method:
         """Decoder blocks, of `layers`, that run at full length before each stage; empty at other sites than `layer`."""
         return ()
 
+    def flops(self, visual: int, text: int) -> int:
+        """Operations of choosing among `visual` tokens beside `text` others; 0 for a method without weights."""
+        return 0
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model by its configuration, before any work: a method that was trained for one model does.
+
+        Raises:
+            FoveateError: the method was trained for another model.
+        """
+
     def parts(self) -> tuple[Method, ...]:
         """The single-site methods this one is made of."""
         return (self,)
@@ -327,6 +358,130 @@ class Scorer(Method):
 
         kept = top_k(self.score(signals), tokens_to_keep(self.keep, signals.original, signals.shape[1]))
         return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
+
+
+@dataclass(frozen=True)
+class Merger(Method):
+    """A method that merges tokens inside the encoder, between attention and MLP of its blocks.
+
+    It acts in every block up to the one that the projector reads and is asked once for each (`signals.stage` of
+    `signals.stages`), but counts as one stage. No block merges away more than half of its patches. With `keep`, each
+    block merges away the same number of patches, the smallest that gets there, until what is missing is less.
+
+    Args:
+        keep: tokens per image at the end, or a share of them, rounded half to even.
+        r: in its place, patches that each block merges away (more than half of them counts as half), or one number per
+            block, the blocks behind them merging none.
+        proportional: attention weighs a token by the number of patches in it: log(size) is added to its logits.
+    """
+
+    site: ClassVar[Site] = "tower"
+    beside: ClassVar[int] = 0  # tokens that reach the decoder besides the patches, once any have merged
+
+    keep: Keep | None = None
+    r: int | tuple[int, ...] | None = None
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.keep is None) == (self.r is None):
+            raise FoveateError(f"{name}: keep={self.keep} and r={self.r}; give one of them")
+        if self.keep is not None:
+            check_keep(self.keep)
+        for number in self.r if isinstance(self.r, tuple) else () if self.r is None else (self.r,):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise FoveateError(f"{name}: r={number!r} is no number of patches from 0; the smallest is r=0")
+        # The class speaks for the defaults; with one number per block, the blocks of an encoder decide the count.
+        object.__setattr__(self, "adaptive", isinstance(self.r, int))
+
+    def depths(self, layers: int) -> tuple[int, ...]:
+        """Encoder blocks that run before each merge: all from 0; `layers` counts them up to the one that is read."""
+        if isinstance(self.r, tuple) and len(self.r) > layers:
+            raise FoveateError(
+                f"{type(self).__name__}: r names {len(self.r)} blocks; {layers} run up to the one that the projector "
+                f"reads, so the most is {layers}"
+            )
+        return tuple(range(layers))
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        if self.keep is not None:
+            count = tokens_to_keep(self.keep, original)
+            self._patches(count, original)
+            return (count,)
+        if isinstance(self.r, int):
+            return None
+        left = original - sum(self.schedule(original, len(self.r or ())))
+        return (left + self.beside if left < original else left,)
+
+    def schedule(self, tokens: int, blocks: int, original: int | None = None) -> tuple[int, ...]:
+        """How many of `tokens` patches each of `blocks` blocks merges away.
+
+        Args:
+            original: tokens of the image before any stage; `tokens` where None.
+
+        Raises:
+            FoveateError: `keep` is outside the reach of so many blocks; the message says what is reachable.
+        """
+        if self.keep is None:
+            wanted = (self.r,) * blocks if isinstance(self.r, int) else (*(self.r or ()), *[0] * blocks)
+            return _halving(tokens, 0, wanted[:blocks])
+        original = original or tokens
+        target = self._patches(tokens_to_keep(self.keep, original, tokens), original)
+        least = tokens - sum(_halving(tokens, 0, (tokens,) * blocks))
+        if target < least:
+            raise FoveateError(
+                f"{type(self).__name__}: keep={self.keep} asks for {target + self.beside} of {tokens} tokens, but "
+                f"{blocks} blocks that each merge away at most half reach {least + self.beside} to {tokens}; the least "
+                f"is keep={least + self.beside}"
+            )
+        every = -((target - tokens) // blocks)  # evenly, rounded up; more where half of the tokens is less than that
+        while sum(merged := _halving(tokens, target, (every,) * blocks)) < tokens - target:
+            every += 1
+        return merged
+
+    def _patches(self, count: int, original: int) -> int:
+        """Patches among `count` tokens at the end; where all patches stay, no other token joins them."""
+        if count <= self.beside < original:
+            least = self.beside + 1
+            raise FoveateError(f"{type(self).__name__}: keep={self.keep} leaves no patch; the least is keep={least}")
+        return count if count == original else count - self.beside
+
+    def merges(self, signals: Signals) -> int:
+        """How many patches the block at hand merges away.
+
+        Where other methods have dropped patches since the first block, the rest is planned anew. It depends on nothing
+        but counts, so that a picture in a batch gets what it gets alone.
+        """
+        stage, left = signals.stage, signals.shape[1]
+        if isinstance(self.r, int):
+            return min(self.r, left // 2)
+        if self.r is not None:
+            return min(self.r[stage], left // 2) if stage < len(self.r) else 0
+        if stage:
+            with contextlib.suppress(FoveateError):  # of a budget that other methods have made reachable
+                plan = self.schedule(signals.original, signals.stages)
+                if left == signals.original - sum(plan[:stage]):
+                    return plan[stage]
+        return self.schedule(left, signals.stages - stage, signals.original)[0]
+
+    def companion(self, block: int, cls: Tensor, before: Tensor | None) -> Tensor | None:
+        """A token (B, E) that runs beside CLS through encoder block `block`; None for a method without.
+
+        Args:
+            block: 0-based; asked before each block in turn.
+            cls: (B, E), the block's input.
+            before: (B, E), what the block before made of the companion; None at the first block.
+        """
+        return None
+
+
+def _halving(tokens: int, target: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """What each block merges away of what it wants: at most half of its tokens, and none below `target`."""
+    merged: list[int] = []
+    for most in wanted:
+        merged.append(min(most, tokens - target, tokens // 2))
+        tokens -= merged[-1]
+    return tuple(merged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +532,7 @@ class StageRecord:
     after: int
     kept: Tensor  # (K,) original indices
     extra: Tensor | None = None  # (K,) bool: tokens that are not to be drawn
+    flops: int = 0  # operations of choosing, where modules of the method's own do it
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,8 @@ def format(what: Method | Sequence[Method]) -> str:
         default = field.default_factory() if callable(field.default_factory) else field.default
         if not field.init or ((field.name != "keep" or value is None) and _same(value, default)):
             continue
-        fields.append(f"{field.name}={_write(value)}")
+        name = "from" if field.name == "path" and hasattr(what, "from_pretrained") else field.name
+        fields.append(f"{name}={_write(value)}")
     name = methods.name_of(what)
     return f"{name}:{','.join(fields)}" if fields else name
 

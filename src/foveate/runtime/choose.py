@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.core import Block, FoveateError, Grid, Method, Selection, Signals, StageRecord
+from foveate.core import Block, FoveateError, Grid, Merger, Method, Selection, Signals, StageRecord
 from foveate.spec import format as format_spec
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class Image:
     adapted: bool = False  # an adaptive stage has acted
     stages: list[StageRecord] = field(default_factory=list)
     encoded: list[int] | None = None  # patches that each encoder block ran on; None where that is all of them
+    projected: int | None = None  # tokens that the projector mapped; None where that is all of them
+    size: Tensor | None = None  # (K,) patches in each token, inside the encoder; None while it is one
+    group: Tensor | None = None  # (N,) place of the token that a patch is in, -1 once dropped; None where nobody asks
 
     def __post_init__(self) -> None:
         self.index = torch.arange(self.original, device=self.features.device)
@@ -74,7 +77,8 @@ class Depth:
     stage: int
     layer: int | None  # decoder blocks that run in full before it; None inside the encoder
     memory: dict[tuple[int, ...], dict[str, Any]]  # by the images that are asked about together
-    block: Callable[[Sequence[int], set[str]], Block]  # images and wanted fields -> what the decoder shows of them
+    block: Callable[[Sequence[int], set[str]], Block]  # images and wanted fields -> what the block at hand shows
+    stages: int = 1
 
 
 def choose(
@@ -125,14 +129,23 @@ class _Sources:
 def _fit(part: Method, image: Image) -> Method:
     """After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave."""
     left = image.index.numel()
-    if not image.adapted or part.adaptive or not hasattr(part, "keep"):
+    if not image.adapted or part.adaptive or getattr(part, "keep", None) is None:
         return part
     counts = part.count(image.original, image.grid)
     if counts is None:
         return part
     if len(counts) == 1:
-        return part if counts[0] <= left else dataclasses.replace(part, keep=left)  # type: ignore[call-arg]
-    return dataclasses.replace(part, keep=tuple(min(count, left) for count in counts))  # type: ignore[call-arg]
+        return part if counts[0] <= left else _with_keep(part, left)
+    return _with_keep(part, tuple(min(count, left) for count in counts))
+
+
+def _with_keep(part: Method, keep: Any) -> Method:
+    """The same method with another budget; trained modules that it holds go along."""
+    made = dataclasses.replace(part, keep=keep)  # type: ignore[call-arg]
+    for one in dataclasses.fields(part):
+        if not one.init:
+            object.__setattr__(made, one.name, getattr(part, one.name))
+    return made
 
 
 def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources: _Sources) -> None:
@@ -161,7 +174,11 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
         wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
         memory = sources.at.memory.setdefault(tuple(numbers), {})
         decoder = sources.at.block(numbers, wanted) if wanted else None
-        more.update(decoder=decoder, stage=sources.at.stage, memory=memory)
+        more.update(decoder=decoder, stage=sources.at.stage, stages=sources.at.stages, memory=memory)
+        if isinstance(part, Merger):
+            wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
+            blocks["latest"] = sources.at.block(numbers, wanted)
+            more["size"] = torch.stack([_size(image) for image in group])
     return Signals(
         original=first.original,
         index=index,
@@ -170,6 +187,11 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
         tower=blocks,
         **more,
     )
+
+
+def _size(image: Image) -> Tensor:
+    """(K,) patches in each token."""
+    return torch.ones(image.index.shape, device=image.index.device) if image.size is None else image.size
 
 
 def _narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
@@ -245,7 +267,13 @@ def _apply(
     image.index = kept
     image.whole = image.whole and kept.numel() == image.original and selection.ordered
     layer = None if sources.at is None else sources.at.layer
-    image.stages.append(StageRecord(name, part.site, layer, before, kept.numel(), kept.detach().cpu(), image.extra))
+    last = image.stages[-1] if image.stages else None
+    if isinstance(part, Merger) and sources.at and sources.at.stage and last is not None and last.method == name:
+        before = image.stages.pop().before  # the merges of all blocks count as one stage
+    # Between encoder and decoder no method has modules, and pictures may come without a prompt.
+    flops = 0 if layer is None else part.flops(before, int(sources.prompt.is_text[image.row].sum()))
+    kept_cpu = kept.detach().cpu()
+    image.stages.append(StageRecord(name, part.site, layer, before, kept.numel(), kept_cpu, image.extra, flops))
 
 
 def _apply_stream(name: str, selection: Selection, place: int, kept: Tensor, image: Image) -> None:
@@ -253,20 +281,44 @@ def _apply_stream(name: str, selection: Selection, place: int, kept: Tensor, ima
     assert image.stream is not None
     if selection.features is not None and selection.space == "encoded":
         raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
-    positions = _positions(name, kept, image)
+    extra = None if selection.groups is None or selection.extra is None else selection.extra[place].to(kept.device)
+    positions = _positions(name, kept, image, extra)
     image.features = image.features[positions]
+    _regroup(name, selection, place, positions, image)
     if selection.features is None:
         image.stream = image.stream[positions]
     else:
         image.stream, image.merged = selection.features[place].to(image.stream.dtype), True
 
 
-def _positions(name: str, kept: Tensor, image: Image) -> Tensor:
-    """Where the kept original indices stand among the tokens that are left."""
+def _positions(name: str, kept: Tensor, image: Image, extra: Tensor | None = None) -> Tensor:
+    """Where the kept original indices stand among the tokens that are left; 0 for `extra` ones, which stand nowhere."""
     place = torch.full((image.original,), -1, device=kept.device)
     place[image.index] = torch.arange(image.index.numel(), device=kept.device)
     positions = place[kept]
+    if extra is not None:
+        positions = positions.masked_fill(extra, 0)
     if bool((positions < 0).any()):
         gone = kept[positions < 0][0].item()
         raise FoveateError(f"{name} keeps token {gone}, which an earlier stage has dropped")
     return positions
+
+
+def _regroup(name: str, selection: Selection, place: int, positions: Tensor, image: Image) -> None:
+    """Note how many patches each output token stands for, and which one a patch is in."""
+    if selection.groups is None and image.size is None and image.group is None:
+        return
+    present, left = image.index.numel(), positions.numel()
+    if selection.groups is None:
+        image.size = None if image.size is None else image.size[positions]
+        went = torch.full((present,), -1, device=positions.device)
+        went[positions] = torch.arange(left, device=positions.device)
+    else:
+        went = selection.groups[place].to(positions.device)
+        if went.numel() != present:
+            raise FoveateError(f"{name} says where {went.numel()} tokens went, but {present} were there")
+        if left < present or image.size is not None:
+            sizes = _size(image).new_zeros(left + 1).index_add(0, went.where(went >= 0, left), _size(image))
+            image.size = sizes[:left].clamp(min=1.0)
+    if image.group is not None:
+        image.group = went[image.group.clamp(min=0)].where(image.group >= 0, -1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from foveate.core import Block, FoveateError
 from foveate.families import Family, Tower
 from foveate.ops.scores import attention_sums, row_attention
+from foveate.runtime.choose import TOKEN_AXIS
 
 PROBE = "foveate_probe"
 """Name under which the observing attention is registered. It stays registered: transformers cannot take it back."""
@@ -25,6 +28,10 @@ PROBE = "foveate_probe"
 _SUMS = ("received", "given", "received_all")
 _OF_CLS = ("cls", "cls_attention", "key_cls", "query_cls")
 FIELDS = ("hidden", *_OF_CLS, *_SUMS, "keys")
+LATEST = "latest"
+"""Name of the block that has run last where a stage inside the encoder acts."""
+OF_COMPANION = ("cross", "cross_key", "cross_attention")
+"""What that block shows of a token that runs beside CLS."""
 
 
 def tower_needs(needs: Iterable[str]) -> dict[str, set[str]]:
@@ -44,7 +51,8 @@ def missing_signals(needs: Iterable[str], tower: Tower) -> list[str]:
         f"tower.{block}.{name}"
         for block, names in tower_needs(needs).items()
         for name in sorted(names)
-        if name not in FIELDS or (name in _OF_CLS and tower.summary == 0)
+        if name not in (FIELDS + OF_COMPANION if block == LATEST else FIELDS)
+        or (name in _OF_CLS + OF_COMPANION and tower.summary == 0)
     ]
 
 
@@ -102,11 +110,17 @@ class Observed:
 
 
 class Watch(Observed):
-    """One encoder block under observation, its attention and its output."""
+    """One encoder block under observation, its attention and its output.
+
+    Attributes:
+        summary: leading tokens that are no patches; a token may run beside CLS for a while.
+        listener: told the queries, keys, mask and scale of every call.
+    """
 
     def __init__(self, block: nn.Module, attention: Any, fields: set[str], summary: int) -> None:
         super().__init__(attention)
         self.block, self.fields, self.summary = block, fields, summary
+        self.listener: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None
         self.seen: dict[str, list[Tensor]] = {name: [] for name in fields}
         self._hook: Any = None
 
@@ -126,14 +140,17 @@ class Watch(Observed):
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
     ) -> None:
         """Note what this call's queries and keys (B, H, CLS + N, d) say about each patch."""
+        if self.listener is not None:
+            self.listener(queries, keys, mask, scale)
         patches = slice(self.summary, None)
-        valid = None if mask is None else _valid_keys(mask, keys.shape[0])
+        valid, bias = key_mask(mask, keys.shape[0])
         if self.fields.intersection(_SUMS):
-            sums = attention_sums(queries, keys, scale, self.summary, valid)
+            sums = attention_sums(queries, keys, scale, self.summary, valid, bias)
             for name in self.fields.intersection(_SUMS):
                 self.seen[name].append(getattr(sums, name))
         if "cls_attention" in self.fields:
-            self.seen["cls_attention"].append(row_attention(queries[:, :, :1], keys, scale, valid)[:, :, 0, patches])
+            probabilities = row_attention(queries[:, :, :1], keys, scale, valid, bias)
+            self.seen["cls_attention"].append(probabilities[:, :, 0, patches])
         for name, value in (("keys", keys[:, :, patches]), ("key_cls", keys[:, :, 0]), ("query_cls", queries[:, :, 0])):
             if name in self.fields:
                 self.seen[name].append(value)
@@ -156,6 +173,53 @@ class Watch(Observed):
         return Block(**{name: values[-1] for name, values in self.seen.items() if values})
 
 
+class PackedWatch(Watch):
+    """One block of an encoder that runs the patches of all pictures as one sequence, each attending to itself.
+
+    What it shows has one row: the pictures' patches behind each other. A picture is told from the next by the calls
+    that its attention makes, by the bounds that flash attention is given, or by the mask.
+    """
+
+    bounds: list[int] | None = None  # of the pictures, in the call at hand
+
+    @torch.no_grad()
+    def read_attention(
+        self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+    ) -> None:
+        """Note what this call's queries and keys (1, H, N, d) say about each patch."""
+        bounds = _segments(mask) if self.bounds is None else self.bounds
+        bounds = [0, keys.shape[2]] if bounds is None else bounds
+        for start, end in pairwise(bounds):
+            if self.fields.intersection(_SUMS):
+                sums = attention_sums(queries[:, :, start:end], keys[:, :, start:end], scale)
+                for name in self.fields.intersection(_SUMS):
+                    self.seen[name].append(getattr(sums, name))
+        if "keys" in self.fields:
+            self.seen["keys"].append(keys)
+
+    def _read_output(self, block: nn.Module, arguments: Any, output: Any) -> None:
+        hidden = (output[0] if isinstance(output, tuple) else output).detach()
+        if "hidden" in self.fields:
+            self.seen["hidden"].append(hidden if hidden.ndim == 3 else hidden[None])
+
+    def take(self) -> Block:
+        """What was seen since the last call, in one row, and forget it."""
+        taken = {name: torch.cat(values, dim=TOKEN_AXIS[name]) for name, values in self.seen.items() if values}
+        self.seen = {name: [] for name in self.fields}
+        return Block(**taken)
+
+
+def _segments(mask: Tensor | None) -> list[int] | None:
+    """Bounds of the squares along the diagonal of a (1, 1, N, N) mask, outside which it is closed."""
+    if mask is None:
+        return None
+    square = mask[0, 0]
+    open_ = square if square.dtype == torch.bool else square > torch.finfo(square.dtype).min / 2
+    first = open_.int().argmax(dim=-1)  # of each row, the first patch of its picture
+    starts: list[int] = first.unique_consecutive().tolist()
+    return [*starts, square.shape[0]]
+
+
 def _joined(values: list[Tensor]) -> Tensor:
     """One batch of what several encodings showed, padded to the one in which most tokens were left."""
     longest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
@@ -166,17 +230,24 @@ def _joined(values: list[Tensor]) -> Tensor:
     return torch.cat(joined)
 
 
-def _valid_keys(mask: Tensor, batch: int) -> Tensor:
-    """(B, N) bool of a mask that only keeps attention off padding: (B, N), or (B or 1, 1, 1, N) bool or additive.
+def key_mask(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys are no padding, (B, N) bool, and what is added to the logits of the others, (B, N); None for nothing.
+
+    Args:
+        mask: (B, N), or (B or 1, 1, 1, N) bool or additive.
 
     Raises:
         FoveateError: the mask differs from query to query.
     """
+    if mask is None:
+        return None, None
     if mask.ndim == 4 and mask.shape[2] > 1 and bool((mask != mask[:, :, :1]).any()):
         raise FoveateError("this encoder masks each patch in its own way, so attention sums cannot be read from it")
     keys = mask if mask.ndim == 2 else mask[:, 0, 0]
-    open_ = keys > torch.finfo(keys.dtype).min / 2 if keys.is_floating_point() else keys.bool()
-    return open_.expand(batch, -1)
+    if not keys.is_floating_point():
+        return keys.bool().expand(batch, -1), None
+    open_ = keys > torch.finfo(keys.dtype).min / 2
+    return open_.expand(batch, -1), keys.float().masked_fill(~open_, 0.0).expand(batch, -1)
 
 
 class Probe:
@@ -188,16 +259,37 @@ class Probe:
         read = family.read_block(model)
         self._model = model
         self._shared: Any = None  # an Encoding whose probe sees for this one
-        wanted: dict[int, set[str]] = {}
+        self._blocks, self._row = blocks, row
+        self._watches: dict[int, Watch] = {}
         self._names: dict[str, int] = {}
+        self._whole: dict[str, int] = {}  # where attention is read for a name whose own block sees windows only
+        whole = row.whole(tower.config) if row.whole is not None else None
         for name, fields in tower_needs(needs).items():
-            number = block_number(name, read, len(blocks))
-            wanted.setdefault(number, set()).update(fields)
-            self._names[name] = number
-        self._watches = {
-            number: Watch(blocks[number], getattr(blocks[number], row.attention), fields, row.summary)
-            for number, fields in wanted.items()
-        }
+            if name == LATEST:
+                continue  # whoever runs the stages says which block that is
+            self._names[name] = number = block_number(name, read, len(blocks))
+            sums = fields.intersection(_SUMS)
+            if whole is not None and number not in whole and sums:
+                self._whole[name] = _nearest(number, whole)
+                self.watch(self._whole[name], sums)
+                fields = fields - sums
+            self.watch(number, fields)
+
+    def watch(self, number: int, fields: Iterable[str]) -> Watch:
+        """Observe a block, and more of it than so far where it is observed already; before install()."""
+        if number not in self._watches:
+            block = self._blocks[number]
+            kind = PackedWatch if self._row.packed else Watch
+            self._watches[number] = kind(block, getattr(block, self._row.attention), set(), self._row.summary)
+        watch = self._watches[number]
+        watch.fields.update(fields)
+        watch.seen.update({name: [] for name in watch.fields - watch.seen.keys()})
+        return watch
+
+    def lead(self, tokens: int) -> None:
+        """From now on this many leading tokens are no patches."""
+        for watch in self._watches.values():
+            watch.summary = tokens
 
     def install(self) -> None:
         """Start observing."""
@@ -215,9 +307,15 @@ class Probe:
 
     def peek(self) -> dict[int | str, Block]:
         """Blocks by number and by name as the encoding in progress has shown them so far."""
-        seen: dict[int | str, Block] = {number: watch.latest() for number, watch in self._watches.items()}
-        seen.update({name: seen[number] for name, number in self._names.items()})
-        return seen
+        return self._named({number: watch.latest() for number, watch in self._watches.items()})
+
+    def _named(self, seen: dict[int | str, Block]) -> dict[int | str, Block]:
+        """Blocks by number, and by the names that methods have for them."""
+        named: dict[int | str, Block] = {name: seen[number] for name, number in self._names.items()}
+        for name, number in self._whole.items():
+            sums = {field: getattr(seen[number], field) for field in _SUMS}
+            named[name] = dataclasses.replace(named[name], **sums)
+        return {**seen, **named}
 
     def numbers(self) -> dict[int | str, int]:
         """Block number of every key that `take` returns."""
@@ -229,9 +327,7 @@ class Probe:
         """Blocks by number and by name, B = the images encoded since the last call, in order."""
         if self._shared is not None:
             return self._of(self._shared.take())
-        seen: dict[int | str, Block] = {number: watch.take() for number, watch in self._watches.items()}
-        seen.update({name: seen[number] for name, number in self._names.items()})
-        return seen
+        return self._named({number: watch.take() for number, watch in self._watches.items()})
 
     def _of(self, shared: dict[int | str, Block]) -> dict[int | str, Block]:
         """Of what another probe saw, what this one would have."""
@@ -239,8 +335,13 @@ class Probe:
         for number, watch in self._watches.items():
             whole = shared.get(number, Block())
             seen[number] = Block(**{name: getattr(whole, name) for name in watch.fields})
-        seen.update({name: seen[number] for name, number in self._names.items()})
-        return seen
+        return self._named(seen)
+
+
+def _nearest(number: int, whole: Sequence[int]) -> int:
+    """The last of the blocks that see everything up to `number`, or the first one behind it."""
+    before = [block for block in whole if block <= number]
+    return max(before) if before else min(whole)
 
 
 def _register() -> None:
@@ -257,6 +358,9 @@ def _attend(
     output = watch.attend(query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     more = {"softcap": options["softcap"]} if options.get("softcap") else {}
+    if isinstance(watch, PackedWatch):
+        bounds = options.get("cu_seq_lens_q")
+        watch.bounds = None if bounds is None else bounds.tolist()
     watch.read_attention(query, key, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale, **more)
     return output
 

@@ -106,13 +106,14 @@ def record(
 
 
 def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) -> int:
-    """Operations of encoder and projector on all images, with or without what left inside the encoder."""
-    flops = 0
+    """Operations of encoder and projector on all images, with or without what left inside the encoder, and of the
+    modules by which methods chose."""
+    flops = sum(stage.flops for image in images for stage in image.stages) if pruned else 0
     for image in images:
         lengths, tokens = None, image.original
         if pruned and image.encoded is not None:
             lengths = [length + (shape.tower.length - shape.tower.tokens) for length in image.encoded]
-            tokens = image.encoded[-1]
+            tokens = image.original if image.projected is None else image.projected
         flops += tower_flops(shape.tower, convention="roofline", lengths=lengths)
         flops += projector_flops(shape.projector, tokens=tokens)
     return flops

@@ -9,9 +9,9 @@ from foveate import methods
 from foveate.core import FoveateError, Method, check_depths
 from foveate.cost.plan import visual_per_layer
 from foveate.cost.shapes import ModelShape
-from foveate.families import Tower, family_of
+from foveate.families import Family, Tower, family_of
 from foveate.runtime.choose import JOINT
-from foveate.runtime.probe import missing_signals
+from foveate.runtime.probe import LATEST, missing_signals
 from foveate.spec import format as format_spec
 
 SITES = ("tower", "input", "layer", "cache")
@@ -48,19 +48,25 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
         name = format_spec(part)
         if part.site not in SITES:
             raise FoveateError(f"{name} acts at site {part.site!r}; sites that can be used: {', '.join(SITES)}")
+        if part.site == "tower" and family.inside is not None:
+            raise FoveateError(
+                f"{name} acts inside the encoder, which {family.name} does not allow: {family.inside}; methods that "
+                f"work: {', '.join(working_methods(tower, family))}"
+            )
         missing = unavailable(part, tower)
         if missing:
             raise FoveateError(
                 f"{name} needs {', '.join(missing)}, which {family.name} with {tower.type} does not have; methods that "
-                f"work: {', '.join(working_methods(tower))}"
+                f"work: {', '.join(working_methods(tower, family))}"
             )
+        part.check_model(model.config)
         if part.site == "tower":
             part.depths(len(tower.blocks_of(encoder)))  # a method says itself what it cannot do with so many
         if part.site == "layer":
             check_depths(part.depths(layers), layers, name)
     if sum(part.site == "cache" for part in parts) > 1:
         raise FoveateError("two methods would evict from one cache; give one of them")
-    if not any(part.adaptive for part in parts):
+    if family.fixed and not any(part.adaptive for part in parts):
         grid = family.grid(model.config)
         visual_per_layer(parts, grid[0] * grid[1], layers, grid=grid)
 
@@ -70,6 +76,8 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
     missing = missing_signals(part.needs, tower)
     for need in part.needs:
         room, _, field = need.partition(".")
+        if part.site != "tower" and need.startswith(f"tower.{LATEST}."):
+            missing.append(f"{need} outside the encoder")
         if room == "decoder" and part.site == "layer" and field in _DECODER:
             continue
         if room == "cache" and part.site == "cache" and field in _CACHE:
@@ -83,11 +91,18 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
     return missing
 
 
-def working_methods(tower: Tower) -> list[str]:
-    """Names of the methods that can run with this encoder."""
+def working_methods(tower: Tower, family: Family | None = None) -> list[str]:
+    """Names of the methods that can run with this encoder, of a family that may not allow all sites."""
     found = []
     for name in methods.names():
         parts = methods.get(name).example().parts()
-        if all(part.site in SITES and not unavailable(part, tower) for part in parts):
+        closed = family is not None and family.inside is not None and any(part.site == "tower" for part in parts)
+        if not closed and all(part.site in SITES and not unavailable(part, tower) for part in parts):
             found.append(name)
     return found
+
+
+def working_methods_of(model: Any) -> list[str]:
+    """Names of the methods that can run on a model."""
+    family = family_of(model)
+    return working_methods(family.tower_of(model)[1], family)

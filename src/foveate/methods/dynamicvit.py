@@ -1,0 +1,170 @@
+"""DynamicViT: drop patches inside the encoder, stage by stage, by what trained predictors say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.core import (
+    FoveateError,
+    Grid,
+    Keep,
+    Method,
+    Selection,
+    Signals,
+    Site,
+    check_depths,
+    scaled_layers,
+    tokens_to_keep,
+)
+from foveate.methods._stages import check_stages
+from foveate.ops.subsets import top_k
+
+LAYERS = (3, 6, 9)
+"""The paper's stages in an encoder of 12 blocks."""
+
+RANDOM = "random"
+"""The path of untrained predictors, built when first used: to measure speed, never answers."""
+
+KEEP: tuple[Keep, ...] = (0.7, 0.49, 0.343)
+"""The paper's r, r^2 and r^3 with r = 0.7."""
+
+
+@dataclass(frozen=True)
+class DynamicViT(Method):
+    """DynamicViT: keeps the patches that trained predictors between the encoder's blocks score highest.
+
+    Before some blocks a small network sees each patch left beside the mean of all (equations 1 to 3) and gives
+    log-probabilities of keeping and of dropping it (equation 4); the patches most likely to be kept go on, CLS always.
+    The paper trains them together with a classifier; they keep their places here where the authors' code hands them on
+    in the order of their scores.
+
+    Args:
+        layers: encoder blocks that run before each stage; by default those that the predictors were trained for, and
+            without any 3, 6 and 9 of 12, scaled to the encoder.
+        keep: for each stage patches per image, or a share of its ORIGINAL ones, rounded down as in the code, 1 or more.
+        path: folder or hub id of trained predictors, "random" for untrained ones. In a spec it is written `from=`. None
+            plans and counts but cannot choose.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2106.02034"
+    site: ClassVar[Site] = "tower"
+    needs = ("tower.latest.hidden",)
+
+    layers: tuple[int, ...] | None = None
+    keep: tuple[Keep, ...] = KEEP
+    path: str | None = None
+    modules: Any = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.path is None or self.path == RANDOM:
+            check_stages("DynamicViT", self.keep, self.layers, LAYERS)
+        else:  # how many stages there are is known once the predictors are read
+            check_stages("DynamicViT", self.keep, self.layers, tuple(range(1, len(self.keep) + 1)))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, keep: tuple[Keep, ...] = KEEP, layers: tuple[int, ...] | None = None
+    ) -> DynamicViT:
+        """DynamicViT with the predictors of a folder or hub id.
+
+        Raises:
+            FoveateError: none can be loaded from there, or `keep` or `layers` do not fit them.
+        """
+        made = cls(layers=layers, keep=keep, path=str(path))
+        if made.path != RANDOM:
+            made._trained()
+        return made
+
+    @classmethod
+    def example(cls, config: Any = None) -> DynamicViT:
+        """With untrained predictors, which take the width of the encoder that they meet."""
+        return cls(path=RANDOM)
+
+    def _trained(self) -> Any:
+        """The predictors of `path`, read when they are first needed."""
+        if self.modules is None:
+            from foveate.modules.dynamicvit import load
+
+            assert self.path is not None
+            modules = load(self.path)
+            trained = tuple(modules.config.layers)
+            if self.layers is not None and self.layers != trained:
+                raise FoveateError(
+                    f"DynamicViT: layers={self.layers}, but the predictors in {self.path} belong after {trained} "
+                    "blocks; leave layers out"
+                )
+            if len(self.keep) != len(trained):
+                raise FoveateError(
+                    f"DynamicViT: {len(self.keep)} budgets {self.keep} for the {len(trained)} predictors in {self.path}"
+                )
+            object.__setattr__(self, "modules", modules)
+        return self.modules
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model whose encoder the predictors were not trained for, and any where there are none.
+
+        Raises:
+            FoveateError: no predictors, or another width or number of blocks.
+        """
+        if self.path is None:
+            raise FoveateError(_MISSING)
+        if self.path != RANDOM:
+            self._trained().check(config.vision_config)
+
+    def depths(self, layers: int) -> tuple[int, ...]:
+        """ENCODER blocks, of `layers`, that run before each stage."""
+        own = self.layers if self.path in (None, RANDOM) else tuple(self._trained().config.layers)
+        if own is None:
+            return scaled_layers(LAYERS, 12, layers)
+        check_depths(own, layers, "DynamicViT")
+        return own
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        counts: list[int] = []
+        for keep in self.keep:
+            tokens = keep if isinstance(keep, int) else max(1, int(original * keep))
+            counts.append(tokens_to_keep(tokens, original, counts[-1] if counts else original))
+        return tuple(counts)
+
+    def select(self, signals: Signals) -> Selection:
+        counts = self.count(signals.original)
+        assert counts is not None
+        hidden = signals.tower["latest"].hidden
+        assert hidden is not None
+        keep = tokens_to_keep(counts[signals.stage], signals.original, signals.shape[1])
+        kept = top_k(self._score(signals.stage, hidden), keep)
+        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
+
+    @torch.no_grad()
+    def _score(self, stage: int, hidden: Tensor) -> Tensor:
+        """(B, N, E) -> (B, N) how much more likely keeping is than dropping, as a logarithm."""
+        if self.path is None:
+            raise FoveateError(_MISSING)
+        width = hidden.shape[-1]
+        modules = self._untrained(width) if self.path == RANDOM else self._trained()
+        if modules.config.width != width:
+            raise FoveateError(
+                f"DynamicViT: the predictors in {self.path} read patches of {modules.config.width} values, the encoder "
+                f"has {width}; load predictors trained for this encoder"
+            )
+        scores: Tensor = modules(stage, hidden)
+        # Ranks as the log-probability of keeping alone does, but does not round to 0 where a predictor is sure.
+        return scores[..., 0] - scores[..., 1]
+
+    def _untrained(self, width: int) -> Any:
+        if self.modules is None or self.modules.config.width != width:
+            from foveate.modules.dynamicvit import DynamicViTConfig, build
+
+            stages = list(range(1, len(self.keep) + 1))
+            object.__setattr__(self, "modules", build(DynamicViTConfig(width=width, layers=stages)))
+        return self.modules
+
+
+_MISSING = (
+    "DynamicViT chooses by trained predictors and was given none; write dynamicvit:from=FOLDER, or "
+    "DynamicViT.from_pretrained(FOLDER); dynamicvit:from=random measures speed alone"
+)

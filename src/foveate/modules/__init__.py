@@ -1,0 +1,1 @@
+"""Modules of learned methods, outside the tree of the model that they serve: safetensors in, safetensors out."""

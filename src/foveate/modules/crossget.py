@@ -1,0 +1,77 @@
+"""CrossGET's cross tokens of the image side: one learned vector per encoder block, added to a copy of CLS.
+
+Shapes: B images, E encoder width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from foveate.modules import storage
+
+WHAT = "cross tokens of CrossGET"
+
+
+@strict
+class CrossGETConfig(PreTrainedConfig):
+    """The shape of the encoder that the cross tokens were trained for.
+
+    Attributes:
+        width: E, its hidden size.
+        blocks: how many it has.
+    """
+
+    model_type = "foveate_crossget"
+
+    width: int = 1024
+    blocks: int = 24
+
+
+class CrossGETTokens(PreTrainedModel):
+    """The vectors of all blocks; zero before training."""
+
+    config_class = CrossGETConfig
+    base_model_prefix = "tokens"
+    main_input_name = "token"
+
+    def __init__(self, config: CrossGETConfig) -> None:
+        super().__init__(config)
+        self.tokens = nn.Parameter(torch.zeros(config.blocks, config.width))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, CrossGETTokens):
+            nn.init.zeros_(module.tokens)
+
+    def forward(self, token: Tensor, block: int) -> Tensor:
+        """(B, E) -> (B, E), the cross token that enters block `block`, in its own dtype."""
+        return token + self.tokens[block].to(token.device, token.dtype)
+
+    def check(self, vision: Any) -> None:
+        """Refuse another encoder, by its configuration.
+
+        Raises:
+            FoveateError: another width or number of blocks.
+        """
+        storage.check_encoder("hidden_size", WHAT, self.config.width, vision.hidden_size)
+        storage.check_encoder("num_hidden_layers", WHAT, self.config.blocks, vision.num_hidden_layers)
+
+
+def load(path: str | Path) -> CrossGETTokens:
+    """Trained cross tokens from a folder or hub id; safetensors only.
+
+    Raises:
+        FoveateError: nothing is there, it holds something else, or it is damaged or incomplete.
+    """
+    return storage.read(CrossGETTokens, path, WHAT)
+
+
+def save(tokens: CrossGETTokens, folder: str | Path) -> Path:
+    """Write cross tokens, ready for `load`."""
+    return storage.write(tokens, folder)
