@@ -298,3 +298,21 @@ def test_a_short_mask_in_a_later_step_is_refused() -> None:
             FoveateError, match=r"shape \(1, 17\); a mask of \(rows, 44\) is needed: one column for each"
         ):
             model(input_ids=torch.tensor([[7]]), past_key_values=out.past_key_values, attention_mask=short)
+
+
+@torch.no_grad()
+def test_a_callers_autocast_does_not_reach_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    seen: list[tuple[bool, torch.dtype]] = []
+    select = Random.select
+
+    def noted(self: Any, signals: Any) -> Any:
+        product = torch.eye(2) @ torch.eye(2)
+        seen.append((torch.is_autocast_enabled("cpu"), product.dtype))
+        return select(self, signals)
+
+    monkeypatch.setattr(Random, "select", noted)
+    with torch.autocast("cpu", torch.bfloat16), foveate.prune(model, Random(keep=9)):
+        assert model(**given).logits.dtype == torch.bfloat16
+    assert seen == [(False, torch.float32)]

@@ -151,7 +151,9 @@ def _with_keep(part: Method, keep: Any) -> Method:
 def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources: _Sources) -> None:
     group = [images[number] for number in numbers]
     signals = _signals(part, group, numbers, sources)
-    selection = part.select(signals)
+    # A caller's autocast is for the model: scores and greedy loops need the float32 that they ask for.
+    with torch.autocast(signals.index.device.type, enabled=False):
+        selection = part.select(signals)
     name = format_spec(part)
     if not isinstance(selection, Selection):
         raise FoveateError(f"{name} answered with {type(selection).__name__} where a Selection is needed")
