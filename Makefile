@@ -40,5 +40,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) hatchling
-	@$(PIP) --no-build-isolation --editable '.[dev,draw]'
+	@$(PIP) --no-build-isolation --editable '.[dev,draw,train]'
 	@touch $@

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-INSTALLED_BY_MAKE = ("dev", "draw")
+INSTALLED_BY_MAKE = ("dev", "draw", "train")
 
 
 @pytest.fixture(scope="module")

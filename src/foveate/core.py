@@ -288,6 +288,7 @@ class Method:
     paper: ClassVar[str] = ""
     site: ClassVar[Site] = "input"
     adaptive: ClassVar[bool] = False
+    encoded: ClassVar[bool] = False  # hands on tokens of the encoder, which a projector must take one by one
 
     @property
     def needs(self) -> tuple[str, ...]:

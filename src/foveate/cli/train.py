@@ -1,4 +1,4 @@
-"""`foveate train mini`: the recipe that trains the model which ships with Foveate."""
+"""`foveate train`: `mini` here, the model which ships with Foveate, by its recipe; learned methods beside it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from foveate.cli import train_lvpruning
 from foveate.cli.errors import usage
 
-app = typer.Typer(help="Train what Foveate ships.", rich_markup_mode=None, no_args_is_help=False)
+app = typer.Typer(
+    help="Train the shipped model, or the modules of a learned method.", rich_markup_mode=None, no_args_is_help=False
+)
 
 
 @app.callback()
 def _group() -> None:
-    """Train what Foveate ships."""
+    """Train the shipped model, or the modules of a learned method."""
 
 
 @app.command("mini")
@@ -66,6 +69,9 @@ def mini(
         progress=report,
     )
     typer.echo(finished)
+
+
+app.command("lvpruning")(train_lvpruning.command)
 
 
 def _figure(value: Any) -> str:

@@ -1,0 +1,181 @@
+"""`foveate train lvpruning`: train the decision modules of LVPruning for a model that stays frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foveate.cli.errors import usage
+from foveate.cli.loading import Device, Dtype, Trust
+
+if TYPE_CHECKING:
+    from foveate.cli.loading import Loaded
+
+SCENES = "scenes"
+
+# For `mini` on scenes: a model a thousandth the size takes larger steps, and fewer of them.
+MINI = {
+    "rate": 2e-4,
+    "batch": 8,
+    "steps": 4000,
+    "ratios": "0.1/0.08/0.06",
+    "ratio_weight": 4.0,
+    "decision_clip": 0.05,
+    "anneal": 0.5,
+    "visual_share": 0.5,
+}
+
+CausalWeight = Annotated[float | None, typer.Option(metavar="W", help="Of the loss of the answers; 1.")]
+RatioWeight = Annotated[float | None, typer.Option(metavar="W", help="Of the loss of the kept shares; 2.")]
+HintWeight = Annotated[float | None, typer.Option(metavar="W", help="Of hints which tokens are asked about; scenes.")]
+DecisionClip = Annotated[float | None, typer.Option(metavar="C", help="Cut the gradient of one decision; 0 is never.")]
+Anneal = Annotated[float | None, typer.Option(metavar="S", help="Share of the steps in which the ratios fall from 1.")]
+VisualShare = Annotated[
+    float | None, typer.Option(metavar="S", help="Look at a random share of each picture's tokens; cheaper.")
+]
+MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop after S seconds, with everything saved.")]
+
+
+def command(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the run; the modules end in lvpruning/.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="mini, a folder, or a hub id.")] = "mini",
+    data: Annotated[str, typer.Option(metavar="DATA", help="scenes, or LLaVA's instruction JSON.")] = SCENES,
+    images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the JSON's pictures are.")] = None,
+    layers: Annotated[str | None, typer.Option(metavar="L/L/L", help="Blocks before each module.")] = None,
+    ratios: Annotated[str | None, typer.Option(metavar="R/R/R", help="Shares to aim at; 0.5/0.3/0.1.")] = None,
+    rate: Annotated[float | None, typer.Option(metavar="R", help="Peak learning rate; 2e-6, mini has its own.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Rows per step over all processes; 64.")] = None,
+    micro: Annotated[int | None, typer.Option(metavar="N", help="Rows per process at once.")] = None,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the data.")] = 1,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Stop after N steps; scenes need it.")] = None,
+    causal_weight: CausalWeight = None,
+    ratio_weight: RatioWeight = None,
+    hint_weight: HintWeight = None,
+    ratio_loss: Annotated[str, typer.Option(metavar="KIND", help="mse or huber.")] = "mse",
+    decision_clip: DecisionClip = None,
+    anneal: Anneal = None,
+    visual_share: VisualShare = None,
+    answers: Annotated[bool, typer.Option("--answers", help="Let the modules read the answers too.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = True,
+    pool: Annotated[int, typer.Option(metavar="N", help="Different pictures of scenes.")] = 4096,
+    save_steps: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints.")] = 500,
+    log_steps: Annotated[int, typer.Option(metavar="N", help="Steps between two lines of the log.")] = 10,
+    max_seconds: MaxSeconds = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of modules, order, noise and scenes.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train LVPruning's decision modules and print their folder; the model stays frozen.
+
+    Several processes: torchrun -m foveate train lvpruning ..., or accelerate launch with a file of examples/lvpruning.
+    """
+    given = dict(locals())  # every option by its name
+    own: dict[str, Any] = MINI if model == "mini" and data == SCENES else {}
+    with usage():
+        _check(data, images, own, steps, max_seconds)
+        settings = _settings({**own, **{name: value for name, value in given.items() if value is not None}})
+    from foveate.cli.loading import load
+
+    loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code)
+    _train(loaded, data, images, out, settings, pool=pool, resume=resume, max_seconds=max_seconds)
+
+
+def _own(device: str) -> str:
+    """Of several processes each has a GPU of its own."""
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if device != "auto" or not several or not torch.cuda.is_available():
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def _check(data: str, images: Path | None, own: dict[str, Any], steps: int | None, max_seconds: float | None) -> None:
+    from foveate.core import FoveateError
+
+    try:
+        import accelerate  # noqa: F401 - transformers' Trainer needs it
+    except ImportError as error:
+        raise FoveateError("training needs accelerate; install foveate[train]") from error
+    if data == SCENES and images is not None:
+        raise FoveateError("--images belongs to an instruction file; scenes draw their own pictures")
+    if data != SCENES and images is None:
+        raise FoveateError(f"--data {data} needs --images: the folder that its pictures' paths start from")
+    if data != SCENES and not Path(data).is_file():
+        raise FoveateError(f"--data {data} is no file; give LLaVA's instruction JSON, or scenes")
+    if data == SCENES and steps is None and "steps" not in own:
+        raise FoveateError("--data scenes never ends; give --steps, such as --steps 3000")
+    if max_seconds is not None and max_seconds <= 0:
+        raise FoveateError(f"--max-seconds {max_seconds:g} leaves no time; it must be above 0")
+
+
+def _settings(given: dict[str, Any]) -> Any:
+    """The settings that options name; what is not among them keeps the paper's value."""
+    from foveate.core import FoveateError
+    from foveate.train.lvpruning import Settings
+
+    known = {field.name for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in given.items() if name in known}
+    for name, kind in (("layers", int), ("ratios", float)):
+        if name in values:
+            try:
+                values[name] = tuple(kind(part) for part in values[name].split("/"))
+            except ValueError as error:
+                raise FoveateError(f"{error}; write --layers 1/8/16 and --ratios 0.5/0.3/0.1") from error
+    values["decision_clip"] = values.get("decision_clip") or None
+    return Settings(**values)
+
+
+def _train(
+    loaded: Loaded,
+    data: str,
+    images: Path | None,
+    out: Path,
+    settings: Any,
+    *,
+    pool: int,
+    resume: bool,
+    max_seconds: float | None,
+) -> None:
+    from foveate.cli.output import stderr
+    from foveate.families import family_of
+    from foveate.train.conversations import Conversations
+    from foveate.train.lvpruning import train_lvpruning
+    from foveate.train.scene_questions import SceneQuestions
+
+    console = stderr()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    def report(line: dict[str, Any]) -> None:
+        say("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+
+    if loaded.model.device.type == "cpu":
+        loaded.model.get_decoder().set_attn_implementation("eager")  # takes masks with gradients in half the time
+    rows: Any
+    if data == SCENES:
+        rows = SceneQuestions(
+            loaded.model, loaded.processor, settings.steps * settings.batch, pool=pool, seed=settings.seed
+        )
+    else:
+        assert images is not None
+        token = family_of(loaded.model).image_token_id(loaded.model.config)
+        rows = Conversations(data, images, loaded.processor, token, report=say)
+        say(f"{len(rows)} entries; left out: {rows.skipped}")
+        if rows.skipped.missing:
+            say(f"missing pictures: {', '.join(rows.skipped.missing[:20])}")
+    say(f"learning rate {settings.rate:g}, batch {settings.batch}, ratios {'/'.join(map(str, settings.ratios))}")
+    folder = train_lvpruning(
+        loaded.model, rows, out, settings, name=loaded.name, resume=resume, max_seconds=max_seconds, report=report
+    )
+    if data != SCENES and rows.skipped.broken:
+        say(f"broken pictures: {', '.join(rows.skipped.broken)}")
+    typer.echo(folder)

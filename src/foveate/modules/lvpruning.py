@@ -1,0 +1,263 @@
+"""LVPruning's decision modules: cross-attention from visual tokens to text that scores keeping and removing each.
+
+Shapes: B rows, N visual tokens, T text tokens, C the decoder's width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from foveate.core import FoveateError
+
+MODEL_TYPE = "foveate_lvpruning"
+FOLDER = "lvpruning"
+"""Where modules that ship beside a model lie in its folder."""
+
+
+@strict
+class LVPruningConfig(PreTrainedConfig):
+    """The shape of the modules, and of the model that they were trained for.
+
+    Attributes:
+        width: C, the decoder's hidden size.
+        layers: decoder blocks that run before each module.
+        heads, blocks: attention heads, and cross-attention blocks of each module.
+        base_type: `model_type` of the model, such as "llava".
+        base_layers: blocks of its decoder.
+        base_name: what it is called; for people.
+        ratios: shares of the visual tokens that training aimed at; inference is free of them.
+        answers: whether training let the modules read the answers.
+    """
+
+    model_type = MODEL_TYPE
+
+    width: int = 4096
+    layers: list[int] | tuple[int, ...] = (1, 8, 16)
+    heads: int = 8
+    blocks: int = 2
+    base_type: str = "llava"
+    base_layers: int = 32
+    base_name: str = ""
+    ratios: list[float] | tuple[float, ...] = (0.5, 0.3, 0.1)
+    answers: bool = False
+
+
+class CrossAttention(nn.Module):
+    """One block: visual tokens ask the text (eq. 1-3), then a feed-forward network without residual (section 4.1).
+
+    The residual of the attention is the projected query, as eq. 3 prints it. The output matrix is in no equation, but
+    the published 0.71 TFLOPs count it.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.SiLU(),
+            nn.Linear(2 * width, width),
+            nn.LayerNorm(width),
+        )
+
+    def forward(self, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, C) and (B, T, C) with mask (B, T), True where a text token counts -> (B, N, C)."""
+        query = self.query(visual)
+        keys, values = (self._split(project(text)) for project in (self.key, self.value))
+        queries = self._split(query)
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        read = scores.float().softmax(dim=-1).to(values.dtype) @ values
+        output: Tensor = self.ffn(self.out(read.transpose(1, 2).flatten(2)) + query)
+        return output
+
+    def _split(self, values: Tensor) -> Tensor:
+        """(B, L, C) -> (B, H, L, C / H)."""
+        return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class DecisionModule(nn.Module):
+    """The module of one insertion layer: cross-attention blocks, then two scores for each visual token (eq. 4)."""
+
+    def __init__(self, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossAttention(width, heads) for _ in range(blocks))
+        self.score = nn.Linear(width, 2)
+
+    def forward(self, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, C), (B, T, C), (B, T) -> (B, N, 2): for keeping, for removing."""
+        for block in self.blocks:
+            visual = block(visual, text, mask)
+        # In 16 bits most tokens would share their score with others.
+        scores: Tensor = nn.functional.linear(visual.float(), self.score.weight.float(), self.score.bias.float())
+        return scores
+
+
+class LVPruningModules(PreTrainedModel):
+    """All decision modules of one model."""
+
+    config_class = LVPruningConfig
+    base_model_prefix = "stages"
+    main_input_name = "visual"
+    _no_split_modules = ("DecisionModule",)
+
+    def __init__(self, config: LVPruningConfig) -> None:
+        super().__init__(config)
+        if config.width % config.heads:
+            raise FoveateError(f"width={config.width} cannot be shared evenly by heads={config.heads}")
+        if len(config.layers) != len(config.ratios):
+            raise FoveateError(f"{len(config.ratios)} ratios for {len(config.layers)} layers; give one for each")
+        self.stages = nn.ModuleList(
+            DecisionModule(config.width, config.heads, config.blocks) for _ in range(len(config.layers))
+        )
+        self._placed: dict[tuple[torch.device, torch.dtype], LVPruningModules] = {}
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Queries and keys that keep length and angles: a visual token resembles a word before training if it does so
+        in the decoder, whose stream both are part of."""
+        if isinstance(module, CrossAttention):
+            square = torch.empty_like(module.query.weight)
+            nn.init.orthogonal_(square)
+            module.query.weight.data.copy_(square)
+            module.key.weight.data.copy_(square)
+            for linear in (module.value, module.out):
+                nn.init.xavier_uniform_(linear.weight)
+        elif isinstance(module, nn.Linear) and module.bias is not None:
+            # The scores begin near 0: about half of the tokens are kept, whatever they are.
+            nn.init.xavier_uniform_(module.weight, gain=0.1 if module.out_features == 2 else 1.0)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, stage: int, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Scores of one stage. (B, N, C), (B, T, C), (B, T) bool -> (B, N, 2) float32: for keeping, for removing."""
+        scores: Tensor = self.stages[stage](visual, text, mask)
+        return scores
+
+    @torch.no_grad()
+    def start_keeping(self, share: float) -> None:
+        """Let untrained modules keep about this share of the tokens of each stage."""
+        half = math.log(share / (1 - share)) / 2
+        for stage in self.stages:
+            assert isinstance(stage, DecisionModule)
+            stage.score.bias.copy_(torch.tensor([half, -half]))
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> LVPruningModules:
+        """These modules on a device and in a dtype; copies are made once."""
+        if self.device == device and self.dtype == dtype:
+            return self
+        if (device, dtype) not in self._placed:
+            copy = type(self)(self.config)
+            copy.load_state_dict(self.state_dict())
+            self._placed[device, dtype] = copy.eval().requires_grad_(False).to(device, dtype)
+        return self._placed[device, dtype]
+
+    def check(self, config: Any) -> None:
+        """Refuse a model of another shape than these modules were trained for.
+
+        Raises:
+            FoveateError: another `model_type`, width or number of decoder blocks.
+        """
+        mine, text = self.config, config.get_text_config(decoder=True)
+        for name, trained, found in (
+            ("model_type", mine.base_type, config.model_type),
+            ("hidden_size", mine.width, text.hidden_size),
+            ("num_hidden_layers", mine.base_layers, text.num_hidden_layers),
+        ):
+            if trained != found:
+                called = f" ({mine.base_name})" if mine.base_name else ""
+                raise FoveateError(
+                    f"these decision modules were trained for a model{called} with {name}={trained!r}, not {found!r}; "
+                    "load that model, or modules trained for this one"
+                )
+
+
+def for_model(config: Any, *, layers: tuple[int, ...], seed: int = 0, **settings: Any) -> LVPruningModules:
+    """Untrained modules, float32, for a model of this configuration; the weights depend on `seed` alone."""
+    text = config.get_text_config(decoder=True)
+    return build(
+        LVPruningConfig(
+            width=text.hidden_size,
+            layers=list(layers),
+            base_type=config.model_type,
+            base_layers=text.num_hidden_layers,
+            **settings,
+        ),
+        seed,
+    )
+
+
+def build(config: LVPruningConfig, seed: int = 0) -> LVPruningModules:
+    """Untrained modules of a shape; the global random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LVPruningModules(config).eval()
+
+
+def find(path: str | Path) -> str:
+    """The folder or hub id of modules: `mini` names those that ship with Foveate's own model.
+
+    A folder of a model that holds modules in `lvpruning/` stands for these.
+    """
+    if str(path) == "mini":
+        return str(resources.files("foveate") / "scenes" / "checkpoint" / FOLDER)
+    folder = Path(path).expanduser()
+    if (folder / FOLDER / "config.json").is_file():
+        return str(folder / FOLDER)
+    return str(folder) if folder.is_dir() else str(path)
+
+
+def load(path: str | Path) -> LVPruningModules:
+    """Trained modules from a folder, a hub id, or `mini`; safetensors only.
+
+    Raises:
+        FoveateError: nothing is there, it holds something else, or it is damaged or incomplete.
+    """
+    source = find(path)
+    try:
+        config, _ = LVPruningConfig.get_config_dict(source)
+        kind = config.get("model_type")
+        if kind == MODEL_TYPE:
+            modules, report = LVPruningModules.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    # The loaders raise OSError, ValueError, KeyError and whatever a damaged file leads to.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FoveateError(f"no decision modules can be loaded from {path}: {reason}") from error
+    if kind != MODEL_TYPE:
+        raise FoveateError(
+            f"{path} holds a {kind!r} model, no decision modules of LVPruning ({MODEL_TYPE!r}); give the folder that "
+            "`foveate train lvpruning` wrote"
+        )
+    lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if lacking:
+        raise FoveateError(f"the decision modules in {path} are incomplete: {len(lacking)} tensors, first {lacking[0]}")
+    return modules.eval().requires_grad_(False)
+
+
+def save(modules: LVPruningModules, folder: str | Path, card: str = "") -> Path:
+    """Write modules in bfloat16, ready for `load`; every file appears whole, the weights last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    half = LVPruningModules(modules.config)
+    half.load_state_dict(modules.state_dict())
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        half.to(torch.bfloat16).save_pretrained(temporary)
+        if card:
+            (Path(temporary) / "README.md").write_text(card, encoding="utf-8")
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            file.chmod(0o644)
+            os.replace(file, folder / file.name)
+    return folder

@@ -1,0 +1,268 @@
+"""LLaVA's instruction data as it is: one JSON list of conversations, one folder of pictures; labels on answers only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from foveate.core import FoveateError
+from foveate.images import load_image
+from foveate.train.losses import IGNORED
+
+LONGEST = 2048
+"""Tokens of a row, visual ones included; LLaVA-1.5 was tuned with as many."""
+
+Turns = tuple[tuple[str, str], ...]
+"""Questions and answers, in order."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence that begins with or holds pictures. L tokens."""
+
+    ids: Tensor  # (L,) int64
+    labels: Tensor  # (L,) int64, -100 wherever no answer stands
+    pixels: Tensor | None = None  # (pictures, channels, height, width)
+    features: Tensor | None = None  # (pictures, N, D), in place of pixels
+    wanted: Tensor | None = None  # (pictures, N) bool, the tokens that the question is about, where that is known
+
+
+@dataclass
+class Skipped:
+    """What of a file is not trained on, and why."""
+
+    without_image: int = 0
+    without_answer: int = 0
+    several_images: int = 0
+    missing: list[str] = field(default_factory=list)  # names of pictures that are not in the folder
+    broken: list[str] = field(default_factory=list)  # ... that turned out to be undecodable
+
+    def __str__(self) -> str:
+        counts = {
+            "without image": self.without_image,
+            "without answer": self.without_answer,
+            "with several images": self.several_images,
+            "with a missing picture": len(self.missing),
+            "with a broken picture": len(self.broken),
+        }
+        said = [f"{count} {what}" for what, count in counts.items() if count]
+        return ", ".join(said) or "none"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture and what is said about it."""
+
+    image: Path
+    turns: Turns
+
+
+def read_entries(file: str | Path, folder: str | Path) -> tuple[list[Entry], Skipped]:
+    """Every entry of LLaVA's JSON that has one picture, and what was left out.
+
+    Raises:
+        FoveateError: the file is no JSON list of conversations, the folder is not there, a picture's path leaves the
+            folder, or no entry is left.
+    """
+    root, skipped = Path(folder).resolve(), Skipped()
+    if not root.is_dir():
+        raise FoveateError(f"{folder} is no folder; give the one that the pictures' paths start from")
+    entries = []
+    for number, stored in enumerate(_stored(Path(file))):
+        if not isinstance(stored, dict):
+            raise FoveateError(f"entry {number} of {file} is {type(stored).__name__}, no object with conversations")
+        name, turns = stored.get("image"), _turns(stored.get("conversations"))
+        if not name:
+            skipped.without_image += 1
+        elif not isinstance(name, str):
+            skipped.several_images += 1
+        elif not turns:
+            skipped.without_answer += 1
+        else:
+            path = _inside(root, name, number)
+            if path.is_file():
+                entries.append(Entry(path, turns))
+            else:
+                skipped.missing.append(name)
+    if not entries:
+        raise FoveateError(f"no entry of {file} can be trained on; left out: {skipped}")
+    return entries, skipped
+
+
+def _stored(file: Path) -> list[Any]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(stored, list):
+        raise FoveateError(f"{file} holds {type(stored).__name__}, no list of conversations")
+    return stored
+
+
+def _inside(root: Path, name: str, number: int) -> Path:
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise FoveateError(f"entry {number}: picture {name!r} leaves the folder {root}; only files inside it are read")
+    return path
+
+
+def _turns(said: Any) -> Turns:
+    """(question, answer) pairs; what is not answered, or answers nothing, is left out."""
+    turns, question = [], None
+    for one in said if isinstance(said, list) else []:
+        who, text = (one.get("from"), one.get("value")) if isinstance(one, dict) else (None, None)
+        if who in ("human", "user") and isinstance(text, str):
+            question = text.replace("<image>", "").strip()
+        elif who in ("gpt", "assistant") and isinstance(text, str) and question is not None and text.strip():
+            turns.append((question, text.strip()))
+            question = None
+    return tuple(turns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text to tokens
+
+
+def render(processor: Any, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation in the model's chat template, a picture before the first question, and where answers stand.
+
+    Raises:
+        FoveateError: the processor has no chat template, or one that rewrites earlier turns.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise FoveateError(f"{type(processor).__name__} has no chat template, so the prompt's wording is not known")
+    messages: list[dict[str, Any]] = []
+    spans, text = [], ""
+    for question, answer in turns:
+        picture = [] if messages else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        before = processor.apply_chat_template(messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        text = processor.apply_chat_template(messages)
+        if not text.startswith(before):
+            raise FoveateError("this chat template rewrites what stands before an answer, so answers cannot be found")
+        spans.append((len(before), len(text)))
+    end = processor.tokenizer.eos_token
+    if end and not text.rstrip().endswith(end):
+        text = text.rstrip() + end
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
+def tokens(processor: Any, turns: Turns) -> tuple[Tensor, Tensor]:
+    """Ids and labels (L,) of a conversation, one placeholder for its picture."""
+    text, spans = render(processor, turns)
+    found = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=_special(processor, text))
+    ids = torch.tensor(found["input_ids"])
+    answered = [any(start < end <= stop for start, stop in spans) for _, end in found["offset_mapping"]]
+    return ids, ids.where(torch.tensor(answered), IGNORED)
+
+
+def _special(processor: Any, text: str) -> bool:
+    """Some chat templates write the token that starts a text, others leave it to the tokenizer."""
+    start = processor.tokenizer.bos_token
+    return not (start and text.startswith(start))
+
+
+def expand(ids: Tensor, labels: Tensor, image_token: int, visual: int) -> tuple[Tensor, Tensor]:
+    """Each placeholder becomes `visual` of them, none of them labelled."""
+    is_image = ids == image_token
+    repeats = is_image.long() * (visual - 1) + 1
+    labels = labels.masked_fill(is_image, IGNORED)
+    return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data sets
+
+
+class Conversations(Dataset[Row]):
+    """Rows of LLaVA's instruction data for one model.
+
+    A picture that cannot be decoded is named once, counted, and replaced by the next entry's, so that every run over
+    the same files sees the same rows.
+
+    Args:
+        file, folder: as `read_entries`.
+        processor: the model's.
+        image_token: id of its placeholder.
+        longest: tokens at which a row is cut.
+        report: told of each broken picture.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        folder: str | Path,
+        processor: Any,
+        image_token: int,
+        *,
+        longest: int = LONGEST,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self.entries, self.skipped = read_entries(file, folder)
+        self.processor, self.image_token, self.longest = processor, image_token, longest
+        self.report = report or (lambda message: None)
+        self._digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        return {"kind": "conversations", "sha256": self._digest, "entries": len(self), "longest": self.longest}
+
+    def __getitem__(self, number: int) -> Row:
+        for step in range(len(self)):
+            entry = self.entries[(number + step) % len(self)]
+            try:
+                image = load_image(entry.image)
+            except FoveateError as error:
+                if entry.image.name not in self.skipped.broken:
+                    self.skipped.broken.append(entry.image.name)
+                    self.report(str(error))
+                continue
+            row = self._row(entry, image)
+            if bool((row.labels != IGNORED).any()):
+                return row
+        raise FoveateError(f"none of {len(self)} entries can be trained on; left out: {self.skipped}")
+
+    def _row(self, entry: Entry, image: Image.Image) -> Row:
+        text, _ = render(self.processor, entry.turns)
+        made = self.processor(
+            images=[image], text=[text], add_special_tokens=_special(self.processor, text), return_tensors="pt"
+        )
+        whole = made["input_ids"][0]
+        ids, labels = tokens(self.processor, entry.turns)
+        ids, labels = expand(ids, labels, self.image_token, int((whole == self.image_token).sum()))
+        if not torch.equal(ids, whole):
+            raise FoveateError(f"{entry.image}: the processor wrote other tokens than its tokenizer")
+        return Row(ids[: self.longest], labels[: self.longest], made["pixel_values"])
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """One batch, padded on the left: answers then end together, and only the last places need predictions."""
+    longest = max(row.ids.numel() for row in rows)
+
+    def padded(values: Tensor, filler: int) -> Tensor:
+        return torch.nn.functional.pad(values, (longest - values.numel(), 0), value=filler)
+
+    batch = {
+        "input_ids": torch.stack([padded(row.ids, pad) for row in rows]),
+        "attention_mask": torch.stack([padded(torch.ones_like(row.ids), 0) for row in rows]),
+        "labels": torch.stack([padded(row.labels, IGNORED) for row in rows]),
+    }
+    for name, key in (("pixels", "pixel_values"), ("features", "features"), ("wanted", "wanted")):
+        values = [getattr(row, name) for row in rows]
+        if values[0] is not None:
+            batch[key] = torch.cat(values)
+    return batch

@@ -1,0 +1,378 @@
+"""Trains LVPruning's decision modules (section 3.2) on `transformers.Trainer`, while the model stays frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from foveate.core import FoveateError, check_choices, check_depths, scaled_layers
+from foveate.modules import lvpruning as modules
+from foveate.train import runs
+from foveate.train.conversations import Row, collate
+from foveate.train.losses import RatioLoss
+from foveate.train.softened import Softened
+
+Report = Callable[[dict[str, Any]], None]
+
+LAYERS = (1, 8, 16)
+"""The paper's depths in a decoder of 32 blocks."""
+
+
+class Rows(Protocol):
+    """Training data: numbered rows that a resumed run finds again."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Row: ...
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; the defaults are the paper's (section 4.1), and DynamicViT's where it states none.
+
+    Attributes:
+        layers: decoder blocks that run before each module; None is 1, 8 and 16 of 32, scaled.
+        ratios: shares of the visual tokens to keep at each.
+        rate: peak learning rate; cosine decay after the warm-up.
+        batch: rows per optimizer step, over all processes.
+        micro: rows per process at once; None is as many as fit into a step.
+        epochs: passes over the data.
+        steps: stop after so many optimizer steps, whatever `epochs` says; None is by epochs.
+        warmup: share of the steps in which the rate rises.
+        decay: weight decay.
+        clip: largest norm of the gradient.
+        causal_weight, ratio_weight: of the two losses; the paper states neither.
+        hint_weight: of a third loss that the paper does not have: cross-entropy of the scores against the tokens that
+            the question is about. Scenes know them; other data say nothing. 0 is none.
+        ratio_loss: "mse" (eq. 11) or "huber" (the sentence below it).
+        temperature: of the Gumbel-softmax; not stated.
+        decision_clip: cut the causal loss's gradient with respect to one decision of one row at this; None, as in the
+            paper, cuts none and leaves outliers to `clip`, which scales everything else down with them.
+        anneal: share of the steps in which the shares to aim at fall from 1 to `ratios`; the modules then begin by
+            keeping nine tokens of ten. What matters shows clearest while little is missing. 0, as in the paper, aims
+            at `ratios` from the start.
+        visual_share: of each picture's tokens that a step looks at, drawn at random; below 1 it is cheaper.
+        answers: let the modules read the answers as well; they then know what is asked for beforehand.
+        checkpointing: recompute decoder layers in the backward pass.
+        bf16: compute in bfloat16 on float32 modules.
+        save_steps: steps between two checkpoints.
+        log_steps: steps between two lines of the log.
+        seed: of modules, order and noise.
+    """
+
+    layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] = (0.5, 0.3, 0.1)
+    rate: float = 2e-6
+    batch: int = 64
+    micro: int | None = None
+    epochs: int = 1
+    steps: int | None = None
+    warmup: float = 0.03
+    decay: float = 0.0
+    clip: float = 1.0
+    causal_weight: float = 1.0
+    ratio_weight: float = 2.0
+    hint_weight: float = 0.0
+    ratio_loss: RatioLoss = "mse"
+    temperature: float = 1.0
+    decision_clip: float | None = None
+    anneal: float = 0.0
+    visual_share: float = 1.0
+    answers: bool = False
+    checkpointing: bool = False
+    bf16: bool = True
+    save_steps: int = 500
+    log_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self)  # type: ignore[arg-type]
+        for name in ("rate", "batch", "epochs", "clip", "temperature", "save_steps", "log_steps"):
+            if not getattr(self, name) > 0:
+                raise FoveateError(f"{name}={getattr(self, name)} is not above 0")
+        for name in ("micro", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise FoveateError(f"{name}={getattr(self, name)} is below 1; the smallest is {name}=1")
+        for name in ("decay", "causal_weight", "ratio_weight", "hint_weight"):
+            if getattr(self, name) < 0:
+                raise FoveateError(f"{name}={getattr(self, name)} is below 0; the smallest is {name}=0")
+        for name in ("warmup", "anneal"):
+            if not 0 <= getattr(self, name) < 1:
+                raise FoveateError(f"{name}={getattr(self, name)} is no share in [0, 1)")
+        if not 0 < self.visual_share <= 1:
+            raise FoveateError(f"visual_share={self.visual_share} is no share in (0, 1]; the nearest is 1.0")
+        if not self.ratios or not all(0 < ratio <= 1 for ratio in self.ratios):
+            raise FoveateError(f"ratios={self.ratios} are not all shares in (0, 1]")
+        if any(later > earlier for earlier, later in zip(self.ratios, self.ratios[1:], strict=False)):
+            raise FoveateError(f"ratios={self.ratios} rise, but a token that has left does not come back")
+        stages = LAYERS if self.layers is None else self.layers
+        if len(stages) != len(self.ratios):
+            raise FoveateError(f"{len(self.ratios)} ratios {self.ratios} for {len(stages)} layers {stages}")
+
+    def targets(self, done: float) -> tuple[float, ...]:
+        """The shares to aim at when so much of the training, from 0 to 1, is done."""
+        left = max(0.0, 1 - done / self.anneal) if self.anneal else 0.0
+        return tuple(ratio + (1 - ratio) * left for ratio in self.ratios)
+
+    def depths(self, blocks: int) -> tuple[int, ...]:
+        """Where the modules stand in a decoder of `blocks` blocks."""
+        if self.layers is None:
+            return scaled_layers(LAYERS, 32, blocks)
+        check_depths(self.layers, blocks, "LVPruning")
+        return self.layers
+
+
+def train_lvpruning(
+    base: Any,
+    rows: Rows,
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    name: str = "",
+    resume: bool = False,
+    max_seconds: float | None = None,
+    report: Report | None = None,
+    card: str = "",
+) -> Path:
+    """Train decision modules for `base` and return their folder, `out`/lvpruning.
+
+    `out` holds `run.json` (what a resumed run must find equal), `checkpoint-*` (the last two), `tensorboard` (both
+    losses and the share kept at each stage) and, once the steps or the time are over, `lvpruning`.
+
+    Args:
+        base: a loaded vision-language model; it is frozen, and not a bit of it changes.
+        rows: `Conversations` or `SceneQuestions`.
+        settings: the paper's where None.
+        name: what the model is called, for the modules' configuration.
+        resume: go on with the run in `out` as if it had never stopped.
+        max_seconds: stop, with everything saved, after so many seconds of this call.
+        report: called with each line of the log, in the first process.
+        card: text of the README beside the modules; by default it says what they were trained on and how.
+
+    Raises:
+        FoveateError: settings that cannot be met, a run in `out` and no `resume`, none and `resume`, or another model,
+            other data or settings than it was begun with.
+    """
+    settings, out = settings or Settings(), Path(out)
+    before = runs.fingerprint(base)
+    arguments = _arguments(settings, out, len(rows), base.device)
+    first = arguments.process_index == 0
+    runs.begin(out, _identity(settings, before, base, rows, arguments.world_size), resume, write=first)
+    gates = modules.for_model(
+        base.config,
+        layers=settings.depths(len(base.get_decoder().layers)),
+        seed=settings.seed,
+        ratios=list(settings.ratios),
+        answers=settings.answers,
+        base_name=name,
+    )
+    if settings.anneal:
+        gates.start_keeping(0.9)
+    trainer = _Trainer(_softened(base.to(arguments.device), gates, settings, arguments), arguments, rows, settings)
+    trainer.remove_callback(PrinterCallback)
+    for callback in _callbacks(out, max_seconds, report if first else None):
+        trainer.add_callback(callback)
+    checkpoint = runs.last_checkpoint(out) if resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if runs.fingerprint(base) != before or any(one.grad is not None for one in base.parameters()):
+        raise RuntimeError("training has changed the frozen model")
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what was sharded
+    if first:
+        card = card or describe(name, settings, gates, rows, trainer.state.global_step)
+        _export(gates.config, weights, out / modules.FOLDER, card)
+    return out / modules.FOLDER
+
+
+def _export(config: modules.LVPruningConfig, weights: dict[str, Tensor], folder: Path, card: str) -> None:
+    whole = modules.build(config)
+    whole.load_state_dict({key.partition("gates.")[2]: value for key, value in weights.items()})
+    modules.save(whole, folder, card)
+
+
+def describe(name: str, settings: Settings, gates: modules.LVPruningModules, rows: Rows, steps: int) -> str:
+    """The card of trained modules: what they are for, and every setting that departs from the paper's."""
+    stock, shape = Settings(), gates.config
+    own = {
+        key: value
+        for key, value in dataclasses.asdict(settings).items()
+        if value != getattr(stock, key) and key not in ("steps", "micro", "save_steps", "log_steps")
+    }
+    departs = "".join(f"- {key}: {value} (by default {getattr(stock, key)})\n" for key, value in own.items())
+    return (
+        f"# Decision modules of LVPruning for {name or shape.base_type}\n\n"
+        f"Cross-attention modules (https://arxiv.org/abs/2501.13652) after {_listed(shape.layers)} of "
+        f"{shape.base_layers} decoder blocks of width {shape.width}; the model itself is unchanged.\n\n"
+        "```python\nfoveate.prune(model, foveate.LVPruning.from_pretrained(FOLDER, keep=(0.5, 0.3, 0.1)))\n```\n\n"
+        f"Trained for {steps} steps of {settings.batch} rows ({rows.fingerprint()['kind']}), aiming at shares of "
+        f"{_listed(settings.ratios)}; any `keep` can be asked for.\n\n"
+        f"Settings that depart from the paper's recipe:\n\n{departs or '- none'}\n"
+    )
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _softened(base: Any, gates: modules.LVPruningModules, settings: Settings, arguments: TrainingArguments) -> Softened:
+    # The loss is a mean over the rows of all parts that a process adds up for one step.
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return Softened(
+        base,
+        gates.float().train().requires_grad_(True),
+        settings.ratios,
+        causal_weight=settings.causal_weight,
+        ratio_weight=settings.ratio_weight,
+        hint_weight=settings.hint_weight,
+        ratio_kind=settings.ratio_loss,
+        temperature=settings.temperature,
+        share=settings.visual_share,
+        limit=None if settings.decision_clip is None else settings.decision_clip / rows,
+        answers=settings.answers,
+        checkpointing=settings.checkpointing,
+    )
+
+
+def _identity(settings: Settings, model: str, base: Any, rows: Rows, processes: int) -> dict[str, Any]:
+    """What decides each step of a run."""
+    kept = dataclasses.asdict(settings)
+    del kept["save_steps"], kept["log_steps"]
+    return {**kept, "model": model, "dtype": str(base.dtype), "data": rows.fingerprint(), "processes": processes}
+
+
+def _arguments(settings: Settings, out: Path, rows: int, device: torch.device) -> TrainingArguments:
+    options: dict[str, Any] = {"use_cpu": True} if device.type == "cpu" else {}
+    if options and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        options["ddp_backend"] = "gloo"
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        learning_rate=settings.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.decay,
+        max_grad_norm=settings.clip,
+        bf16=settings.bf16,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=settings.log_steps,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
+        label_names=[],
+        seed=settings.seed,
+        data_seed=settings.seed,
+        **options,
+    )
+    processes = arguments.world_size
+    share, left = divmod(settings.batch, processes)
+    micro = settings.micro or max(1, share)
+    if left or share % micro:
+        nearest = max(1, round(settings.batch / (micro * processes))) * micro * processes
+        raise FoveateError(
+            f"batch={settings.batch} cannot be split over {processes} processes of {micro} rows at once; nearest: "
+            f"batch={nearest}"
+        )
+    steps = rows // settings.batch * settings.epochs
+    if steps == 0:
+        raise FoveateError(f"batch={settings.batch}, but there are {rows} rows; the most is batch={rows}")
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = share // micro
+    arguments.max_steps = min(steps, settings.steps or steps)
+    return arguments
+
+
+class _Trainer(Trainer):
+    """Logs both losses and the kept shares, and draws noise that depends on seed, step and process alone."""
+
+    def __init__(self, softened: Softened, arguments: TrainingArguments, rows: Rows, settings: Settings) -> None:
+        pad = getattr(softened.base.config.get_text_config(decoder=True), "pad_token_id", None) or 0
+        pad = pad if pad != softened.image_token else int(softened.image_token == 0)
+        super().__init__(softened, arguments, data_collator=partial(collate, pad=pad), train_dataset=rows)
+        self.softened, self.settings = softened, settings
+        self._drawn = (-1, 0)  # step, rows drawn for in it
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
+        """One forward and backward pass."""
+        step = self.state.global_step
+        part = self._drawn[1] + 1 if self._drawn[0] == step else 0
+        self._drawn = (step, part)
+        number = (self.settings.seed * 1_000_003 + step) * 4096 + part
+        number = number * 4096 + self.args.process_index
+        self.softened.generator = torch.Generator(self.args.device).manual_seed(number % 2**63)
+        self.softened.ratios = self.settings.targets(step / self.args.max_steps)
+        loss: Tensor = super().training_step(model, inputs, *rest, **options)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        """The weighted loss."""
+        outputs = model(**inputs)
+        named = {name: outputs[name] for name in ("causal", "ratio", "hint") if name in outputs}
+        named |= {f"kept_{stage}": share for stage, share in enumerate(outputs["kept"].unbind(), start=1)}
+        for key, value in named.items():
+            self._sums[key] = self._sums.get(key, 0) + value.float()
+        self._count += 1
+        return outputs["loss"]
+
+    def log(self, logs: dict[str, float], *rest: Any, **options: Any) -> None:
+        """Add the means since the last line, over all processes."""
+        if self._count:
+            means = torch.stack(list(self._sums.values())) / self._count
+            means = self.accelerator.reduce(means, "mean")
+            logs = {**logs, **dict(zip(self._sums, means.tolist(), strict=True))}
+            self._sums, self._count = {}, 0
+        super().log(logs, *rest, **options)
+
+
+def _callbacks(out: Path, max_seconds: float | None, report: Report | None) -> list[TrainerCallback]:
+    from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+
+    found: list[TrainerCallback] = []
+    if is_tensorboard_available():
+        board = TensorBoardCallback()
+        board.logging_dir = str(out / "tensorboard")
+        found.append(board)
+    if report is not None:
+        found.append(_Reporter(report))
+    if max_seconds is not None:
+        found.append(_Deadline(max_seconds))
+    return found
+
+
+class _Reporter(TrainerCallback):
+    """Hands each line of the log on."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.start = report, time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """A line has been written."""
+        line = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        self.report({"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **line})
+
+
+class _Deadline(TrainerCallback):
+    """Stops, with everything saved, when the time is over; all processes stop together."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A step is done."""
+        over = torch.tensor(float(time.monotonic() > self.end), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MAX)
+        if over.item():
+            control.should_save = control.should_training_stop = True

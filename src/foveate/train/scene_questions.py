@@ -1,0 +1,85 @@
+"""Questions about scenes as training rows: a pool of pictures whose visual tokens the frozen tower computes once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from foveate.core import FoveateError
+from foveate.families import family_of
+from foveate.scenes import generator, mini, packing, questions
+from foveate.train.conversations import Row, expand, tokens
+
+POOL = 4096
+_CHUNK = 32  # pictures drawn and encoded at once
+
+
+class SceneQuestions(Dataset[Row]):
+    """One question about one picture of the split "train" for each number.
+
+    Rows know what they ask about: the patches of that object, or those of all objects for counts, descriptions and
+    things that are not there. Only training with `hint_weight` looks at that.
+
+    Args:
+        base: the frozen model, whose tower and projector make the visual tokens; it must see 336 x 336 pixels.
+        processor: its processor.
+        samples: how many rows there are.
+        pool: different pictures among them; each is drawn and encoded when it is first needed, and kept.
+        seed: of pictures and questions.
+        mix: how often each kind of question is asked.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        processor: Any,
+        samples: int,
+        *,
+        pool: int = POOL,
+        seed: int = 0,
+        mix: Mapping[str, float] = packing.MIX,
+    ) -> None:
+        for name, value in (("samples", samples), ("pool", pool)):
+            if value < 1:
+                raise FoveateError(f"{name}={value} is below 1; the smallest is {name}=1")
+        side = base.config.vision_config.image_size
+        if side != generator.SIZE:
+            raise FoveateError(f"scenes are {generator.SIZE} x {generator.SIZE} pixels, the model sees {side} x {side}")
+        self.base, self.processor, self.samples = base, processor, samples
+        self.pool, self.seed, self.mix = min(pool, samples), seed, dict(mix)
+        self.image_token = family_of(base).image_token_id(base.config)
+        self._chunks: dict[int, tuple[generator.Scenes, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        return {"kind": "scenes", "samples": self.samples, "pool": self.pool, "seed": self.seed, "mix": self.mix}
+
+    def __getitem__(self, number: int) -> Row:
+        chunk, row = divmod(number % self.pool, _CHUNK)
+        scenes, features = self._chunk(chunk)
+        draw = random.Random(f"{self.seed} {number}")
+        asked = packing.choose(questions.questions(scenes, row, draw), 10**6, draw, self.mix)[0]
+        ids, labels = tokens(self.processor, ((asked.text, asked.answer),))
+        ids, labels = expand(ids, labels, self.image_token, features.shape[1])
+        boxes = scenes.patches()[row]
+        wanted = boxes.any(dim=0) if asked.target is None else boxes[asked.target]
+        return Row(ids, labels, features=features[row : row + 1], wanted=wanted[None])
+
+    def _chunk(self, number: int) -> tuple[generator.Scenes, Tensor]:
+        """Scenes without their pixels, and their visual tokens (pictures, N, D)."""
+        if number not in self._chunks:
+            scenes = generator.generate(_CHUNK, seed=(self.seed * 1_000_003 + number) % 2**31)
+            pixels = mini.normalise(scenes.pixels).to(self.base.device, self.base.dtype)
+            with torch.no_grad():
+                features = torch.stack(list(self.base.get_image_features(pixels, return_dict=True).pooler_output))
+            self._chunks[number] = (replace(scenes, pixels=scenes.pixels[:, :, :0, :0]), features.cpu())
+        return self._chunks[number]

@@ -1,0 +1,151 @@
+"""`foveate train lvpruning`: options reach the training, the shipped model has its own, wrong ones are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from PIL import Image
+
+import foveate
+from foveate.modules.lvpruning import load
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the training was called with; nothing is trained."""
+    seen: dict[str, Any] = {}
+
+    def train_lvpruning(base: Any, rows: Any, out: Path, settings: Any, **options: Any) -> Path:
+        options.pop("report")({"step": 10, "loss": 0.123456})
+        seen.update(base=base, rows=rows, out=out, settings=settings, **options)
+        return out / "lvpruning"
+
+    monkeypatch.setattr("foveate.train.lvpruning.train_lvpruning", train_lvpruning)
+    return seen
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Path]:
+    """LLaVA's JSON of six entries, one of them without its picture, and the folder."""
+    images = tmp_path / "images"
+    images.mkdir()
+    entries = []
+    for number in range(6):
+        Image.effect_noise((30, 30), 90).convert("RGB").save(images / f"{number}.png")
+        said = [{"from": "human", "value": "<image>\nw10 w11"}, {"from": "gpt", "value": f"w{30 + number}"}]
+        entries.append({"image": f"{number}.png" if number else "gone.png", "conversations": said})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    return tmp_path / "data.json", images
+
+
+def test_the_shipped_model_has_its_own_rate_and_says_so(call: Any, given: dict[str, Any], tmp_path: Path) -> None:
+    result = call("train", "lvpruning", "--model", "mini", "--data", "scenes", "--out", tmp_path, "--device", "cpu")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'lvpruning'}\n")
+    settings = given["settings"]
+    assert settings.rate > 1e-5 and f"learning rate {settings.rate:g}, batch {settings.batch}, ratios " in result.err
+    assert "step 10  loss 0.1235\n" in result.err
+    assert len(given["rows"]) == settings.steps * settings.batch
+    assert (given["name"], given["resume"], given["max_seconds"]) == ("mini", False, None)
+
+
+def test_options_reach_the_training(call: Any, given: dict[str, Any], folder: Path, data: Any, tmp_path: Path) -> None:
+    options = (
+        "--layers 1/3 --ratios 0.4/0.2 --rate 1e-5 --batch 4 --micro 2 --epochs 3 --steps 7 --ratio-weight 5 "
+        "--causal-weight 0.5 --hint-weight 0.1 "
+        "--ratio-loss huber --decision-clip 0.1 --visual-share 0.5 --anneal 0.3 --answers --checkpointing "
+        "--no-bf16 --seed 9 --save-steps 11 --log-steps 13 --max-seconds 60 --resume --device cpu"
+    ).split()
+    where = ["--model", folder, "--data", data[0], "--images", data[1], "--out", tmp_path / "run"]
+    result = call("train", "lvpruning", *where, *options)
+    assert result.code == 0, result.err
+    settings = given["settings"]
+    assert (settings.layers, settings.ratios, settings.rate) == ((1, 3), (0.4, 0.2), 1e-5)
+    assert (settings.batch, settings.micro, settings.epochs, settings.steps) == (4, 2, 3, 7)
+    assert (settings.causal_weight, settings.hint_weight) == (0.5, 0.1)
+    assert (settings.ratio_weight, settings.ratio_loss, settings.decision_clip) == (5.0, "huber", 0.1)
+    assert (
+        settings.answers
+        and settings.checkpointing
+        and not settings.bf16
+        and (settings.visual_share, settings.anneal) == (0.5, 0.3)
+    )
+    assert (settings.seed, settings.save_steps, settings.log_steps) == (9, 11, 13)
+    assert (given["resume"], given["max_seconds"]) == (True, 60.0)
+    assert "5 entries; left out: 1 with a missing picture\nmissing pictures: gone.png\n" in result.err
+
+
+def test_other_models_are_trained_as_in_the_paper(
+    call: Any, given: dict[str, Any], folder: Path, data: Any, tmp_path: Path
+) -> None:
+    where = ["--model", folder, "--data", data[0], "--images", data[1], "--out", tmp_path / "run", "--device", "cpu"]
+    assert call("train", "lvpruning", *where).code == 0
+    settings = given["settings"]
+    assert (settings.rate, settings.batch, settings.ratios) == (2e-6, 64, (0.5, 0.3, 0.1))
+    assert (
+        settings.decision_clip is None
+        and settings.steps is None
+        and (settings.visual_share, settings.anneal) == (1.0, 0.0)
+    )
+
+
+TEMPLATE = (
+    "{% for message in messages %}w3 {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "model")
+    processor = tiny.processor(model)
+    processor.chat_template = TEMPLATE
+    processor.save_pretrained(tmp_path / "model")
+    where = ["--model", tmp_path / "model", "--data", data[0], "--images", data[1], "--out", tmp_path / "run"]
+    result = call("train", "lvpruning", *where, *"--batch 2 --epochs 2 --rate 1e-3 --no-bf16 --device cpu".split())
+    assert result.code == 0, result.err
+    modules = load(result.out.strip())
+    modules.check(tiny.model().config)
+    assert list(modules.config.layers) == [1, 2, 3]
+    method = foveate.LVPruning.from_pretrained(str(tmp_path / "run"), keep=(9, 5, 2))
+    assert method.count(36) == (9, 5, 2), "the run's folder stands for the modules in it"
+    again = call("train", "lvpruning", *where, *"--batch 2 --epochs 2 --rate 1e-3 --no-bf16 --device cpu".split())
+    assert (again.code, again.out) == (1, "") and "already holds a run; resume it" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "none.json"], "--data none.json needs --images"),
+        (["--data", "none.json", "--images", "."], "--data none.json is no file; give LLaVA's instruction JSON"),
+        (["--images", "."], "scenes draw their own pictures"),
+        (["--model", "./none", "--steps", "5"], "there is no folder ./none"),
+        (["--model", "other"], "--data scenes never ends; give --steps"),
+        (["--ratios", "half"], "could not convert string to float: 'half'; write --layers 1/8/16"),
+        (["--layers", "1/x"], "write --layers 1/8/16 and --ratios 0.5/0.3/0.1"),
+        (["--ratios", "0.5/0.3"], "2 ratios (0.5, 0.3) for 3 layers"),
+        (["--ratio-loss", "mae"], "ratio_loss='mae' is not among its choices"),
+        (["--max-seconds", "0"], "--max-seconds 0 leaves no time"),
+        (["--device", "cuda:99"], "torch sees"),
+    ],
+)
+def test_wrong_options_are_refused(
+    call: Any, given: dict[str, Any], tmp_path: Path, options: list[str], message: str
+) -> None:
+    result = call("train", "lvpruning", "--out", tmp_path, *options)
+    assert result.code == 2
+    assert message in result.err
+    assert given == {}
+
+
+def test_training_without_its_packages_says_what_to_install(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = call("train", "lvpruning", "--out", tmp_path)
+    assert result.code == 2 and "training needs accelerate; install foveate[train]" in result.err

@@ -1,0 +1,69 @@
+"""Questions about scenes as rows: the same number asks the same, the tower computes each picture once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from foveate.core import FoveateError
+from foveate.scenes import generator, mini
+from foveate.train.losses import IGNORED
+from foveate.train.scene_questions import SceneQuestions
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return mini.build(config=mini.llava_config(width=16, layers=2)).eval()
+
+
+def test_rows_ask_about_the_pictures_that_they_show(base: Any) -> None:
+    rows = SceneQuestions(base, mini.processor(), 200, pool=32, seed=3)
+    assert len(rows) == 200
+    scenes = generator.generate(32, seed=3 * 1_000_003)
+    for number in (0, 5, 37, 199):
+        row = rows[number]
+        assert (row.ids == mini.IMAGE).sum() == mini.TOKENS and row.features is not None
+        said = mini.tokenizer().decode(row.ids[row.ids != mini.IMAGE])
+        answer = mini.tokenizer().decode(row.labels[row.labels != IGNORED])
+        assert said.startswith("<bos> USER") and said.endswith(f"ASSISTANT {answer}") and answer.endswith("<eos>")
+        with torch.no_grad():
+            pixels = mini.normalise(scenes.pixels[number % 32][None])
+            expected = base.get_image_features(pixels, return_dict=True).pooler_output[0]
+        torch.testing.assert_close(row.features[0], expected, atol=1e-4, rtol=1e-3)
+        assert row.wanted is not None and row.wanted.shape == (1, mini.TOKENS)
+        patches = scenes.patches()[number % 32]
+        if any(word in said for word in ("how many", "describe", "no <eos>")):
+            assert torch.equal(row.wanted[0], patches.any(dim=0))
+        else:
+            assert any(torch.equal(row.wanted[0], one) for one in patches)
+        if "how many" in said:
+            assert answer == f"{scenes.count[number % 32]} <eos>"
+
+
+def test_the_same_number_is_the_same_row(base: Any) -> None:
+    first, again = (SceneQuestions(base, mini.processor(), 100, pool=32) for _ in range(2))
+    assert torch.equal(first[7].ids, again[7].ids)
+    assert torch.equal(first[7].features, again[7].features)  # type: ignore[arg-type]
+    assert first.fingerprint() == again.fingerprint() != SceneQuestions(base, mini.processor(), 100).fingerprint()
+    asked = {tuple(first[number].ids[mini.TOKENS :].tolist()) for number in range(0, 96, 32)}
+    assert len(asked) > 1, "one picture is asked about in several ways"
+
+
+def test_each_picture_is_encoded_once(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    stock = base.get_image_features
+    monkeypatch.setattr(base, "get_image_features", lambda *given, **more: calls.append(1) or stock(*given, **more))
+    rows = SceneQuestions(base, mini.processor(), 64, pool=32)
+    for number in (0, 31, 32, 63):
+        rows[number]
+    assert len(calls) == 1
+
+
+def test_what_cannot_be_drawn_is_refused(base: Any) -> None:
+    with pytest.raises(FoveateError, match="samples=0 is below 1"):
+        SceneQuestions(base, None, 0)
+    with pytest.raises(FoveateError, match="336 x 336 pixels, the model sees 24 x 24"):
+        SceneQuestions(tiny.model(), None, 5)
