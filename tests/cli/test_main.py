@@ -19,12 +19,14 @@ from foveate.core import FoveateError
 def test_help_names_every_command(call: Any) -> None:
     result = call("--help")
     assert result.code == 0
-    for command in ("run", "eval", "demo", "methods", "models", "train"):
+    for command in ("run", "eval", "cost", "bench", "demo", "methods", "models", "train"):
         assert f"\n  {command} " in result.out
     assert call().out == result.out
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "demo", "methods", "models", "train", "train mini"])
+@pytest.mark.parametrize(
+    "command", ["run", "eval", "cost", "bench", "demo", "methods", "models", "train", "train mini"]
+)
 def test_every_command_explains_itself(call: Any, command: str) -> None:
     result = call(*command.split(), "-h")
     assert (result.code, result.err) == (0, "")

@@ -31,12 +31,18 @@ class Single(Before):
     site: ClassVar[Site] = "layer"
     layer: int = 2
 
+    def depths(self, layers: int) -> tuple[int, ...]:
+        return (self.layer,)
+
 
 @dataclass(frozen=True)
 class Several(Method):
     site: ClassVar[Site] = "layer"
-    layers: tuple[int, ...] | None = (1, 8, 16)
+    layers: tuple[int, ...] = (1, 8, 16)
     keep: tuple[float, ...] = (0.6, 0.4, 0.2)
+
+    def depths(self, layers: int) -> tuple[int, ...]:
+        return self.layers
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         return tuple(int(original * share) for share in self.keep)
@@ -110,7 +116,7 @@ def test_eviction_from_the_cache_leaves_the_prefill_alone() -> None:
         ([Before(keep=144), Single(keep=288)], "Single at layer 2 asks for 288 tokens but 144 of the image's 576 are"),
         ([Single(layer=4)], "Single acts at layer 4, outside 1..3 of 4 layers; the nearest is 3"),
         ([Single(layer=0)], "Single acts at layer 0, outside 1..3 of 4 layers; the nearest is 1"),
-        ([Several(layers=None)], "Several states neither layer nor layers"),
+        ([Several(layers=())], "Several acts at 0 layers () but gives 3 counts (345, 230, 115)"),
         ([Several(layers=(1, 2))], "Several acts at 2 layers (1, 2) but gives 3 counts (345, 230, 115)"),
     ],
 )

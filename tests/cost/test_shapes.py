@@ -141,8 +141,8 @@ def test_shape_gives_presets_and_shapes() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("llava-1.5-7bb", "no preset is called 'llava-1.5-7bb'; did you mean 'llava-1.5-7b'?"),
-        ("zzz", "no preset is called 'zzz'; Choices: llava-1.5-13b, llava-1.5-7b, mini."),
+        ("llava-1.5-7bb", "'llava-1.5-7bb' is no preset and no folder; did you mean 'llava-1.5-7b'?"),
+        ("zzz", "'zzz' is no preset and no folder; Choices: internvl3-8b, llava-1.5-13b, llava-1.5-7b, llava-1.6-13b,"),
     ],
 )
 def test_unknown_preset(name: str, message: str) -> None:
@@ -157,7 +157,7 @@ def test_unknown_preset(name: str, message: str) -> None:
         (3, "a int is no config"),
         ({"model_type": "llava_nex"}, "'llava_nex' model is not known; did you mean 'llava_next'?"),
         (changed(text={"model_type": "qwen3_moe"}), "'qwen3_moe' decoder is not known; did you mean 'qwen3'?"),
-        (changed(vision={"model_type": "pixtral"}), "'pixtral' tower is not known"),
+        (changed(vision={"model_type": "eva"}), "'eva' tower is not known"),
         (changed(vision={"patch_size": None}), "the clip_vision_model config states patch_size=None"),
         (changed(text={"model_type": "qwen2"}), "the qwen2 config states hidden_size=None"),
         (changed(text={"num_hidden_layers": 0}), "DecoderShape.layers=0 is below 1"),
@@ -194,3 +194,81 @@ def test_block_weights_are_those_of_the_real_block(kind: str) -> None:
         model = AutoModel.from_config(config)
     counted = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
     assert DecoderShape.from_config(config).block_weights == counted
+
+
+# Parameters in billions that the models' pages state; norms, biases and position tables are not counted.
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llava-1.5-7b", 7.06), ("llava-1.5-13b", 13.35), ("llava-1.6-7b", 7.06), ("llava-1.6-13b", 13.35),
+        ("llava-next-8b", 8.36), ("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77),
+        ("internvl3-8b", 7.94), ("mini", 0.0099),
+    ],
+)  # fmt: skip
+def test_presets_have_as_many_weights_as_the_models(name: str, billions: float) -> None:
+    assert PRESETS[name].weights / 1e9 == pytest.approx(billions, rel=0.008)
+
+
+QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+
+
+def test_qwen_and_internvl_configs_are_their_presets() -> None:
+    from transformers import InternVLConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+
+    text = {**QWEN, "num_key_value_heads": 4, "vocab_size": 152064}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={"hidden_size": 1280, "out_hidden_size": 3584})
+    assert shape(config) == PRESETS["qwen2.5-vl-7b"]
+    text = {**text, "vocab_size": 151674, "model_type": "qwen2"}
+    assert shape(InternVLConfig(text_config=text, tie_word_embeddings=False)) == PRESETS["internvl3-8b"]
+    text = {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    }  # fmt: skip
+    config = Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": 4096})
+    assert shape(config) == PRESETS["qwen3-vl-8b"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Llava", "LlavaNext", "LlavaOnevision", "VipLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL",
+        "PaliGemma", "Gemma3", "Idefics3", "SmolVLM", "Mistral3", "AyaVision",
+    ],
+)  # fmt: skip
+def test_weights_are_those_of_the_real_model(kind: str) -> None:
+    """Every matrix of the model, built without memory from its configuration's defaults."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")()
+    config.vision_config.vision_use_head = False  # of Gemma 3, which leaves it unused
+    if kind == "AyaVision":
+        config.vision_config.num_attention_heads = 16  # 14 do not divide the default width
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    tables = {"position_embedding", "position_embeddings", "embed_positions", "pos_embed"}
+    found = {
+        id(parameter): parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and not tables & set(name.split(".")) and name.split(".")[-1] != "cls_token"
+    }
+    assert shape(config).weights == pytest.approx(sum(found.values()), rel=0.002)
+
+
+def test_folders_and_files(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match=r"holds no config\.json"):
+        shape(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAVA_7B))
+    assert shape(tmp_path) == shape(str(file)) == PRESETS["llava-1.5-7b"]
+    for text in ("{", "[1]"):
+        file.write_text(text)
+        with pytest.raises(FoveateError, match=r"config\.json (cannot be read|holds a list)"):
+            shape(tmp_path)
+
+
+def test_the_block_that_is_read() -> None:
+    assert ModelShape.from_config(changed(vision_feature_layer=-1)).tower.reads is None
+    assert ModelShape.from_config(changed(vision_feature_layer=5)).tower.reads == 5
+    with pytest.raises(FoveateError, match="reads block 3 of 2; the last is 2"):
+        TowerShape(2, 4, 8, 2, tokens=4, cls=True, patch=2, reads=3)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli import analyze, demo, evaluate, methods, models, run, train
+from foveate.cli import analyze, bench, cost, demo, evaluate, methods, models, run, train
 from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, UsageError, one_line
 from foveate.core import FoveateError
 
@@ -22,7 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = {"run": run, "eval": evaluate, "analyze": analyze, "demo": demo, "methods": methods, "models": models}
+_COMMANDS = {
+    "run": run,
+    "eval": evaluate,
+    "cost": cost,
+    "bench": bench,
+    "analyze": analyze,
+    "demo": demo,
+    "methods": methods,
+    "models": models,
+}
 for _name, _file in _COMMANDS.items():
     app.command(_name)(_file.command)
 app.add_typer(train.app, name="train")

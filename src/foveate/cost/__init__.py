@@ -1,4 +1,4 @@
-"""What a model costs, by arithmetic alone: floating-point operations, bytes of keys and values, equivalent tokens."""
+"""What a model costs, by arithmetic alone: operations, bytes, roofline seconds, equivalent tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from foveate.cost.devices import HARDWARE, Hardware, Precision, fitted, hardware, hardware_of, precision
+    from foveate.cost.estimates import Cost, Stage, estimate
     from foveate.cost.flops import (
         Convention,
         decode_flops,
@@ -17,36 +19,69 @@ if TYPE_CHECKING:
         projector_flops,
         tower_flops,
     )
-    from foveate.cost.plan import visual_per_layer
-    from foveate.cost.shapes import PRESETS, DecoderShape, ModelShape, ProjectorShape, TowerShape, shape
+    from foveate.cost.plan import Plan, token_plan, visual_per_layer
+    from foveate.cost.presets import PRESETS
+    from foveate.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape, shape
+    from foveate.cost.sweeps import sweep
+
+_ROOMS = {
+    "estimates": ("Cost", "Stage", "estimate"),
+    "flops": (
+        "Convention",
+        "decode_flops",
+        "decoder_flops",
+        "equivalent_tokens",
+        "kv_bytes",
+        "lvpruning_modules",
+        "prefill_flops",
+        "projector_flops",
+        "tower_flops",
+    ),
+    "devices": ("HARDWARE", "Hardware", "Precision", "fitted", "hardware", "hardware_of", "precision"),
+    "plan": ("Plan", "token_plan", "visual_per_layer"),
+    "presets": ("PRESETS",),
+    "shapes": ("DecoderShape", "ModelShape", "ProjectorShape", "TowerShape", "shape"),
+    "sweeps": ("sweep",),
+}
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "HARDWARE",
     "PRESETS",
     "Convention",
+    "Cost",
     "DecoderShape",
+    "Hardware",
     "ModelShape",
+    "Plan",
+    "Precision",
     "ProjectorShape",
+    "Stage",
     "TowerShape",
     "decode_flops",
     "decoder_flops",
     "equivalent_tokens",
+    "estimate",
+    "fitted",
+    "hardware",
+    "hardware_of",
     "kv_bytes",
     "lvpruning_modules",
+    "precision",
     "prefill_flops",
     "projector_flops",
     "shape",
+    "sweep",
+    "token_plan",
     "tower_flops",
     "visual_per_layer",
 ]
 
-_SHAPES = {"PRESETS", "DecoderShape", "ModelShape", "ProjectorShape", "TowerShape", "shape"}
-
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "shapes" if name in _SHAPES else "plan" if name == "visual_per_layer" else "flops"
-    return getattr(import_module(f"{__name__}.{room}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

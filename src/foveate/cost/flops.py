@@ -104,6 +104,7 @@ def tower_flops(
     *,
     convention: Convention,
     lengths: Sequence[int] | None = None,
+    patches: int | None = None,
     tiles: int = 1,
     batch: int = 1,
 ) -> int:
@@ -111,6 +112,7 @@ def tower_flops(
 
     Args:
         lengths: (layers,) tokens that each block sees, CLS included; None is all of them.
+        patches: of one picture, for encoders that keep its size; None is `tower.tokens`.
         tiles: pictures encoded for one prompt.
 
     Raises:
@@ -119,10 +121,12 @@ def tower_flops(
     _check_convention(convention)
     _at_least("tiles", tiles, 0)
     _at_least("batch", batch, 1)
-    lengths = (tower.length,) * tower.layers if lengths is None else lengths
+    patches = tower.tokens if patches is None else patches
+    lengths = (patches + tower.cls,) * tower.layers if lengths is None else lengths
     _check_layers(tower.layers, lengths, smallest=1)
-    blocks = sum(_block(tower, length, length * length, convention) for length in lengths)
-    return batch * tiles * (blocks + 2 * tower.tokens * tower.patch_weights)
+    pairs = [length * tower.keys(block, length) for block, length in enumerate(lengths)]
+    blocks = sum(_block(tower, length, seen, convention) for length, seen in zip(lengths, pairs, strict=True))
+    return batch * tiles * (blocks + 2 * patches * tower.patch_weights)
 
 
 def projector_flops(projector: ProjectorShape, *, tokens: int | None = None, batch: int = 1) -> int:

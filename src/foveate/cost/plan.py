@@ -1,14 +1,115 @@
-"""How many visual tokens each decoder layer will see, from the methods alone, before anything runs."""
+"""How many tokens each block of encoder and decoder will see, from the methods alone, before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, Merger
+from foveate.cost.shapes import ModelShape
 
 if TYPE_CHECKING:
     from foveate.core import Grid, Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left where, of one image.
+
+    Attributes:
+        visual: (layers,) visual tokens that each decoder layer sees.
+        tower: (blocks,) tokens of one tile that each encoder block's attention runs on, CLS and companions included.
+        tiles: pictures that the encoder runs on.
+        patches: of one tile, before any stage.
+        projected: tokens that the projector runs on.
+        parts: the methods' single-site parts.
+    """
+
+    visual: tuple[int, ...]
+    tower: tuple[int, ...]
+    tiles: int
+    patches: int
+    projected: int
+    parts: tuple[Method, ...]
+
+
+def token_plan(
+    shape: ModelShape,
+    methods: Method | Iterable[Method] | None,
+    visual: int,
+    *,
+    grid: Grid | None = None,
+    tiles: int | None = None,
+) -> Plan:
+    """Where an image of `visual` tokens loses how many.
+
+    A method inside the encoder shortens its later blocks; where it counts tokens that are made of several patches, the
+    same share of the patches stays. Where the projector maps every patch by itself it runs on what is left.
+
+    Args:
+        grid: (h, w) of one tile's tokens; None is the square that they fill, if they fill one.
+        tiles: pictures that the encoder runs on; None is as few as hold the tokens.
+
+    Raises:
+        FoveateError: as `visual_per_layer`; or a method acts after encoder blocks that are not there.
+    """
+    if visual < 1:
+        raise FoveateError(f"visual={visual} is below 1; the smallest is 1")
+    tiles = shape.tiles_of(visual) if tiles is None else tiles
+    if tiles < 1:
+        raise FoveateError(f"tiles={tiles} is below 1; the smallest is 1")
+    if grid is None:
+        side = math.isqrt(visual // tiles)
+        grid = (side, side) if side * side * tiles == visual else None
+    given = () if methods is None else methods if isinstance(methods, Iterable) else (methods,)
+    parts = tuple(part for method in given for part in method.parts())
+    blocks = shape.tower.reads or shape.tower.layers
+    seen = visual_per_layer(parts, visual, shape.decoder.layers, grid=grid, tiles=tiles, blocks=blocks)
+    patches = shape.patches_of(visual)
+    tower, left = _tower(shape, [part for part in parts if part.site == "tower"], visual, patches, tiles, grid)
+    whole = visual if shape.tower.own_size else tiles * shape.projector.tokens
+    projected = left * tiles if shape.projector.merge == 1 and left < patches else whole
+    return Plan(seen, tower, tiles, patches, projected, parts)
+
+
+def _tower(
+    shape: ModelShape, parts: Sequence[Method], visual: int, patches: int, tiles: int, grid: Grid | None
+) -> tuple[tuple[int, ...], int]:
+    """Tokens that each encoder block's attention runs on, of one tile, and the patches left at the end."""
+    blocks, reads = shape.tower.layers, shape.tower.reads or shape.tower.layers
+    left, beside = [patches] * (blocks + 1), [0] * (blocks + 1)  # before each block, and at the end
+    for part in parts:
+        if isinstance(part, Merger):
+            merged = _merged(part, visual, patches, tiles, reads)
+            for block in range(blocks + 1):
+                left[block] -= sum(merged[:block])
+            if any(merged) and part.beside:
+                beside[:reads] = [part.beside] * reads
+                left[reads:] = [count + part.beside for count in left[reads:]]  # a token like the others by then
+            continue
+        counts = _counts(part, visual, grid, tiles)
+        for depth, count in zip(part.depths(blocks), counts, strict=True):
+            if not 1 <= depth <= reads - 1:
+                raise FoveateError(
+                    f"{type(part).__name__} acts after {depth} encoder blocks, outside 1..{reads - 1}: tokens leave "
+                    f"before the block that the projector reads; the nearest is {min(max(depth, 1), reads - 1)}"
+                )
+            share = math.ceil(count * patches / visual) if visual != patches * tiles else math.ceil(count / tiles)
+            left[depth:] = [min(share, before) for before in left[depth:]]
+    if shape.projector.merge > 1:
+        left[reads:] = [patches] * (blocks + 1 - reads)  # tokens are back at their places when they are merged
+    return tuple(left[block] + beside[block] + shape.tower.cls for block in range(blocks)), left[blocks]
+
+
+def _merged(part: Merger, visual: int, patches: int, tiles: int, blocks: int) -> tuple[int, ...]:
+    """How many of one tile's patches each block merges away; where a budget spans tiles or squares, evenly."""
+    if visual == patches or part.keep is None:
+        return part.schedule(patches, blocks)
+    (count,) = part.count(visual) or (visual,)
+    gone = patches - math.ceil(count * patches * tiles / visual / tiles)
+    return tuple(gone * (block + 1) // blocks - gone * block // blocks for block in range(blocks))
 
 
 def visual_per_layer(
@@ -18,6 +119,7 @@ def visual_per_layer(
     *,
     grid: Grid | None = None,
     tiles: int = 1,
+    blocks: int | None = None,
 ) -> tuple[int, ...]:
     """Visual tokens of one image in each of the decoder's `layers`, in the order in which the methods act on it.
 
@@ -29,6 +131,7 @@ def visual_per_layer(
         original: visual tokens of the image before any stage.
         grid: (h, w) of the image's tokens, for methods that keep whole rows or blocks.
         tiles: tiles of the image, for methods that split their budget over them.
+        blocks: encoder blocks up to the one that the projector reads, for methods that merge in each of them.
 
     Raises:
         FoveateError: a method decides its own count, asks for more tokens than are left, or acts at a layer outside
@@ -39,7 +142,10 @@ def visual_per_layer(
             raise FoveateError(f"{name}={value} is below 1; the smallest is 1")
     given = () if methods is None else methods if isinstance(methods, Iterable) else (methods,)
     stages = [
-        stage for method in given for part in method.parts() for stage in _stages(part, original, layers, grid, tiles)
+        stage
+        for method in given
+        for part in method.parts()
+        for stage in _stages(part, original, layers, grid, tiles, blocks)
     ]
     visual = [original] * layers
     for first, _, count, name in sorted(stages, key=lambda stage: stage[:2]):  # stable: as listed where they tie
@@ -52,39 +158,41 @@ def visual_per_layer(
     return tuple(visual)
 
 
-def _stages(part: Method, original: int, layers: int, grid: Grid | None, tiles: int) -> list[tuple[int, int, int, str]]:
+def _stages(
+    part: Method, original: int, layers: int, grid: Grid | None, tiles: int, blocks: int | None
+) -> list[tuple[int, int, int, str]]:
     """Each stage of a part: the first decoder layer it shortens, its order before that layer, its count, its name."""
     name = type(part).__name__
     if part.site == "cache":
         return []
-    counts = part.count(original, grid, tiles)
-    if counts is None:
-        raise FoveateError(
-            f"{name} decides its own count from the image, so nothing can be planned with it; "
-            "measure it and give the counts that its trace shows"
-        )
+    counts = _counts(part, original, grid, tiles, blocks)
     if part.site != "layer":
         order = 0 if part.site == "tower" else 1
         return [(0, order, count, name) for count in counts]
-    depths = _depths(part, layers)
-    if len(depths) != len(counts):
-        raise FoveateError(f"{name} acts at {len(depths)} layers {depths} but gives {len(counts)} counts {counts}")
-    return [(depth, 0, count, f"{name} at layer {depth}") for depth, count in zip(depths, counts, strict=True)]
-
-
-def _depths(part: Method, layers: int) -> tuple[int, ...]:
-    """The decoder blocks that run in full before each stage of a part."""
-    name = type(part).__name__
-    stated = part.depths(layers) or getattr(part, "layers", None)
-    if stated is None:
-        single = getattr(part, "layer", None)
-        if single is None:
-            raise FoveateError(f"{name} states neither layer nor layers, so nothing can be planned with it")
-        stated = (single,)
-    depths = tuple(stated)
+    depths = part.depths(layers)
     for depth in depths:
         if not 1 <= depth < layers:
             nearest = min(max(depth, 1), layers - 1)
             hint = f"the nearest is {nearest}" if layers > 1 else "a decoder of one layer has none"
             raise FoveateError(f"{name} acts at layer {depth}, outside 1..{layers - 1} of {layers} layers; {hint}")
-    return depths
+    if len(depths) != len(counts):
+        raise FoveateError(f"{name} acts at {len(depths)} layers {depths} but gives {len(counts)} counts {counts}")
+    return [(depth, 0, count, f"{name} at layer {depth}") for depth, count in zip(depths, counts, strict=True)]
+
+
+def _counts(part: Method, original: int, grid: Grid | None, tiles: int, blocks: int | None = None) -> tuple[int, ...]:
+    """Tokens left after each stage of a part.
+
+    Raises:
+        FoveateError: the part decides its own count from the image.
+    """
+    counts = part.count(original, grid, tiles)
+    if counts is None and isinstance(part, Merger) and blocks is not None:
+        left = original - sum(part.schedule(original, blocks))  # known once the blocks are
+        counts = (left + part.beside if left < original else left,)
+    if counts is None:
+        raise FoveateError(
+            f"{type(part).__name__} decides its own count from the image, so nothing can be planned with it; "
+            "give it keep=, or measure it and give the counts that its trace shows"
+        )
+    return counts

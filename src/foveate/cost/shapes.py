@@ -1,10 +1,10 @@
-"""The sizes of a model that its cost depends on: tower, projector and decoder, read from a config or from a preset."""
+"""The sizes of a model that its cost depends on: tower, projector and decoder, and where they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
 from foveate.core import FoveateError, did_you_mean
@@ -65,7 +65,9 @@ class DecoderShape:
         Raises:
             FoveateError: a decoder of unknown type, or a size that the config does not state.
         """
-        return _decoder(_entries(config))
+        from foveate.cost.configs import read_decoder
+
+        return read_decoder(config)
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,16 @@ class TowerShape:
     """The vision encoder, for one picture (one tile): `layers` blocks that run, of width E, on `tokens` patches.
 
     Attributes:
-        tokens: patches of one picture, CLS not counted.
+        tokens: patches of one picture, CLS not counted; of a typical one where pictures keep their own size.
         cls: a CLS token runs along with the patches.
         patch: side of a patch in pixels.
         channels: colour channels of the picture.
         gated: the feed-forward network has three matrices, else two.
+        frames: pictures that one patch spans; a still picture is repeated.
+        reads: blocks that run up to the one whose output the projector reads; None is all.
+        window: patches that a patch attends to in the blocks that are not in `wide`; None is all.
+        wide: 0-based blocks of an encoder with windows in which every patch attends to all.
+        own_size: pictures are not brought to one size, so that their patches follow from their tokens.
     """
 
     layers: int
@@ -89,9 +96,16 @@ class TowerShape:
     patch: int
     channels: int = 3
     gated: bool = False
+    frames: int = 1
+    reads: int | None = None
+    window: int | None = None
+    wide: tuple[int, ...] = ()
+    own_size: bool = False
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        if self.reads is not None and self.reads > self.layers:
+            raise FoveateError(f"the projector reads block {self.reads} of {self.layers}; the last is {self.layers}")
 
     @property
     def length(self) -> int:
@@ -111,7 +125,11 @@ class TowerShape:
     @property
     def patch_weights(self) -> int:
         """Weights of the convolution that turns a patch's pixels into a token."""
-        return self.channels * self.patch**2 * self.width
+        return self.channels * self.frames * self.patch**2 * self.width
+
+    def keys(self, block: int, length: int) -> int:
+        """Tokens that each of `length` attends to in 0-based `block`."""
+        return length if self.window is None or block in self.wide else min(length, self.window)
 
 
 @dataclass(frozen=True)
@@ -121,10 +139,12 @@ class ProjectorShape:
     Attributes:
         linears: (in, out) of each linear map.
         tokens: tokens of one picture that it runs on.
+        merge: neighbouring patches that make one token.
     """
 
     linears: tuple[tuple[int, int], ...]
     tokens: int
+    merge: int = 1
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -147,154 +167,63 @@ class ModelShape:
     projector: ProjectorShape
     name: str = field(default="", compare=False)
 
+    @property
+    def weights(self) -> int:
+        """Weights of all matrices: tower, projector, embeddings, decoder and output head; no norms, no biases."""
+        decoder, tower = self.decoder, self.tower
+        encoder = tower.layers * tower.block_weights + tower.patch_weights
+        tables = decoder.head_weights * (1 if decoder.tied else 2)
+        return encoder + self.projector.weights + decoder.layers * decoder.block_weights + tables
+
+    def tiles_of(self, visual: int) -> int:
+        """Pictures that the tower encodes for an image of `visual` tokens: as few as hold them."""
+        return 1 if self.tower.own_size else max(1, -(-visual // self.projector.tokens))
+
+    def patches_of(self, visual: int) -> int:
+        """Patches of one encoded picture of an image of `visual` tokens."""
+        return visual * self.projector.merge if self.tower.own_size else self.tower.tokens
+
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """Read the config of a LLaVA-like model: an object with `to_dict()`, or the dict of a `config.json`.
+        """Read the config of a vision-language model: an object with `to_dict()`, or the dict of a `config.json`.
 
         Raises:
             FoveateError: a model, tower or decoder of unknown type, or a size that the config does not state.
         """
-        top = _entries(config)
-        family = str(top.get("model_type"))
-        if family not in _FAMILIES:
-            raise FoveateError(f"the shape of a {family!r} model is not known; {did_you_mean(family, _FAMILIES)}")
-        decoder, tower = _decoder(top), _tower(top)
-        chosen = top.get("vision_feature_layer", -2)
-        read = 1 if isinstance(chosen, int) else len(chosen)
-        # The strategy "default" cuts the first token off whether or not it is a CLS.
-        tokens = tower.length - (top.get("vision_feature_select_strategy", _FAMILIES[family]) == "default")
-        linears = ((read * tower.width, decoder.width), (decoder.width, decoder.width))
-        name = str(top.get("_name_or_path") or family).rstrip("/").rsplit("/", 1)[-1]
-        return cls(decoder, tower, ProjectorShape(linears, tokens), name)
+        from foveate.cost.configs import read_model
 
-
-# Families whose projector is two linear maps on every token that the tower gives, each with the strategy that selects
-# those tokens where the config leaves it out.
-_FAMILIES = {"llava": "default", "llava_next": "default", "llava_onevision": "full"}
-
-# Towers of plain blocks (two feed-forward matrices): does a CLS token run along?
-_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
-
-# Decoders of gated blocks, each with the sizes that its config.json may leave out.
-_DECODERS: Mapping[str, Mapping[str, int]] = {
-    "llama": {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-    "mistral": {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-    },
-    "gemma": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "qwen2": {},
-    "qwen3": {},
-    "qwen2_vl_text": {},
-    "qwen2_5_vl_text": {},
-    "qwen3_vl_text": {},
-}
-
-
-def _entries(config: Any) -> Mapping[str, Any]:
-    """The entries of a config, whatever it is made of."""
-    if isinstance(config, Mapping):
-        return config
-    if hasattr(config, "to_dict"):
-        return dict(config.to_dict())
-    if hasattr(config, "__dict__"):
-        return dict(vars(config))
-    raise FoveateError(f"a {type(config).__name__} is no config: it has neither entries nor to_dict()")
-
-
-def _size(entries: Mapping[str, Any], key: str, where: str) -> int:
-    value = entries.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FoveateError(
-            f"{where} states {key}={value!r}, which is no size; "
-            "a config object made by transformers fills in what a config.json leaves out"
-        )
-    return value
-
-
-def _decoder(top: Mapping[str, Any]) -> DecoderShape:
-    """The decoder of a config, or of its `text_config`."""
-    given = _entries(top.get("text_config") or top)
-    kind = str(given.get("model_type") or ("llama" if "text_config" in top else None))
-    if kind not in _DECODERS:
-        raise FoveateError(f"the shape of a {kind!r} decoder is not known; {did_you_mean(kind, _DECODERS)}")
-    stated = {key: value for key, value in given.items() if value is not None}
-    text: dict[str, Any] = {**_DECODERS[kind], **stated}
-    where = f"the {kind} config"
-    width, heads = _size(text, "hidden_size", where), _size(text, "num_attention_heads", where)
-    return DecoderShape(
-        layers=_size(text, "num_hidden_layers", where),
-        width=width,
-        ffn=_size(text, "intermediate_size", where),
-        heads=heads,
-        kv_heads=_size({"num_key_value_heads": heads, **text}, "num_key_value_heads", where),
-        head_width=_size({"head_dim": width // max(1, heads), **text}, "head_dim", where),
-        vocabulary=_size(text, "vocab_size", where),
-        tied=bool(top.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-    )
-
-
-def _tower(top: Mapping[str, Any]) -> TowerShape:
-    """The tower of a config's `vision_config`."""
-    vision = _entries(top.get("vision_config") or {})
-    kind = str(vision.get("model_type"))
-    if kind not in _TOWERS:
-        raise FoveateError(f"the shape of a {kind!r} tower is not known; {did_you_mean(kind, _TOWERS)}")
-    where = f"the {kind} config"
-    patch = _size(vision, "patch_size", where)
-    return TowerShape(
-        layers=_size(vision, "num_hidden_layers", where),
-        width=_size(vision, "hidden_size", where),
-        ffn=_size(vision, "intermediate_size", where),
-        heads=_size(vision, "num_attention_heads", where),
-        tokens=(_size(vision, "image_size", where) // max(1, patch)) ** 2,
-        cls=_TOWERS[kind],
-        patch=patch,
-        channels=_size({"num_channels": 3, **vision}, "num_channels", where),
-    )
-
-
-def _llava(name: str, decoder: DecoderShape, tower: TowerShape) -> ModelShape:
-    linears = ((tower.width, decoder.width), (decoder.width, decoder.width))
-    return ModelShape(decoder, tower, ProjectorShape(linears, tower.tokens), name)
-
-
-_CLIP_L_336 = TowerShape(layers=24, width=1024, ffn=4096, heads=16, tokens=576, cls=True, patch=14)
-_CLIP_MINI = TowerShape(layers=6, width=256, ffn=1024, heads=4, tokens=576, cls=True, patch=14)
-
-# The vocabulary is the original release's 32,000 entries, which published figures count; checkpoints converted for
-# transformers pad it to 32,064 and `from_config` reads that.
-_ROWS = (
-    _llava("llava-1.5-7b", DecoderShape(32, 4096, 11008, 32, 32, 128, 32000), _CLIP_L_336),
-    _llava("llava-1.5-13b", DecoderShape(40, 5120, 13824, 40, 40, 128, 32000), _CLIP_L_336),
-    _llava("mini", DecoderShape(6, 256, 704, 4, 4, 64, 91, tied=True), _CLIP_MINI),
-)
-PRESETS: Mapping[str, ModelShape] = MappingProxyType({row.name: row for row in _ROWS})
+        return read_model(config)
 
 
 def shape(name_or_config: Any) -> ModelShape:
-    """The shape of a preset by its name, of a config (object or dict), or the shape itself.
+    """The shape of a preset by its name, of a config (object, dict, or the folder that holds it), or the shape itself.
 
     Raises:
-        FoveateError: no preset has that name, or the config's model is not known.
+        FoveateError: no preset or folder has that name, or the config's model is not known.
     """
+    from foveate.cost.presets import PRESETS
+
     if isinstance(name_or_config, ModelShape):
         return name_or_config
-    if not isinstance(name_or_config, str):
+    if not isinstance(name_or_config, str | Path):
         return ModelShape.from_config(name_or_config)
-    found = PRESETS.get(name_or_config.lower())
-    if found is None:
-        raise FoveateError(f"no preset is called {name_or_config!r}; {did_you_mean(name_or_config.lower(), PRESETS)}")
-    return found
+    name = str(name_or_config)
+    found = PRESETS.get(name.lower())
+    if found is not None:
+        return found
+    path = Path(name_or_config)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        return ModelShape.from_config(_stored(file))
+    where = "holds no config.json" if path.is_dir() else "is no preset and no folder"
+    raise FoveateError(f"{name!r} {where}; {did_you_mean(name.lower(), PRESETS)}")
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{file} cannot be read as a config: {error}") from error
+    if not isinstance(config, dict):
+        raise FoveateError(f"{file} holds a {type(config).__name__}, no config; give a model's config.json")
+    return {"_name_or_path": str(file.parent), **{key: value for key, value in config.items() if value != ""}}

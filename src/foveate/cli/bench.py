@@ -1,0 +1,249 @@
+"""`foveate bench`: how long answers take, unpruned and with each rival, measured in turns and beside the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foveate.cli.errors import UsageError, usage
+from foveate.cli.loading import Clip, Device, Dtype, Trust
+
+if TYPE_CHECKING:
+    from foveate.core import Method
+    from foveate.evaluate.bench import Result, Setting
+
+Stages = tuple["Method", ...]
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="mini, a folder, or a hub id.")] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="In its place, a well-known shape with random weights; no download."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many blocks of a PRESET's tower and decoder.")
+    ] = None,
+    prune: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="A rival; repeat it for more. Unpruned comes first.")
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="B", help="Prompts at once, one picture each.")] = 1,
+    text: Annotated[int, typer.Option(metavar="N", help="Other tokens of a PRESET's prompts.")] = 60,
+    answer: Annotated[int, typer.Option(metavar="N", help="Tokens of each answer.")] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds in which all rivals take turns.")] = 5,
+    warmup: Annotated[int, typer.Option(metavar="N", help="Rounds before those that count.")] = 1,
+    hardware: Annotated[
+        str, typer.Option(metavar="H", help="Predict for auto (this device), none, or a name as in foveate cost.")
+    ] = "auto",
+    paper_table: Annotated[
+        bool, typer.Option("--paper-table", help="Each rival at 75, 50 and 25 %, printed as in FoPru's Table 1.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the results to a file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="F", help="Draw the results (.png).")] = None,
+    clip: Clip = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Time answers of MODEL or of a shape with random weights: first token, each further one, memory, choosing."""
+    with usage():
+        from foveate.cli.loading import find_device
+        from foveate.evaluate.bench import Setting
+
+        setting = Setting(answer=answer, repeats=repeats, warmup=warmup)
+        if (model is None) == (random_weights is None):
+            raise UsageError("give a MODEL or --random-weights PRESET, one of them")
+        _check(layers, random_weights, json_file, plot, {"batch": batch, "text": text})
+        rivals, names = _rivals(prune, paper_table)
+        place = find_device(device)
+        predicted_for = _hardware(hardware, place)
+
+    needs = {need for stages in rivals for stage in stages for part in stage.parts() for need in part.needs}
+    if random_weights is not None:
+        made = _random(random_weights, layers, place, dtype, needs)
+        inputs = _random_prompts(made[0], text, batch)
+    else:
+        assert model is not None
+        made, inputs = _loaded(model, place, dtype, trust_remote_code, clip, batch)
+    results = _measure(made, inputs, rivals, setting, predicted_for)
+    _show(results, names if paper_table else None, predicted_for)
+    if json_file is not None:
+        from foveate.cli.output import write_json
+
+        settings = {"batch": batch, "answer": answer, "model": model or random_weights, "layers": layers}
+        write_json(json_file, {**settings, **_machine(made[0]), "results": [result.to_dict() for result in results]})
+    if plot is not None:
+        _draw(results, plot)
+
+
+def _draw(results: Sequence[Result], plot: Path) -> None:
+    from foveate.evaluate.bench_figures import bench_figure
+    from foveate.evaluate.figures import save_figure
+
+    save_figure(bench_figure(results), plot)
+
+
+def _check(
+    layers: int | None, preset: str | None, json_file: Path | None, plot: Path | None, counts: Mapping[str, int]
+) -> None:
+    """Refuse, before any work, what could not be built or written."""
+    for name, value in counts.items():
+        if value < 1:
+            raise UsageError(f"--{name} {value} is below 1; the smallest is 1")
+    if layers is not None and preset is None:
+        raise UsageError("--layers cuts a PRESET short; a MODEL has the layers that it has")
+    if preset is not None:
+        from foveate.evaluate.bench_model import scaled
+
+        scaled(preset, layers)
+    if json_file is not None or plot is not None:
+        from foveate.cli.output import check_target
+
+        if json_file is not None:
+            check_target(json_file, (".json",))
+        if plot is not None:
+            from foveate.evaluate.figures import check_drawing
+
+            check_target(plot, (".png",))
+            check_drawing()
+
+
+def _rivals(specs: list[str] | None, paper_table: bool) -> tuple[list[Stages], list[str]]:
+    """The rivals, and for the paper's table the name of each method, which then stands at each ratio."""
+    from foveate.evaluate.bench_tables import at_ratios
+    from foveate.methods import name_of
+    from foveate.spec import parse_stages
+
+    given = [parse_stages(spec) for spec in specs or (["fopru"] if paper_table else []) if spec != "none"]
+    if not paper_table:
+        return given, []
+    rivals: list[Stages] = [stages for one in given for stages in at_ratios(one)]
+    return rivals, [name_of(stages[0]) for stages in given]
+
+
+def _hardware(name: str, place: Any) -> Any:
+    """The row to predict with, None for none."""
+    import torch
+
+    from foveate.cost import hardware, hardware_of
+
+    if name == "none":
+        return None
+    if name != "auto":
+        return hardware(name)
+    return hardware_of(torch.cuda.get_device_name(place)) if place.type == "cuda" else hardware("cpu")
+
+
+def _random(preset: str, layers: int | None, place: Any, dtype: str, needs: set[str]) -> tuple[Any, dict[str, Any]]:
+    """A model with random weights, and what `prune` needs besides."""
+    import torch
+
+    from foveate.cli.loading import DTYPES
+    from foveate.cli.output import working
+    from foveate.core import did_you_mean
+    from foveate.evaluate.bench_model import random_clip, random_model
+    from foveate.runtime.choose import JOINT
+
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
+    kind = "float32" if place.type == "cpu" else "bfloat16"
+    with working(f"building {preset} with random weights"):
+        model = random_model(
+            preset, layers=layers, device=place, dtype=getattr(torch, kind if dtype == "auto" else dtype)
+        )
+        joint = needs.intersection(JOINT)
+        options = {"clip": random_clip(model), "question": "what color is behind the dog ?"} if joint else {}
+    return model, options
+
+
+def _random_prompts(model: Any, text: int, batch: int) -> Any:
+    from foveate.evaluate.bench_model import random_inputs
+
+    return random_inputs(model, text=text, batch=batch)
+
+
+def _loaded(
+    name: str, place: Any, dtype: str, trust: bool, clip: str | None, batch: int
+) -> tuple[tuple[Any, dict[str, Any]], Any]:
+    """A checkpoint with what `prune` needs besides, and prompts about pictures of noise."""
+    from PIL import Image
+
+    from foveate.cli.loading import load
+    from foveate.cli.output import working
+    from foveate.evaluate.answers import encode
+
+    with working(f"loading {name}"):
+        loaded = load(name, device=str(place), dtype=dtype, trust_remote_code=trust)
+    picture = Image.effect_noise((672, 672), 90).convert("RGB")
+    questions = ["what color is behind the dog ?"] * batch
+    inputs = encode(loaded.model, loaded.processor, [[picture]] * batch, questions)
+    return (loaded.model, {"processor": loaded.processor, "clip": clip}), inputs
+
+
+def _measure(
+    made: tuple[Any, dict[str, Any]], inputs: Any, rivals: Sequence[Stages], setting: Setting, hardware: Any
+) -> list[Result]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from foveate.cli.output import stderr
+    from foveate.evaluate.bench import measure
+
+    console = stderr()
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    # Drawn between answers alone, so that nothing else runs while one is timed.
+    with Progress(*bars, console=console, transient=True, disable=not console.is_terminal, auto_refresh=False) as bar:
+        task = bar.add_task("answers", total=(setting.warmup + setting.repeats) * (len(rivals) + 1))
+
+        def progress(count: int) -> None:
+            bar.advance(task, count)
+            bar.refresh()
+
+        return measure(made[0], inputs, rivals, setting, hardware=hardware, options=made[1], progress=progress)
+
+
+def _show(results: Sequence[Result], names: Sequence[str] | None, hardware: Any) -> None:
+    from foveate.cli.output import show
+    from foveate.evaluate.bench import fit, warnings
+    from foveate.evaluate.bench_tables import PAPER_COLUMNS, columns, paper_rows, rows
+
+    if names is not None:
+        show(PAPER_COLUMNS, paper_rows(results, names))
+    else:
+        show(columns(results), rows(results))
+    lines = [f"medians of {results[0].runs} rounds, quartiles in brackets"]
+    if hardware is not None:
+        known = hardware.launch is not None
+        lines.append(
+            f"predicted for {hardware.name}: "
+            + ("with its fitted efficiency and launch time" if known else "the roofline's bound, launches left out")
+        )
+        found = fit(results, hardware)
+        if found is not None and found.efficiency is not None and found.launch is not None:
+            lines.append(
+                f"nearest to these first tokens: {found.efficiency:.3g} of the roofline's speed, "
+                f"{found.launch * 1e6:.3g} us a launch"
+            )
+    lines += [f"warning: {line}" for line in warnings(results)]
+    typer.echo("\n".join(["", *lines]))
+
+
+def _machine(model: Any) -> dict[str, Any]:
+    """The device and the versions behind the figures."""
+    import datetime
+    import platform
+
+    import torch
+    import transformers
+
+    cuda = model.device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
