@@ -174,13 +174,15 @@ def accuracy(found: dict[str, Any]) -> str:
         if row["method"].startswith("ceiling"):
             tokens = f"about {row['tokens']:.0f} tokens"
             lines.append(f"| those of the object asked about, {tokens} | {' | '.join([percent(row)] * len(budgets))} |")
-    why = {(entry["method"], entry["keep"]): entry["why"] for entry in found["unreached"]}
+    missing = {(entry["method"], keep) for entry in found["unreached"] for keep in entry["keep"]}
     named = [row["name"] for row in ordered() if row["site"] != "cache"]
     for name in named:
-        cells = ["-" if (name, keep) in why else cell(scores[str(at(name, keep, 576))]) for keep in budgets]
+        cells = ["-" if (name, keep) in missing else cell(scores[str(at(name, keep, 576))]) for keep in budgets]
         lines.append(f"| [`{name}`](methods/{name}.md) | {' | '.join(cells)} |")
     lines += ["", "What could not be reached:", ""]
-    lines += [f"- `{name}` at {keep}: {reason}" for (name, keep), reason in why.items() if name in named]
+    for entry in found["unreached"]:
+        if entry["method"] in named:
+            lines.append(f"- `{entry['method']}` at {', '.join(map(str, entry['keep']))}: {entry['why']}")
     return "\n".join(lines) + "\n"
 
 

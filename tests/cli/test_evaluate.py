@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import tiny
 
+from foveate import methods
+from foveate.evaluate.catalogue import describe
+
 
 @pytest.fixture
 def evaluate(call: Any, folder: Path) -> Any:
@@ -28,8 +31,26 @@ def test_the_unpruned_row_comes_first(evaluate: Any, tmp_path: Path) -> None:
     assert [row["tokens"] for row in stored["rows"]][:3] == [tiny.TOKENS, 4, tiny.TOKENS // 4]
     assert stored["rows"][0].keys() == {
         "method", "accuracy", "interval", "existence", "color", "digit", "count", "describe",
-        "tokens", "prefill_flops_share", "kv_bytes_share", "samples",
+        "tokens", "equivalent_tokens", "prefill_flops_share", "kv_bytes_share", "samples",
     }  # fmt: skip
+
+
+def test_every_method_is_asked_at_every_budget(evaluate: Any, tmp_path: Path) -> None:
+    """Those that cannot reach one, or miss something, are named with the reason; those on the cache are left out."""
+    file = tmp_path / "rows.json"
+    result = evaluate("--every", "9/40", "--samples", 2, "--json", file)
+    assert result.code == 0
+    stored = json.loads(file.read_text())
+    assert stored["every"] == [9, 40] and stored["command"].startswith("foveate ")
+    reached = {row["method"] for row in stored["rows"]}
+    assert {"fopru:keep=9", "divprune:keep=9", "pyramiddrop:keep=9/9/9"} <= reached
+    why = {entry["method"]: entry for entry in stored["unreached"] if 9 in entry["keep"]}
+    assert "give clip=" in why["cdpruner"]["why"] and why["cdpruner"]["keep"] == [9]
+    assert any(entry["method"] == "fopru" and entry["keep"] == [40] for entry in stored["unreached"])
+    missing = {entry["method"] for entry in stored["unreached"]} | {row.partition(":")[0] for row in reached}
+    on_the_cache = {name for name in methods.names() if describe(name)["site"] == "cache"}
+    assert missing == {*methods.names(), "none"} - on_the_cache
+    assert all(row["tokens"] == 9 for row in stored["rows"] if row["method"] != "none")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +60,7 @@ def test_the_unpruned_row_comes_first(evaluate: Any, tmp_path: Path) -> None:
         (["--batch", "0"], "batch=0 measures nothing"),
         (["--seed", "-1"], "seed=-1 is outside"),
         (["--prune", "fopru:keep=1.5"], "keep=1.5 is no share in (0, 1]"),
+        (["--every", "64,32"], "--every '64,32' is no list of token counts; write 144/64/32/16"),
         (["--tasks", "scene"], "unknown task 'scene'; did you mean 'scenes'?"),
         (["--json", "rows.csv"], "rows.csv ends in '.csv'; the choices are .json"),
         (["--json", "no/where.json"], "there is no folder no"),

@@ -52,6 +52,7 @@ class Row:
         method: its spec; "none" for the unpruned model.
         scores: of each answer, from 0 to 1, by kind of question.
         tokens: visual tokens of each picture that reached the end of the prefill.
+        equivalent: the same averaged over the decoder's layers, mean of its batch.
         prefill_flops, unpruned_flops: of all prompts.
         kv_bytes, unpruned_bytes: of all prompts.
     """
@@ -59,6 +60,7 @@ class Row:
     method: str
     scores: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in questions.KINDS})
     tokens: list[int] = field(default_factory=list)
+    equivalent: list[float] = field(default_factory=list)
     prefill_flops: float = 0.0
     unpruned_flops: float = 0.0
     kv_bytes: int = 0
@@ -79,6 +81,7 @@ class Row:
             "interval": [low, high],
             **{kind: _mean(scores) if scores else None for kind, scores in self.scores.items()},
             "tokens": _mean(self.tokens),
+            "equivalent_tokens": _mean(self.equivalent),
             "prefill_flops_share": self.prefill_flops / self.unpruned_flops if self.unpruned_flops else 1.0,
             "kv_bytes_share": self.kv_bytes / self.unpruned_bytes if self.unpruned_bytes else 1.0,
             "samples": count,
@@ -216,6 +219,7 @@ def _answer(model: Any, processor: Any, handle: Handle | None, inputs: Any, grou
         output = greedy(model, inputs, max_new_tokens=_LONGEST)
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
         row.tokens += [visual // len(group)] * len(group)
+        row.equivalent += [float(visual // len(group))] * len(group)
     else:
         with handle as trace:
             output = greedy(model, inputs, max_new_tokens=_LONGEST)
@@ -227,6 +231,7 @@ def _answer(model: Any, processor: Any, handle: Handle | None, inputs: Any, grou
 
 def _add(trace: Trace, row: Row) -> None:
     row.tokens += [image.after for image in trace.images]
+    row.equivalent += [trace.budget.equivalent_tokens] * len(trace.images)
     row.prefill_flops += trace.budget.prefill_flops
     row.unpruned_flops += trace.unpruned.prefill_flops
     row.kv_bytes += trace.budget.kv_bytes
