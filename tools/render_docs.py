@@ -18,6 +18,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import foveate
 from foveate import methods
 from foveate.core import FoveateError
 from foveate.evaluate.catalogue import ACTS, about, at, describe
@@ -177,7 +181,7 @@ def accuracy(found: dict[str, Any]) -> str:
     missing = {(entry["method"], keep) for entry in found["unreached"] for keep in entry["keep"]}
     named = [row["name"] for row in ordered() if row["site"] != "cache"]
     for name in named:
-        cells = ["-" if (name, keep) in missing else cell(scores[str(at(name, keep, 576))]) for keep in budgets]
+        cells = ["-" if (name, keep) in missing else cell(scores[str(budgeted(name, keep))]) for keep in budgets]
         lines.append(f"| [`{name}`](methods/{name}.md) | {' | '.join(cells)} |")
     lines += ["", "What could not be reached:", ""]
     for entry in found["unreached"]:
@@ -214,11 +218,20 @@ def texts() -> dict[Path, str]:
 
 
 def shown(name: str) -> str:
-    """The method as the pictures show it."""
+    """The method as the pictures show it; nothing for one that drops no visual tokens or has no weights for `mini`."""
     try:
-        return str(at(name, KEPT, 576))
+        return str(budgeted(name, KEPT))
     except FoveateError:
         return ""
+
+
+def budgeted(name: str, keep: int) -> Any:
+    """The method at a budget, with the weights that `mini` has for it."""
+    weights = "mini" if (Path(foveate.MINI) / name).is_dir() else None
+    method = at(name, keep, 576, weights)
+    for part in method.parts():
+        part.check_model(AutoConfig.from_pretrained(foveate.MINI))
+    return method
 
 
 def write(path: Path, data: bytes) -> None:
@@ -231,10 +244,6 @@ def write(path: Path, data: bytes) -> None:
 
 def pictures() -> None:
     """What every method keeps of the demo scene, as small pictures."""
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import foveate
     from foveate.evaluate.answers import encode, greedy
     from foveate.scenes.generator import demo
 

@@ -62,7 +62,7 @@ def command(
     console = stderr()
     with working(f"loading {model}"):
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    unreached = _add_every(rivals, budgets, loaded)
+    unreached = _add_every(rivals, budgets, loaded, model)
     asked = {"samples": samples, "seed": seed}
     rows = _answered(loaded, rivals, console, **asked, batch=batch, ceiling=ceiling, clip=clip)
     table = [row.to_dict() for row in rows]
@@ -107,7 +107,7 @@ def _budgets(text: str | None) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded) -> list[dict[str, Any]]:
+def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model: str) -> list[dict[str, Any]]:
     """Add every method that drops visual tokens at each budget to `rivals`.
 
     Returned is what cannot be reached: method, the budgets for one reason, and that reason.
@@ -121,13 +121,14 @@ def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded) -> li
     if not budgets:
         return []
     unreached: dict[tuple[str, str], list[int]] = {}
+    folder = Path(loaded.model.name_or_path)  # weights of trained methods may lie beside the model's own
     height, width = family_of(loaded.model).grid(loaded.model.config)
     for name in methods.names():
         if {part.site for part in methods.get(name).example().parts()} == {"cache"}:
             continue
         for keep in budgets:
             try:
-                made = at(name, keep, height * width)
+                made = at(name, keep, height * width, model if (folder / name).is_dir() else None)
                 prune(loaded.model, made, processor=loaded.processor)
             except FoveateError as error:
                 unreached.setdefault((name, str(error)), []).append(keep)

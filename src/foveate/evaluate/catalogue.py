@@ -63,13 +63,16 @@ def about(name: str) -> tuple[str, dict[str, str]]:
     return body.strip(), arguments
 
 
-def at(name: str, keep: Keep, original: int) -> Method:
+def at(name: str, keep: Keep, original: int, weights: str | None = None) -> Method:
     """A method with its defaults that keeps `keep` of `original` tokens at each of its stages.
 
+    Args:
+        weights: where a trained method has its weights from, as `from=` of a spec says it.
+
     Raises:
-        FoveateError: it acts on the cache alone, needs weights that nobody gave it, or cannot reach this budget.
+        FoveateError: it acts on the cache alone, has no budget to set, or cannot reach this one.
     """
-    kind = methods.get(name)
+    kind: Any = methods.get(name)
     example = kind.example()
     if all(part.site == "cache" for part in example.parts()):
         raise FoveateError(f"{name} drops cache entries, not visual tokens")
@@ -77,7 +80,7 @@ def at(name: str, keep: Keep, original: int) -> Method:
         raise FoveateError(f"{name} has no budget to set")
     stages = getattr(example, "keep", None)
     wanted: Any = (keep,) * len(stages) if isinstance(stages, tuple) else keep
-    made = kind(keep=wanted)  # type: ignore[call-arg]
+    made: Method = kind(keep=wanted) if weights is None else kind.from_pretrained(weights, keep=wanted)
     for part in made.parts():
         part.count(original)
     return made
