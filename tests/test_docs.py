@@ -86,7 +86,7 @@ def test_accuracies_stand_in_their_columns(tool: ModuleType) -> None:
     unreached = []
     for row in tool.ordered():
         try:
-            method = str(at(row["name"], 64, 576))
+            method = str(tool.budgeted(row["name"], 64))
         except FoveateError as error:
             unreached.append({"method": row["name"], "keep": [64], "why": str(error)})
             continue
