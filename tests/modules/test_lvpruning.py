@@ -139,7 +139,7 @@ def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match=r"no decision modules can be loaded from .*nowhere"):
         load(tmp_path / "nowhere")
     tiny.model().save_pretrained(tmp_path / "model")
-    with pytest.raises(FoveateError, match="holds a 'llava' model, no decision modules of LVPruning"):
+    with pytest.raises(FoveateError, match="holds a 'llava' model, no decision modules"):
         load(tmp_path / "model")
 
 

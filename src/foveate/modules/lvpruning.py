@@ -6,8 +6,6 @@ Shapes: B rows, N visual tokens, T text tokens, C the decoder's width, H heads.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from foveate.core import FoveateError
+from foveate.modules import storage
 
 MODEL_TYPE = "foveate_lvpruning"
+WHAT = "decision modules"
+"""What the modules are called in messages."""
+
 FOLDER = "lvpruning"
 """Where modules that ship beside a model lie in its folder."""
 
@@ -202,9 +204,7 @@ def for_model(config: Any, *, layers: tuple[int, ...], seed: int = 0, **settings
 
 def build(config: LVPruningConfig, seed: int = 0) -> LVPruningModules:
     """Untrained modules of a shape; the global random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LVPruningModules(config).eval()
+    return storage.seeded(LVPruningModules, config, seed)
 
 
 def find(path: str | Path) -> str:
@@ -226,38 +226,11 @@ def load(path: str | Path) -> LVPruningModules:
     Raises:
         FoveateError: nothing is there, it holds something else, or it is damaged or incomplete.
     """
-    source = find(path)
-    try:
-        config, _ = LVPruningConfig.get_config_dict(source)
-        kind = config.get("model_type")
-        if kind == MODEL_TYPE:
-            modules, report = LVPruningModules.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-    # The loaders raise OSError, ValueError, KeyError and whatever a damaged file leads to.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FoveateError(f"no decision modules can be loaded from {path}: {reason}") from error
-    if kind != MODEL_TYPE:
-        raise FoveateError(
-            f"{path} holds a {kind!r} model, no decision modules of LVPruning ({MODEL_TYPE!r}); give the folder that "
-            "`foveate train lvpruning` wrote"
-        )
-    lacking = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    if lacking:
-        raise FoveateError(f"the decision modules in {path} are incomplete: {len(lacking)} tensors, first {lacking[0]}")
-    return modules.eval().requires_grad_(False)
+    return storage.read(LVPruningModules, find(path), WHAT)
 
 
 def save(modules: LVPruningModules, folder: str | Path, card: str = "") -> Path:
     """Write modules in bfloat16, ready for `load`; every file appears whole, the weights last."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     half = LVPruningModules(modules.config)
     half.load_state_dict(modules.state_dict())
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        half.to(torch.bfloat16).save_pretrained(temporary)
-        if card:
-            (Path(temporary) / "README.md").write_text(card, encoding="utf-8")
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            file.chmod(0o644)
-            os.replace(file, folder / file.name)
-    return folder
+    return storage.write(half.to(torch.bfloat16), folder, card)

@@ -43,12 +43,14 @@ def read(kind: type[Modules], path: str | Path, what: str) -> Modules:
     return modules.eval().requires_grad_(False)
 
 
-def write(modules: PreTrainedModel, folder: str | Path) -> Path:
-    """Write modules, ready for `read`; every file appears whole, the weights last."""
+def write(modules: PreTrainedModel, folder: str | Path, card: str = "") -> Path:
+    """Write modules, and a card if there is one, ready for `read`; every file appears whole, the weights last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
         modules.save_pretrained(temporary)
+        if card:
+            (Path(temporary) / "README.md").write_text(card, encoding="utf-8")
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
             file.chmod(0o644)
             os.replace(file, folder / file.name)
