@@ -178,3 +178,17 @@ def test_no_method_at_all_is_refused(model: PreTrainedModel) -> None:
     assert str(error.value) == "no method was given; to run without pruning, call the model outside prune()"
     with pytest.raises(FoveateError, match="has an empty stage"):
         foveate.prune(model, "")
+
+
+def test_costs_are_reached_through_the_package() -> None:
+    code = "import foveate, sys; print(foveate.cost.estimate('mini').kv_bytes); assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0
+
+
+def test_type_checkers_know_every_method() -> None:
+    text = Path(foveate.__file__).read_text(encoding="utf-8")
+    for name in methods.names():
+        kind = methods.get(name).__name__
+        assert f"from foveate.methods.{name} import {kind} as {kind}" in text

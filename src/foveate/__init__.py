@@ -9,20 +9,50 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveate import cost as cost
+    from foveate.calibrate import calibrate as calibrate
     from foveate.core import Block as Block
     from foveate.core import Budget as Budget
     from foveate.core import CacheSelection as CacheSelection
     from foveate.core import FoveateError as FoveateError
+    from foveate.core import Merger as Merger
     from foveate.core import Method as Method
     from foveate.core import Scorer as Scorer
     from foveate.core import Selection as Selection
     from foveate.core import Signals as Signals
     from foveate.core import Trace as Trace
     from foveate.draw import draw as draw
+    from foveate.methods.cdpruner import CDPruner as CDPruner
+    from foveate.methods.crossget import CrossGET as CrossGET
+    from foveate.methods.dart import DART as DART
+    from foveate.methods.divprune import DivPrune as DivPrune
+    from foveate.methods.dynamicvit import DynamicViT as DynamicViT
+    from foveate.methods.eadp import EADP as EADP
+    from foveate.methods.evocut import EvoCut as EvoCut
+    from foveate.methods.fastervlm import FasterVLM as FasterVLM
+    from foveate.methods.fastv import FastV as FastV
     from foveate.methods.fopru import FoPru as FoPru
+    from foveate.methods.h2o import H2O as H2O
+    from foveate.methods.hiprune import HiPrune as HiPrune
+    from foveate.methods.hired import HiRED as HiRED
+    from foveate.methods.image_text_interaction import ImageTextInteraction as ImageTextInteraction
+    from foveate.methods.lvpruning import LVPruning as LVPruning
+    from foveate.methods.mmtok import MMTok as MMTok
     from foveate.methods.pool import Pool as Pool
+    from foveate.methods.prumerge import PruMerge as PruMerge
+    from foveate.methods.prumerge_plus import PruMergePlus as PruMergePlus
+    from foveate.methods.pyramiddrop import PyramidDrop as PyramidDrop
     from foveate.methods.random import Random as Random
+    from foveate.methods.scope import SCOPE as SCOPE
+    from foveate.methods.score_cover import ScoreCover as ScoreCover
+    from foveate.methods.snapkv import SnapKV as SnapKV
+    from foveate.methods.sparsevlm import SparseVLM as SparseVLM
+    from foveate.methods.tome import ToMe as ToMe
+    from foveate.methods.trim import TRIM as TRIM
     from foveate.methods.uniform import Uniform as Uniform
+    from foveate.methods.visionzip import VisionZip as VisionZip
+    from foveate.methods.vispruner import VisPruner as VisPruner
+    from foveate.methods.vscan import VScan as VScan
     from foveate.prune import prune as prune
     from foveate.runtime.handle import Handle as Handle
 
@@ -36,6 +66,7 @@ _HOMES = {
     "Budget": "core",
     "CacheSelection": "core",
     "FoveateError": "core",
+    "Merger": "core",
     "Method": "core",
     "Scorer": "core",
     "Selection": "core",
@@ -49,6 +80,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cost":  # a room of its own, without torch
+        return importlib.import_module("foveate.cost")
     if name in _HOMES:
         value = getattr(importlib.import_module(f"foveate.{_HOMES[name]}"), name)
         globals()[name] = value
@@ -66,7 +99,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from foveate import methods
 
-    return sorted([*_HOMES, "MINI", "__version__", *(methods.get(name).__name__ for name in methods.names())])
+    return sorted([*_HOMES, "cost", "MINI", "__version__", *(methods.get(name).__name__ for name in methods.names())])
 
 
 class _Front(ModuleType):
