@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import family_reference
 import reference
 import tiny
+import tiny_families
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def prompts(
     *calls: Call,
     merged: Sequence[Sequence[Tensor] | None] | None = None,
     renumber: bool = False,
+    prefix: Sequence[int] | None = None,
 ) -> list[reference.Prompt]:
     """The reference's shortened rows, given what each call kept of their pictures.
 
@@ -30,6 +33,7 @@ def prompts(
         calls: the prefills that brought the pictures, in order.
         merged: for each call, tensors that stand in for the kept tokens of each picture.
         renumber: count positions anew.
+        prefix: tokens of each row's first turn, where they all see each other; None for all.
     """
     made = []
     for row in range(given["input_ids"].shape[0]):
@@ -45,6 +49,15 @@ def prompts(
         stand_in = None
         if merged is not None:
             stand_in = [None if (of_turn := merged[turn]) is None else of_turn[number] for turn, number in mine]
+        if isinstance(one, tiny_families.Call):
+            kept = [_kept_before_the_decoder(image) for image in images]
+            seen = family_reference.pictures(model, one)
+            drops = _drops(family_reference.visual_columns(ids, seen), ids.numel(), images)
+            first = None if prefix is None else prefix[row]
+            made.append(
+                family_reference.shorten(model, one, seen, kept, stand_in, drops=drops, renumber=renumber, prefix=first)
+            )
+            continue
         made.append(
             reference.shorten(
                 model,
@@ -52,7 +65,7 @@ def prompts(
                 one.get("pixel_values"),
                 [_kept_before_the_decoder(image) for image in images],
                 stand_in,
-                drops=_drops(ids == model.config.image_token_id, images),
+                drops=_drops(_columns(ids == model.config.image_token_id), ids.numel(), images),
                 renumber=renumber,
             )
         )
@@ -64,15 +77,22 @@ def _kept_before_the_decoder(image: ImageRecord) -> Tensor:
     return before[-1].kept if before else torch.arange(image.original)
 
 
-def _drops(visual: Tensor, images: Sequence[ImageRecord]) -> list[reference.Drop]:
-    """What leaves inside the decoder. `visual`: (S,) bool, the placeholders of the row."""
-    starts = visual.nonzero()[:: tiny.TOKENS, 0].tolist()
-    text = (~visual).nonzero().squeeze(-1)
+def _columns(visual: Tensor) -> list[Tensor]:
+    """Of each picture, the columns of its tokens. `visual`: (S,) bool, the placeholders of the row."""
+    return [columns for columns in visual.nonzero().squeeze(-1).split(tiny.TOKENS) if columns.numel()]
+
+
+def _drops(visual: Sequence[Tensor], length: int, images: Sequence[ImageRecord]) -> list[reference.Drop]:
+    """What leaves inside the decoder. `visual`: of each picture, the columns of its visual tokens."""
+    other = torch.ones(length, dtype=torch.bool)
+    for columns in visual:
+        other[columns] = False
+    text = other.nonzero().squeeze(-1)
     stay: dict[int, list[Tensor]] = {}
-    for start, image in zip(starts, images, strict=True):
+    for columns, image in zip(visual, images, strict=True):
         for stage in image.stages:
             if stage.layer is not None:
-                stay.setdefault(stage.layer, [text]).append(start + stage.kept)
+                stay.setdefault(stage.layer, [text]).append(columns[stage.kept])
     return [reference.Drop(depth, torch.cat(columns)) for depth, columns in sorted(stay.items())]
 
 

@@ -30,10 +30,12 @@ class Prompt:
 
     embeddings: Tensor  # (L, D)
     columns: Tensor  # (L,) of the unpruned row
-    positions: Tensor  # (L,)
+    positions: Tensor  # (L,), or (3, L) where they have several axes
     next_position: int
     drops: tuple[Drop, ...] = ()
     renumbered: bool = False  # positions are counted anew wherever tokens leave
+    groups: Tensor | None = None  # (L,) tokens of one group see each other, whichever comes first; -1 for none
+    deep: tuple[Tensor, ...] = ()  # (L, D) each, added to the output of the first blocks
 
 
 def encode(model: Any, pixel_values: Tensor | None) -> list[Tensor]:
@@ -97,10 +99,15 @@ def decode(model: Any, prompt: Prompt, follow: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Logits (n + M, V) of what is left after the last block, and the columns (n + M,) of it, -1 for what follows.
     """
-    decoder = model.model.language_model
+    decoder = model.get_decoder()
     more = follow.shape[0]
     hidden = torch.cat([prompt.embeddings, follow])
-    positions = torch.cat([prompt.positions, prompt.next_position + torch.arange(more)])
+    axes = prompt.positions.shape[:-1]
+    positions = torch.cat([prompt.positions, (prompt.next_position + torch.arange(more)).expand(*axes, -1)], dim=-1)
+    groups = torch.full((hidden.shape[0],), -1)
+    if prompt.groups is not None:
+        groups[: prompt.groups.numel()] = prompt.groups
+    deep = [torch.cat([one, torch.zeros(more, one.shape[1])]) for one in prompt.deep]
     columns = torch.cat([prompt.columns, torch.full((more,), -1)])
     order = torch.arange(columns.numel())
     for number, layer in enumerate(decoder.layers):
@@ -111,24 +118,33 @@ def decode(model: Any, prompt: Prompt, follow: Tensor) -> tuple[Tensor, Tensor]:
                 where = (columns[None] == drop.merged[0][:, None]).int().argmax(dim=1)
                 hidden = hidden.index_copy(0, where, drop.merged[1])
             stays = torch.isin(columns, drop.stay) | (columns < 0)
-            hidden, positions, columns, order = hidden[stays], positions[stays], columns[stays], order[stays]
+            hidden, positions, columns, order = hidden[stays], positions[..., stays], columns[stays], order[stays]
             if prompt.renumbered:
-                positions = torch.arange(positions.numel())
+                positions = torch.arange(columns.numel()).expand(*axes, -1)
         hidden = layer(
             hidden[None],
-            attention_mask=_mask(order, _window(decoder.config, number)).to(hidden.dtype)[None, None],
-            position_ids=positions[None],
-            position_embeddings=decoder.rotary_emb(hidden[None], position_ids=positions[None]),
+            attention_mask=_mask(order, _window(decoder.config, number), groups[order]).to(hidden.dtype)[None, None],
+            position_ids=None,
+            position_embeddings=_rotary(decoder, number, hidden[None], positions.unsqueeze(-2)),
             past_key_values=None,
             use_cache=False,
         )[0]
+        if number < len(deep):
+            hidden = hidden + deep[number][order]
     return model.lm_head(decoder.norm(hidden)), columns
 
 
-def _mask(order: Tensor, window: int | None) -> Tensor:
+def _rotary(decoder: Any, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+    """By kind of layer where a decoder has several."""
+    if hasattr(decoder.rotary_emb, "layer_types"):
+        return decoder.rotary_emb(hidden, positions, decoder.config.layer_types[layer])
+    return decoder.rotary_emb(hidden, position_ids=positions)
+
+
+def _mask(order: Tensor, window: int | None, groups: Tensor) -> Tensor:
     """(L, L): 0 where the column may be seen, far below 0 where not. `order` counts tokens before the first block."""
     behind = order[:, None] - order[None]
-    seen = behind >= 0
+    seen = (behind >= 0) | ((groups[:, None] == groups[None]) & (groups[None] >= 0))
     if window is not None:
         seen &= behind < window
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)

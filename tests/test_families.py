@@ -54,14 +54,18 @@ def test_a_model_that_sees_nothing() -> None:
     )
 
 
-def test_a_family_without_a_row() -> None:
+def test_a_model_without_a_row_that_lacks_standard_parts() -> None:
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config = CLIPConfig(
         text_config=dict(vocab_size=8, eos_token_id=1, bos_token_id=0, pad_token_id=0, **sizes),
         vision_config=dict(image_size=4, patch_size=2, **sizes),
         projection_dim=4,
     )
-    assert refusal(CLIPModel(config)) == f"the family 'clip' of CLIPModel has no row yet; known families: {KNOWN}"
+    assert refusal(CLIPModel(config)) == (
+        "CLIPModel (clip) has no row among the families, and a row cannot be made for it without generate(), "
+        "image_token_id in its configuration, get_decoder().layers, get_decoder().norm, mm_encoder_outputs among the "
+        "arguments of forward(); `foveate models` lists the families"
+    )
 
 
 def test_a_model_that_cannot_generate() -> None:
@@ -111,6 +115,25 @@ def test_the_projector_and_the_placeholder() -> None:
     assert module is model.model.multi_modal_projector
 
 
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_the_parts_of_every_family_are_where_it_says(name: str) -> None:
+    model = tiny.model(name)
+    family = family_of(model)
+    tower, row = family.tower_of(model)
+    assert isinstance(tower, nn.Module)
+    for block in row.blocks_of(tower):
+        assert hasattr(getattr(block, row.attention), "config")
+    for path in filter(None, (family.projector, family.norm)):
+        module: Any = model.base_model
+        for part in path.split("."):
+            module = getattr(module, part)
+        assert isinstance(module, nn.Module)
+    assert 0 <= family.read_block(model) < len(row.blocks_of(tower))
+    assert family.image_token_id(model.config) == tiny.IMAGE
+    if family.deepstack is not None:
+        assert callable(getattr(model.get_decoder(), family.deepstack))
+
+
 def test_the_projector_maps_each_token_by_itself() -> None:
     """What `pointwise` promises: any subset of the tokens gives the same as all of them, cut afterwards."""
     model = tiny.model()
@@ -123,12 +146,12 @@ def test_the_projector_maps_each_token_by_itself() -> None:
 
 def test_an_encoder_that_is_not_described() -> None:
     tower = nn.Module()
-    tower.config = SimpleNamespace(model_type="pixtral")  # type: ignore[assignment]
+    tower.config = SimpleNamespace(model_type="dinov2")  # type: ignore[assignment]
     model = SimpleNamespace(base_model=SimpleNamespace(vision_tower=tower))
     known = ", ".join(row.type for row in TOWERS)
     with pytest.raises(FoveateError) as error:
         FAMILIES[0].tower_of(model)
-    assert str(error.value) == (f"llava-1.5: the vision encoder 'pixtral' is not described; known encoders: {known}")
+    assert str(error.value) == (f"llava-1.5: the vision encoder 'dinov2' is not described; known encoders: {known}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

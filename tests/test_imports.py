@@ -23,9 +23,11 @@ AT_LOAD = {
     "spec": {"core", "registry"},
     "cost": {"core"},
     "images": {"core"},
-    "families": {"core"},
+    "layouts": {"core"},
+    "families": {"core", "layouts"},
+    "generic": {"core", "layouts", "families"},
     "modules": {"core", "ops"},
-    "runtime": {"core", "ops", "spec", "registry", "families", "cost"},
+    "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost"},
     "prune": {"core", "spec", "registry", "methods", "families", "runtime", "cost"},
     "scenes": {"core"},
     "draw": {"core", "images"},
@@ -46,6 +48,7 @@ WHEN_CALLED = {
     "methods": {"modules"},
     "spec": {"methods"},
     "cost": {"registry", "methods", "spec"},
+    "families": {"generic"},
     "foveate": set(AT_LOAD),
 }
 

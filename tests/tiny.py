@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import tiny_families
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -92,7 +93,9 @@ def model(
         settings: further entries of the model's configuration.
     """
     key = repr((family, decoder, attn, tower, blocks, seed, settings))
-    if key not in _BUILT:
+    if key not in _BUILT and family in tiny_families.KINDS:
+        _BUILT[key] = tiny_families.KINDS[family].build(attn, blocks, settings)
+    elif key not in _BUILT:
         _BUILT[key] = _FAMILIES[family](decoder, attn, tower, blocks, seed, settings)
     return copy.deepcopy(_BUILT[key])
 
@@ -132,7 +135,7 @@ def _draw(module: nn.Module) -> None:
 
 
 _FAMILIES: dict[str, Callable[..., Any]] = {"llava-1.5": _llava}
-FAMILIES = tuple(_FAMILIES)
+FAMILIES = (*_FAMILIES, *(name for name in tiny_families.KINDS if "/" not in name))
 _BUILT: dict[str, Any] = {}  # a copy costs less than a model; nobody is handed the original
 
 
@@ -170,7 +173,7 @@ def prune(model: Any, method: Any, **more: Any) -> Any:
     """`foveate.prune`, with a CLIP and a question where a method compares both."""
     stages = method if isinstance(method, list | tuple) else [method]
     needs = {need for stage in stages for part in stage.parts() for need in part.needs}
-    if needs.intersection(JOINT):
+    if needs.intersection(JOINT) and model.config.vision_config.model_type == "clip_vision_model":
         more = {"clip": clip(model), "question": "what color is behind the dog ?", **more}
     return foveate.prune(model, method, **more)
 
@@ -188,6 +191,8 @@ def inputs(
         batch_mask: False leaves the attention mask out.
     """
     generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type != "llava" or model.config.vision_config.model_type == "pixtral":
+        return tiny_families.inputs(model, rows, padding, generator, batch_mask)
     ids = [_ids(row, generator, model.config.image_token_id, tokens) for row in rows]
     pictures = sum(row.count("i") for row in rows)
     longest = max(one.numel() for one in ids)
@@ -221,6 +226,8 @@ def alone(given: dict[str, Tensor], row: int, image: int) -> dict[str, Tensor]:
     Args:
         image: id of the placeholder.
     """
+    if isinstance(given, tiny_families.Call):
+        return given.alone(row)
     valid = given["attention_mask"][row].bool()
     counts = (given["input_ids"] == image).sum(dim=1) // TOKENS
     first = int(counts[:row].sum())

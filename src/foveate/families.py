@@ -6,9 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from foveate.core import FoveateError, Grid
+from foveate.layouts import (
+    Encoded,
+    Layout,
+    anyres,
+    halved_frames,
+    packed_blocks,
+    packed_rasters,
+    plain,
+    pooled_frames,
+    square,
+    tiled_runs,
+)
 
 
 @dataclass(frozen=True)
@@ -20,15 +33,39 @@ class Tower:
     blocks: str  # attribute path from the tower to its list of blocks
     attention: str = "self_attn"  # ... from a block to its attention module, which calls the attention interface
     joint: bool = False  # a CLIPModel's head maps its patches into a space shared with texts
+    # A block's first norm, second norm and MLP where it runs as x + attention(norm(x)), then x + mlp(norm(x)).
+    children: tuple[str, str, str] | None = None
+    packed: bool = False  # the patches of all pictures run as one sequence, each picture attending to itself
+    # Blocks that see a whole picture where the others see windows, from the tower's configuration; None: all do.
+    whole: Callable[[Any], list[int]] | None = None
+    known: bool = True  # its blocks can be observed
 
     def blocks_of(self, tower: nn.Module) -> nn.ModuleList:
-        """The encoder's blocks in order."""
-        return _at(tower, self.blocks)
+        """The encoder's blocks in order; none where they cannot be observed."""
+        return _at(tower, self.blocks) if self.known else nn.ModuleList()
 
+
+_PRE_NORM = ("layer_norm1", "layer_norm2", "mlp")
 
 TOWERS = (
-    Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True),
-    Tower("siglip_vision_model", summary=0, blocks="encoder.layers"),
+    Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True, children=_PRE_NORM),
+    Tower("siglip_vision_model", summary=0, blocks="encoder.layers", children=_PRE_NORM),
+    Tower("idefics3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
+    Tower("smolvlm_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
+    # Its blocks scale what attention and MLP add, so no method can merge between the two.
+    Tower("internvl_vision", summary=1, blocks="encoder.layer", attention="attention"),
+    Tower("pixtral", summary=0, blocks="transformer.layers", attention="attention", packed=True),
+    Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", packed=True),
+    Tower(
+        "qwen2_5_vl_vision",
+        summary=0,
+        blocks="blocks",
+        attention="attn",
+        packed=True,
+        whole=lambda config: list(config.fullatt_block_indexes),
+    ),
+    Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", packed=True),
+    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", packed=True),
 )
 
 
@@ -40,26 +77,48 @@ class Family:
         name: what users call it.
         types: values of `config.model_type`.
         hub_ids: checkpoints that the family is known by.
+        towers: kinds of vision encoder that they have, the usual one first.
+        image: what one image is to a method, and so what `keep` counts tokens of.
         transformers: the lowest version that its seams are in.
         image_token: attribute of the configuration that holds the id of the visual placeholder.
         tower: attribute path from the base model to the vision encoder.
         projector: attribute path from the base model to the projector.
+        norm: attribute path from the base model to a norm between the block that is read and the projector.
         pointwise: the projector maps each token by itself.
         read: the encoder block (0-based, of how many) whose output the projector reads.
-        grid: raster shape of one image's tokens, from the configuration.
+        grid: raster shape of one image's tokens, from the configuration: of one tile, or of a picture of usual size.
+        fixed: every image has that raster.
+        layouts: how the pictures of one call come from the encoder's patches.
+        videos: how its videos do; None where videos are not described.
+        inside: why no method can act inside the encoder; None where they can.
+        positions: position ids (3, B, S) of new tokens that follow `start`, where they have several axes.
+        first_position: position of the first token where the model is called directly.
+        deepstack: the decoder's method that adds visual features to the output of its first blocks.
+        typed_past: token types are read by position, from the start of what the cache holds.
         check: refuses configurations whose decoder tokens are not the tower's patches.
     """
 
     name: str
     types: tuple[str, ...]
     hub_ids: tuple[str, ...]
+    towers: tuple[str, ...]
     read: Callable[[Any, int], int]
     grid: Callable[[Any], Grid]
+    image: str = "a picture"
     transformers: str = "5.18"
     image_token: str = "image_token_id"
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
+    norm: str | None = None
     pointwise: bool = True
+    fixed: bool = True
+    layouts: Callable[[Encoded], list[Layout]] = plain
+    videos: Callable[[Encoded], list[Layout]] | None = None
+    inside: str | None = None
+    positions: Callable[[Any, Tensor, Tensor, dict[str, Any], Tensor], Tensor] | None = None
+    first_position: int = 0
+    deepstack: str | None = None
+    typed_past: bool = False
     check: Callable[[Any, Tower], None] | None = None
 
     def image_token_id(self, config: Any) -> int:
@@ -74,12 +133,26 @@ class Family:
             FoveateError: no row of TOWERS describes this encoder.
         """
         tower = _at(model.base_model, self.tower)
-        kind = tower.config.model_type
+        return tower, self.described(tower.config.model_type)
+
+    def described(self, kind: str) -> Tower:
+        """The description of a kind of encoder.
+
+        Raises:
+            FoveateError: there is none.
+        """
         for row in TOWERS:
             if row.type == kind:
-                return tower, row
+                return row
         known = ", ".join(row.type for row in TOWERS)
         raise FoveateError(f"{self.name}: the vision encoder {kind!r} is not described; known encoders: {known}")
+
+    def project(self, model: Any, encoded: Tensor) -> Tensor:
+        """Encoded tokens (K, E) to decoder tokens (K, D), where the projector maps each by itself."""
+        if self.norm is not None:
+            encoded = _at(model.base_model, self.norm)(encoded)
+        projected: Tensor = _at(model.base_model, self.projector)(encoded[None])[0]
+        return projected
 
     def read_block(self, model: Any) -> int:
         """0-based number of the encoder block whose output the projector reads.
@@ -105,6 +178,17 @@ def _llava_read(config: Any, blocks: int) -> int:
     return (layer if layer >= 0 else layer + blocks + 1) - 1
 
 
+def _deepest_read(config: Any, blocks: int) -> int:
+    """Of several layers that are joined, the one nearest to the end."""
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    return max(layer if layer >= 0 else layer + blocks + 1 for layer in layers) - 1
+
+
+def _last_read(config: Any, blocks: int) -> int:
+    return blocks - 1
+
+
 def _llava_check(config: Any, tower: Tower) -> None:
     """The strategy "default" cuts off one token, "full" none: with the wrong tower, patches would be off by one."""
     strategy, right = config.vision_feature_select_strategy, "default" if tower.summary else "full"
@@ -115,28 +199,279 @@ def _llava_check(config: Any, tower: Tower) -> None:
         )
 
 
-def _square_grid(config: Any) -> Grid:
-    side = config.vision_config.image_size // config.vision_config.patch_size
+def _side(config: Any) -> int:
+    image, patch = config.vision_config.image_size, config.vision_config.patch_size
+    return int((image if isinstance(image, int) else image[0]) // (patch if isinstance(patch, int) else patch[0]))
+
+
+def _grid(config: Any, merge: int = 1) -> Grid:
+    """The raster of one tile whose patches merge in squares."""
+    side = _side(config) // merge
     return side, side
 
+
+def _usual_grid(config: Any) -> Grid:
+    """Of a picture of 448 x 448 pixels, where any size is taken."""
+    side = 448 // (config.vision_config.patch_size * config.vision_config.spatial_merge_size)
+    return side, side
+
+
+def _llava_layouts(encoded: Encoded) -> list[Layout]:
+    """LLaVA's own encoders see pictures of one size; Pixtral's in its place sees any."""
+    if encoded.tower.config.model_type == "pixtral":
+        return packed_rasters(1, encoded)
+    return plain(encoded)
+
+
+def _shuffle(config: Any) -> int:
+    return round(1 / config.downsample_ratio)
+
+
+def _pool(config: Any) -> int:
+    """Patches along a side of the square that is averaged into one token."""
+    return int(_side(config) // int(config.mm_tokens_per_image**0.5))
+
+
+def three_axes(model: Any, ids: Tensor, mask: Tensor, given: dict[str, Any], start: Tensor) -> Tensor:
+    """Positions of new tokens on the axes time, height and width, (3, B, S), each row counting on from its `start`."""
+    sizes = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    types = given.get("mm_token_type_ids")
+    if types is None:
+        raise FoveateError("mm_token_type_ids is missing; pass what the processor made, mm_token_type_ids among it")
+    types = types[:, -ids.shape[1] :]
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    found: Tensor = model.base_model.get_rope_index(ids, types, attention_mask=mask.long(), **sizes)[0]
+    return torch.where(mask, found + start[:, None], 0)
+
+
+PACKED = "its encoder runs the patches of all pictures as one sequence, from which none can be taken"
+_MERGED = "its projector joins neighbouring patches, so a patch that leaves would take others along"
+_TILES = "the tokens of a picture come from several tiles, which are put together after the encoder"
+
+_WITH_TILES = "a picture with all its tiles; the newlines behind its rows stay"
+_ONE_TILE = "a tile of a picture, since text stands between tiles"
+
+_QWEN: dict[str, Any] = dict(
+    image="a picture, or a video with all its frames",
+    read=_last_read,
+    grid=_usual_grid,
+    tower="visual",
+    projector="visual.merger",
+    pointwise=False,
+    fixed=False,
+    layouts=packed_blocks,
+    videos=lambda encoded: packed_blocks(encoded, "video_grid_thw"),
+    inside=PACKED,
+    positions=three_axes,
+)
+_IDEFICS: dict[str, Any] = dict(
+    image=_ONE_TILE,
+    read=_last_read,
+    grid=lambda config: _grid(config, config.scale_factor),
+    tower="vision_model",
+    projector="connector",
+    pointwise=False,
+    layouts=lambda encoded: square(encoded.model.config.scale_factor, encoded),
+    inside=_MERGED,
+)
 
 FAMILIES = (
     Family(
         name="llava-1.5",
         types=("llava",),
-        hub_ids=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "llava-hf/bakLlava-v1-hf"),
+        hub_ids=(
+            "llava-hf/llava-1.5-7b-hf",
+            "llava-hf/llava-1.5-13b-hf",
+            "llava-hf/bakLlava-v1-hf",
+            "mistral-community/pixtral-12b",
+        ),
+        towers=("clip_vision_model", "siglip_vision_model", "pixtral"),
         read=_llava_read,
-        grid=_square_grid,
+        grid=_grid,
+        layouts=_llava_layouts,
         check=_llava_check,
+    ),
+    Family(
+        name="llava-next",
+        types=("llava_next",),
+        hub_ids=(
+            "llava-hf/llava-v1.6-vicuna-7b-hf",
+            "llava-hf/llava-v1.6-mistral-7b-hf",
+            "llava-hf/llava-v1.6-vicuna-13b-hf",
+            "llava-hf/llama3-llava-next-8b-hf",
+        ),
+        towers=("clip_vision_model",),
+        image=_WITH_TILES,
+        read=_llava_read,
+        grid=_grid,
+        fixed=False,
+        layouts=anyres,
+        inside=_TILES,
+        check=_llava_check,
+    ),
+    Family(
+        name="llava-onevision",
+        types=("llava_onevision",),
+        hub_ids=("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+        towers=("siglip_vision_model",),
+        image=_WITH_TILES + ", or a video with all its frames",
+        read=_llava_read,
+        grid=_grid,
+        fixed=False,
+        layouts=anyres,
+        videos=halved_frames,
+        inside=_TILES,
+        check=_llava_check,
+    ),
+    Family(
+        name="llava-next-video",
+        types=("llava_next_video",),
+        hub_ids=("llava-hf/LLaVA-NeXT-Video-7B-hf",),
+        towers=("clip_vision_model",),
+        image=_WITH_TILES + ", or a video with all its frames",
+        read=_llava_read,
+        grid=_grid,
+        fixed=False,
+        layouts=anyres,
+        videos=lambda encoded: pooled_frames(encoded.model.config.spatial_pool_stride, encoded),
+        inside=_TILES,
+        check=_llava_check,
+    ),
+    Family(
+        name="qwen2-vl",
+        types=("qwen2_vl",),
+        hub_ids=("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
+        towers=("qwen2_vl_vision",),
+        **_QWEN,
+    ),
+    Family(
+        name="qwen2.5-vl",
+        types=("qwen2_5_vl",),
+        hub_ids=("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        towers=("qwen2_5_vl_vision",),
+        **_QWEN,
+    ),
+    Family(
+        name="qwen3-vl",
+        types=("qwen3_vl",),
+        hub_ids=("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
+        towers=("qwen3_vl_vision",),
+        deepstack="_deepstack_process",
+        **_QWEN,
+    ),
+    Family(
+        name="glm4v",
+        types=("glm4v",),
+        hub_ids=("zai-org/GLM-4.1V-9B-Thinking",),
+        towers=("glm4v_vision",),
+        **{**_QWEN, "image": "a picture", "videos": None},
+    ),
+    Family(
+        name="internvl",
+        types=("internvl",),
+        hub_ids=("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF"),
+        towers=("internvl_vision",),
+        image="a picture with all its tiles",
+        read=_llava_read,
+        grid=lambda config: _grid(config, _shuffle(config)),
+        pointwise=False,
+        fixed=False,
+        layouts=lambda encoded: tiled_runs(_shuffle(encoded.model.config), encoded),
+        inside=_MERGED,
+        check=_llava_check,
+    ),
+    Family(
+        name="gemma3",
+        types=("gemma3",),
+        hub_ids=("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it"),
+        towers=("siglip_vision_model",),
+        image="a picture, or a crop of one",
+        read=_last_read,
+        grid=lambda config: _grid(config, _pool(config)),
+        pointwise=False,
+        layouts=lambda encoded: square(_pool(encoded.model.config), encoded),
+        inside=_MERGED,
+        typed_past=True,
+    ),
+    Family(
+        name="paligemma",
+        types=("paligemma",),
+        hub_ids=("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-448"),
+        towers=("siglip_vision_model",),
+        read=_last_read,
+        grid=_grid,
+        norm="vision_tower.post_layernorm",
+        first_position=1,
+    ),
+    Family(
+        name="idefics3",
+        types=("idefics3",),
+        hub_ids=("HuggingFaceM4/Idefics3-8B-Llama3",),
+        towers=("idefics3_vision",),
+        **_IDEFICS,
+    ),
+    Family(
+        name="smolvlm",
+        types=("smolvlm",),
+        hub_ids=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct"),
+        towers=("smolvlm_vision",),
+        **_IDEFICS,
+    ),
+    Family(
+        name="mistral3",
+        types=("mistral3",),
+        hub_ids=("mistralai/Mistral-Small-3.1-24B-Instruct-2503",),
+        towers=("pixtral",),
+        read=_llava_read,
+        grid=lambda config: _grid(config, config.spatial_merge_size),
+        pointwise=False,
+        fixed=False,
+        layouts=lambda encoded: packed_rasters(encoded.model.config.spatial_merge_size, encoded),
+        inside=PACKED,
+    ),
+    Family(
+        name="aya-vision",
+        types=("aya_vision",),
+        hub_ids=("CohereLabs/aya-vision-8b", "CohereLabs/aya-vision-32b"),
+        towers=("siglip_vision_model",),
+        image=_ONE_TILE,
+        read=_llava_read,
+        grid=lambda config: _grid(config, config.downsample_factor),
+        pointwise=False,
+        layouts=lambda encoded: square(encoded.model.config.downsample_factor, encoded),
+        inside=_MERGED,
+        check=_llava_check,
+    ),
+    Family(
+        name="cohere2-vision",
+        types=("cohere2_vision",),
+        hub_ids=("CohereLabs/command-a-vision-07-2025",),
+        towers=("siglip_vision_model",),
+        image=_ONE_TILE,
+        read=_last_read,
+        grid=lambda config: _grid(config, config.downsample_factor),
+        pointwise=False,
+        layouts=lambda encoded: square(encoded.model.config.downsample_factor, encoded),
+        inside=_MERGED,
+    ),
+    Family(
+        name="vipllava",
+        types=("vipllava",),
+        hub_ids=("llava-hf/vip-llava-7b-hf", "llava-hf/vip-llava-13b-hf"),
+        towers=("clip_vision_model",),
+        read=_deepest_read,
+        grid=_grid,
+        pointwise=False,
+        inside="its projector reads the output of several blocks",
     ),
 )
 
 
 def family_of(model: Any) -> Family:
-    """The row of a loaded model.
+    """The row of a loaded model; for a type that has none, one made of the standard parts that the model has.
 
     Raises:
-        FoveateError: the model is no vision-language model, or its family has no row.
+        FoveateError: the model is no vision-language model, or has no row and lacks a standard part.
     """
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
@@ -154,7 +489,9 @@ def family_of(model: Any) -> Family:
     known = ", ".join(f"{family.name} ({', '.join(family.types)})" for family in FAMILIES)
     if not hasattr(config, "vision_config"):
         raise FoveateError(f"{type(model).__name__} ({kind}) is no vision-language model; known families: {known}")
-    raise FoveateError(f"the family {kind!r} of {type(model).__name__} has no row yet; known families: {known}")
+    from foveate.generic import generic_family
+
+    return generic_family(model)
 
 
 def _at(module: Any, path: str) -> Any:

@@ -16,6 +16,7 @@ import foveate
 from foveate.cli.errors import UsageError
 from foveate.cli.loading import find, find_device, load
 from foveate.core import FoveateError
+from foveate.families import FAMILIES
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_model_that_reads_no_pictures(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert refusal(tmp_path) == (
         f"{tmp_path} is a 'llama' model (LlamaForCausalLM), no vision-language model; families that can be pruned: "
-        "llava-1.5"
+        f"{', '.join(family.name for family in FAMILIES)}"
     )
 
 

@@ -20,6 +20,8 @@ def command(
             "name": family.name,
             "types": list(family.types),
             "models": [*(["mini"] if "llava" in family.types else []), *family.hub_ids],
+            "image": family.image,
+            "videos": family.videos is not None,
             "transformers": family.transformers,
         }
         for family in FAMILIES
@@ -31,6 +33,7 @@ def command(
         Column("name", "family", left=True),
         Column("types", "model_type", ", ".join, left=True),
         Column("models", "models (mini ships with Foveate)", ", ".join, left=True),
+        Column("image", "one image is", left=True),
         Column("transformers", "transformers", lambda version: f">= {version}", left=True),
     ]
     show(columns, rows)

@@ -36,6 +36,7 @@ _DECODERS: Mapping[str, Mapping[str, int]] = {
     "qwen2_vl_text": {},
     "qwen2_5_vl_text": {},
     "qwen3_vl_text": {},
+    "glm4v_text": {},
     "cohere2": {},
 }
 
@@ -67,6 +68,29 @@ def read_model(config: Any) -> ModelShape:
     tower, projector = _FAMILIES[family](top, decoder)
     name = str(top.get("_name_or_path") or family).rstrip("/").rsplit("/", 1)[-1]
     return ModelShape(decoder, tower, projector, name)
+
+
+def assume_model(config: Any) -> ModelShape:
+    """The shape of a model of unknown type: its decoder by the usual names of sizes; tower and projector count nothing.
+
+    Raises:
+        FoveateError: a size that the config does not state.
+    """
+    top = _entries(config)
+    text = {key: value for key, value in _entries(top.get("text_config") or top).items() if value is not None}
+    where = f"the {text.get('model_type')} config"
+    width, heads = _size(text, "hidden_size", where), _size(text, "num_attention_heads", where)
+    decoder = DecoderShape(
+        layers=_size(text, "num_hidden_layers", where),
+        width=width,
+        ffn=_size(text, "intermediate_size", where),
+        heads=heads,
+        kv_heads=_size({"num_key_value_heads": heads, **text}, "num_key_value_heads", where),
+        head_width=_size({"head_dim": width // max(1, heads), **text}, "head_dim", where),
+        vocabulary=_size(text, "vocab_size", where),
+    )
+    tower = TowerShape(layers=1, width=1, ffn=1, heads=1, tokens=1, cls=False, patch=1, channels=1, own_size=True)
+    return ModelShape(decoder, tower, ProjectorShape(((1, 1),), 1), str(top.get("model_type")))
 
 
 def read_decoder(config: Any) -> DecoderShape:
@@ -200,6 +224,15 @@ def _qwen(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorSha
     return tower, ProjectorShape(linears, _TYPICAL // merge, merge)
 
 
+def _glm(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
+    """As Qwen's; the blocks' gated networks are as wide as what the tower hands on, and so is the projector's."""
+    tower, projector = _qwen(top, decoder)
+    vision = _entries(top.get("vision_config") or {})
+    out, wide = (_size(vision, name, "the glm4v vision config") for name in ("out_hidden_size", "intermediate_size"))
+    linears = ((tower.width * projector.merge, out), (out, out), (out, wide), (out, wide), (wide, out))
+    return dataclasses.replace(tower, ffn=out, gated=True), dataclasses.replace(projector, linears=linears)
+
+
 _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, ProjectorShape]]] = {
     "llava": _llava,
     "llava_next": _llava,
@@ -210,12 +243,14 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "smolvlm": _idefics,
     "mistral3": _mistral3,
     "aya_vision": _aya,
+    "cohere2_vision": _aya,
     "internvl": _internvl,
     "paligemma": _paligemma,
     "gemma3": _gemma3,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
+    "glm4v": _glm,
 }
 
 

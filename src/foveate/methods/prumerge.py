@@ -48,6 +48,7 @@ class PruMerge(Method):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
     site: ClassVar[Site] = "input"
+    encoded: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
     needs = ("tower.read.hidden", "tower.last.keys", "tower.last.key_cls", "tower.last.query_cls")
 

@@ -34,6 +34,7 @@ class TRIM(Method):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.10994"
     site: ClassVar[Site] = "input"
+    encoded: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
     needs = ("tower.read.hidden", "image_clip", "text_clip")
 

@@ -49,6 +49,7 @@ class VisionZip(Method):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     site: ClassVar[Site] = "input"
+    encoded: ClassVar[bool] = True
     needs = ("tower.read.hidden", "tower.read.cls", "tower.read.cls_attention", "tower.read.keys")
 
     keep: Keep = 64

@@ -50,6 +50,10 @@ class Image:
     projected: int | None = None  # tokens that the projector mapped; None where that is all of them
     size: Tensor | None = None  # (K,) patches in each token, inside the encoder; None while it is one
     group: Tensor | None = None  # (N,) place of the token that a patch is in, -1 once dropped; None where nobody asks
+    tile: Tensor | None = None  # (N,) tile of each original token, 0 = base; None without tiles
+    patches: tuple[int, ...] | None = (
+        None  # that the encoder saw of it, tile by tile; None where all images have as many
+    )
 
     def __post_init__(self) -> None:
         self.index = torch.arange(self.original, device=self.features.device)
@@ -58,6 +62,11 @@ class Image:
     def original(self) -> int:
         """N, the tokens before any stage."""
         return self.columns.numel()
+
+    @property
+    def tiling(self) -> tuple[int, ...]:
+        """Original tokens of each tile; empty without tiles."""
+        return () if self.tile is None else tuple(self.tile.bincount().tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +113,14 @@ def choose(
 
 
 def _groups(images: Sequence[Image]) -> list[list[int]]:
-    """Numbers of the images that share original count, grid and what each stage left: one Signals each.
+    """Numbers of the images that share original count, grid, tiles and what each stage left: one Signals each.
 
     Images that parted at one stage stay apart, even where a later one leaves as many of both: they have other memories.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, image in enumerate(images):
         history = tuple(stage.after for stage in image.stages)
-        key = (image.original, image.index.numel(), history, image.grid, image.whole)
+        key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.whole)
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
@@ -131,7 +140,7 @@ def _fit(part: Method, image: Image) -> Method:
     left = image.index.numel()
     if not image.adapted or part.adaptive or getattr(part, "keep", None) is None:
         return part
-    counts = part.count(image.original, image.grid)
+    counts = part.count(image.original, image.grid, max(1, len(image.tiling)))
     if counts is None:
         return part
     if len(counts) == 1:
@@ -185,10 +194,17 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
         original=first.original,
         index=index,
         grid=first.grid if first.whole else None,
+        tile=None if first.tile is None else torch.stack([_tile(image) for image in group]),
         features=torch.stack([image.features for image in group]) if "features" in part.needs else None,
         tower=blocks,
         **more,
     )
+
+
+def _tile(image: Image) -> Tensor:
+    """(K,) tile of each token that is left."""
+    assert image.tile is not None
+    return image.tile.to(image.index.device)[image.index]
 
 
 def _size(image: Image) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import GenerationMixin, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.core import FoveateError, Method, Trace
@@ -33,6 +33,7 @@ _OVERRIDDEN = (
     "_expand_inputs_for_generation",
     "_prepare_generated_length",
     "_prepare_cache_for_generation",
+    "_prepare_position_ids_for_generation",
 )
 _UNSUPPORTED_CACHES = ("offloaded", "offloaded_static", "quantized", "paged")
 
@@ -42,6 +43,7 @@ class _Run:
     """One generate() in progress."""
 
     contains_past: bool  # the caller's ids repeat what the cache already holds
+    given: dict[str, Any]
     prompt: Tensor | None = None  # (B, S) as the caller gave it
     shortened: Shortened | None = None
 
@@ -107,7 +109,13 @@ class Handle:
         self.model._foveate_handle = self
         self._stock = {name: getattr(self.model, name) for name in _OVERRIDDEN}
         replacements: tuple[Callable[..., Any], ...]
-        replacements = (self._generate, self._expand, self._correct_length, self._prepare_cache)
+        replacements = (
+            self._generate,
+            self._expand,
+            self._correct_length,
+            self._prepare_cache,
+            self._prepare_positions,
+        )
         for name, replacement in zip(_OVERRIDDEN, replacements, strict=True):
             # The signature and name that transformers inspects stay those of the stock method.
             setattr(self.model, name, _as_method(replacement, self._stock[name]))
@@ -124,6 +132,10 @@ class Handle:
         self._probe.install()
         self._tower.install()
         self._decoder_probe.install()
+        if self._stages and self.family.deepstack is not None:
+            decoder = self.model.get_decoder()
+            stock = getattr(decoder, self.family.deepstack)
+            setattr(decoder, self.family.deepstack, partial(self._add_deep_features, stock))
         self.active = True
 
     def stop(self) -> None:
@@ -139,6 +151,8 @@ class Handle:
         self._hooks.clear()
         for name in _OVERRIDDEN:
             vars(self.model).pop(name, None)
+        if self.family.deepstack is not None:
+            vars(self.model.get_decoder()).pop(self.family.deepstack, None)
         del self.model._foveate_handle
         self._run = self._direct = self._descent = self._thread = None
 
@@ -170,7 +184,7 @@ class Handle:
             bound = inspect.signature(self._stock["generate"]).bind_partial(*arguments, **options).arguments
             given = {**bound, **bound.pop("kwargs", {})}
             self._check_generate(given)
-            self._run = _Run(contains_past=_contains_past(given))
+            self._run = _Run(contains_past=_contains_past(given), given=given)
             if given.get("streamer") is not None:
                 given["streamer"] = _PromptStreamer(given["streamer"], self._run)
             return self._restore_prompt(self._stock["generate"](**given), self._run)
@@ -261,7 +275,7 @@ class Handle:
         if run is None:
             return stock(expand_size, is_encoder_decoder, input_ids, **options)
         run.prompt = input_ids
-        shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size)
+        shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given)
         run.shortened = shortened
         input_ids, options = stock(expand_size, is_encoder_decoder, shortened.ids, **shortened.options)
         if shortened.encoded is not None:
@@ -304,6 +318,18 @@ class Handle:
                 # Without cache and mask, gaps in the positions would be read as packed sequences.
                 model_kwargs["attention_mask"] = shortened.plan.repeat(shortened.repeats).valid.long()
         return result
+
+    def _prepare_positions(self, inputs: Tensor, options: dict[str, Any]) -> Any:
+        """Where positions have several axes, a model knows those of the pruned part from its handle alone."""
+        if self.family.positions is not None and caches.timeline_of(options.get("past_key_values")) is not None:
+            return GenerationMixin._prepare_position_ids_for_generation(self.model, inputs, options)
+        return self._stock["_prepare_position_ids_for_generation"](inputs, options)
+
+    def _add_deep_features(self, stock: Callable[..., Tensor], hidden: Tensor, visual: Tensor, features: Tensor) -> Any:
+        """Visual features that join the stream behind a block, where tokens have left before it."""
+        if self._descent is None or self._descent.rows is None:
+            return stock(hidden, visual, features)
+        return self._descent.add(hidden, visual, features)
 
     def _restore_prompt(self, result: Any, run: _Run) -> Any:
         if run.shortened is None or run.prompt is None:

@@ -103,6 +103,13 @@ class Descent:
         last = last.cummax(dim=1).values
         return _take(hidden, last.clamp(min=0)) * (last >= 0)[..., None].to(hidden.dtype)
 
+    def add(self, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+        """Features (V, D) of the visual tokens of layer 0, which (R, S') marks, added to those that are still there."""
+        assert self.rows is not None and self.valid is not None
+        whole = hidden.new_zeros(*visual.shape, hidden.shape[-1])
+        whole[visual.to(hidden.device)] = features.to(hidden)
+        return hidden + _take(whole, self.rows) * self.valid[..., None]
+
     # -- choosing -------------------------------------------------------------------------------------------------
 
     def _run(self, stage: Stage, number: int, hidden: Tensor, options: dict[str, Any]) -> Tensor:
@@ -425,9 +432,10 @@ def fit_static_layer(cache: Any, number: int, removed: int) -> int | None:
     layer = cache.layers[number] if cache is not None and len(cache.layers) > number else None
     if layer is None or not getattr(layer, "is_compileable", False):
         return None
-    if getattr(layer, "is_sliding", False):
+    slides = next((one for one in (0, number) if getattr(cache.layers[one], "is_sliding", False)), None)
+    if slides is not None:
         raise FoveateError(
-            f"layer {number} slides, and a static sliding cache cannot hold a pruned prompt; use a dynamic cache"
+            f"layer {slides} slides, and a static sliding cache cannot hold a pruned prompt; use a dynamic cache"
         )
     needed = cache.layers[0].max_cache_len - removed
     if not layer.is_initialized:

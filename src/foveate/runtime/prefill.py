@@ -15,18 +15,22 @@ import torch
 from torch import Tensor
 
 from foveate.core import Block, Call, FoveateError, Method
-from foveate.cost.shapes import ModelShape
 from foveate.families import Family
+from foveate.layouts import Encoded as Pictures
+from foveate.layouts import runs_of
 from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.choose import Image, Prompt, choose
 from foveate.runtime.joint_space import JointSpace
+from foveate.runtime.packing import Apart, to_tokens
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
-from foveate.runtime.shorten import Plan, Side, find_images, padding_side, plan
+from foveate.runtime.shorten import Plan, Side, find_images, padding_side, place_images, plan
+from foveate.runtime.support import shape_of
 from foveate.runtime.tower import Encoded, TowerStages
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-_OF_ENCODER = ("vision_feature_layer", "vision_feature_select_strategy")
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_OF_ENCODER = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
 
 
 @dataclass(eq=False)
@@ -43,17 +47,46 @@ class Shortened:
     earlier: list[Group]  # what the cache said of deep layers before
     stopwatches: list[Stopwatch]
     record: Callable[[], Call] | None  # makes the trace's record; None without images
+    aparts: list[Apart | None]  # of each image, its tokens that are not visual
     encoded: Any = None  # transformers' output for the images, before shortening
+    kind: str = "image"  # or "video": what its images are
     removed: int = 0
     settled: bool = False  # its stages inside the decoder have acted and the trace knows
     repeats: int = 1
 
     def repeat_encoded(self, times: int) -> dict[str, Any]:
         """`mm_encoder_outputs` with what is left of each image, each row's group of images repeated."""
+        kind = type(self.encoded)
+        features = [image.features for image in self.images]
+        made = {"pooler_output": self._repeated(features, times, self.encoded.pooler_output)}
+        deep = getattr(self.encoded, "deepstack_features", None)
+        if deep is not None:
+            made["deepstack_features"] = [self._repeated(self._left(of_block), times, of_block) for of_block in deep]
+        return {self.kind: kind(**made)}
+
+    def _left(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Of features that an encoder hands over beside the pooled ones, those of what is left of each image.
+
+        Tokens that stand for no patch have none.
+        """
+        flat = torch.cat(list(rows))
+        lengths = [image.original for image in self.images]
+        found = []
+        for image, mine in zip(self.images, flat.split(lengths), strict=True):
+            kept = mine[image.index]
+            found.append(kept if image.extra is None else kept.masked_fill(image.extra[:, None].to(kept.device), 0.0))
+        return found
+
+    def _repeated(self, features: Sequence[Tensor], times: int, like: Any) -> Any:
+        """What is left of each image, each row's group `times` over, in the container that the model hands over."""
+        whole = [
+            one if apart is None else apart.woven(image, one)
+            for image, apart, one in zip(self.images, self.aparts, features, strict=True)
+        ]
         rows = range(self.plan.index.shape[0])
-        groups = [[image.features for image in self.images if image.row == row] for row in rows]
-        features = [one for group in groups for _ in range(times) for one in group]
-        return {"image": type(self.encoded)(pooler_output=features)}
+        groups = [[one for image, one in zip(self.images, whole, strict=True) if image.row == row] for row in rows]
+        repeated = [one for group in groups for _ in range(times) for one in group]
+        return torch.cat(repeated)[None] if isinstance(like, Tensor) else repeated
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +131,11 @@ class Prefill:
         self.evicting = any(part.site == "cache" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
-        self.shape = ModelShape.from_config(model.config)
+        self.tokens: dict[str, Any] = {
+            "image": self.image_token,
+            "video": getattr(model.config, "video_token_id", None),
+        }
+        self.shape = shape_of(model, family)
 
     def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> None:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
@@ -114,8 +151,9 @@ class Prefill:
                     f"{name}={asked!r} differs from the configuration's {stated!r}, by which this handle was made; set "
                     f"model.config.{name} before prune()"
                 )
-        placeholders = int((ids == self.image_token).sum())
-        pictures = given.get("pixel_values") is not None
+        self._check_kinds(given)
+        placeholders = int(self._is_visual(ids).sum())
+        pictures = any(given.get(name) is not None for name in _PIXELS.values())
         if timeline_of(cache) is not None:
             return
         if not placeholders:
@@ -127,18 +165,36 @@ class Prefill:
         if not pictures:
             raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
 
+    def _check_kinds(self, given: dict[str, Any]) -> None:
+        """Refuse videos where they are not described, and videos beside pictures."""
+        kinds = [kind for kind, name in _PIXELS.items() if given.get(name) is not None]
+        if "video" in kinds and self.family.videos is None:
+            raise FoveateError(f"videos of {self.family.name} cannot be pruned; pictures can")
+        if len(kinds) > 1:
+            raise FoveateError("pictures and videos in one call cannot be pruned; give them in separate turns")
+
+    def _is_visual(self, ids: Tensor) -> Tensor:
+        """Which ids stand for visual tokens, of pictures or videos."""
+        visual = ids == self.image_token
+        video = self.tokens["video"]
+        return visual if video is None else visual | (ids == video)
+
     # -- generate() -----------------------------------------------------------------------------------------------
 
-    def for_generate(self, ids: Tensor, options: dict[str, Any], contains_past: bool, repeats: int) -> Shortened:
+    def for_generate(
+        self, ids: Tensor, options: dict[str, Any], contains_past: bool, repeats: int, given: dict[str, Any]
+    ) -> Shortened:
         """Shorten what generate() has prepared: images encoded, rows not yet repeated for beams.
 
         Args:
             ids: (B, S), or (B, reached + S) when `contains_past`.
+            given: what the caller gave, sizes of the pictures among it.
         """
         cache = options.get("past_key_values")
-        new = self._input(ids, options, cache, contains_past)
-        encoded = (options.get("mm_encoder_outputs") or {}).get("image")
-        shortened = self._shorten(new, encoded, "left", repeats)
+        new = self._input(ids, options, cache, contains_past, given)
+        outputs = (options.get("mm_encoder_outputs") or {}).items()
+        kind, encoded = next(((kind, output) for kind, output in outputs if output is not None), ("image", None))
+        shortened = self._shorten(new, kind, encoded, "left", repeats, given)
         kept_ids = shortened.plan.gather(new.ids, self._pad_id())
         if new.timeline is not None and contains_past:
             kept_ids = torch.cat([ids.gather(1, new.timeline.places(new.entries)), kept_ids], dim=1)
@@ -170,13 +226,17 @@ class Prefill:
         self.check_images(ids, given, cache)
         if isinstance(given.get("logits_to_keep"), Tensor):
             raise FoveateError("logits_to_keep as a tensor counts the unpruned prompt; give a number of last tokens")
-        options = dict(given)
-        new = self._input(ids, options, cache, contains_past=False)
-        encoded = self._encode(options)
+        options, first = dict(given), self.family.first_position
+        if options.get("position_ids") is not None:
+            options["position_ids"] = options["position_ids"] - first
+        new = self._input(ids, options, cache, contains_past=False, given=given)
+        kind = "image" if given.get("pixel_values_videos") is None else "video"
+        encoded = self._encode(options, kind)
         side = padding_side(new.mask)
-        shortened = self._shorten(new, encoded, side, 1)
+        shortened = self._shorten(new, kind, encoded, side, 1, given)
         valid = shortened.plan.valid if new.past_mask is None else torch.cat([new.past_mask, shortened.plan.valid], 1)
         options.update(self._aligned(options, shortened.plan, new))
+        options["position_ids"] = options["position_ids"] + first
         options["attention_mask"] = valid.long()
         if options.get("labels") is not None:
             labels = shortened.plan.gather(options["labels"], -100)
@@ -189,12 +249,12 @@ class Prefill:
         shortened.options = options
         return shortened
 
-    def _encode(self, options: dict[str, Any]) -> Any:
+    def _encode(self, options: dict[str, Any], kind: str) -> Any:
         """Run the vision encoder as generate() would, and take its arguments away from forward()."""
-        encode = self.model.base_model.get_image_features
+        encode = getattr(self.model.base_model, f"get_{kind}_features")
         names = [name for name in inspect.signature(encode).parameters if name != "kwargs" and name in options]
         arguments = {name: options.pop(name) for name in names}
-        if arguments.get("pixel_values") is None:
+        if arguments.get(_PIXELS[kind]) is None:
             return None
         return encode(**{name: value for name, value in arguments.items() if value is not None}, return_dict=True)
 
@@ -211,7 +271,9 @@ class Prefill:
 
     # -- both -----------------------------------------------------------------------------------------------------
 
-    def _input(self, ids: Tensor, options: dict[str, Any], cache: Any, contains_past: bool) -> _Input:
+    def _input(
+        self, ids: Tensor, options: dict[str, Any], cache: Any, contains_past: bool, given: dict[str, Any]
+    ) -> _Input:
         timeline = timeline_of(cache)
         entries = int(cache.get_seq_length()) if timeline is not None else 0
         reached = timeline.reached(entries) if timeline is not None else 0
@@ -232,8 +294,34 @@ class Prefill:
             if timeline.kept.shape[0] != ids.shape[0]:
                 raise FoveateError(f"the cache holds {timeline.kept.shape[0]} rows, the prompt has {ids.shape[0]}")
             past_mask = mask.gather(1, timeline.places(entries)) & timeline.valid_places(entries)
-        positions = self._positions(options.get("position_ids"), new, timeline, entries)
+        axes = self._axes(options.get("position_ids"), new, mask[:, reached:], timeline, entries, given)
+        positions = self._positions(options.get("position_ids"), new, timeline, entries) if axes is None else axes
         return _Input(new, mask[:, reached:], positions, past_mask, timeline, entries)
+
+    def _axes(
+        self,
+        stated: Tensor | None,
+        new: Tensor,
+        mask: Tensor,
+        timeline: Timeline | None,
+        entries: int,
+        given: dict[str, Any],
+    ) -> Tensor | None:
+        """(3, B, S) positions of a family that counts on several axes; None for others.
+
+        A row in front of them that counts text, as generate() writes it, is left out: only masks were made of it, and
+        its gaps would be read as packed sequences.
+        """
+        if self.family.positions is None:
+            return None
+        batch, length = new.shape
+        if timeline is None and stated is not None and stated.ndim == 3:
+            return stated[-3:, :, -length:].expand(3, batch, -1).to(new.device)
+        start = new.new_zeros(batch) if timeline is None else timeline.positions(entries, 1)[:, 0]
+        if bool(self._is_visual(new).any()):
+            return self.family.positions(self.model, new, mask, given, start)
+        along = mask.long().cumsum(dim=1) - 1 if timeline is None else torch.arange(length, device=new.device)
+        return (start[:, None] + along).clamp(min=0).expand(3, batch, -1)
 
     def _positions(self, given: Tensor | None, new: Tensor, timeline: Timeline | None, entries: int) -> Tensor:
         batch, length = new.shape
@@ -245,16 +333,18 @@ class Prefill:
             return timeline.positions(entries, length)
         return torch.arange(length, device=new.device).expand(batch, -1)
 
-    def _shorten(self, new: _Input, encoded: Any, side: Side, repeats: int) -> Shortened:
-        images, blocks = self._images(new.ids, encoded)
-        masked = int(((new.ids == self.image_token) & ~new.mask).sum())
+    def _shorten(
+        self, new: _Input, kind: str, encoded: Any, side: Side, repeats: int, given: dict[str, Any]
+    ) -> Shortened:
+        images, aparts, blocks = self._images(new.ids, kind, encoded, given)
+        masked = int((self._is_visual(new.ids) & ~new.mask).sum())
         if masked:
             raise FoveateError(f"attention_mask hides {masked} visual placeholders; only padding may be masked")
         for name, block in blocks.items():
             for value in vars(block).values():
                 if value is not None and value.shape[0] != len(images):
                     raise FoveateError(f"encoder block {name} saw {value.shape[0]} pictures, the prompt {len(images)}")
-        is_text = new.mask & (new.ids != self.image_token)
+        is_text = new.mask & ~self._is_visual(new.ids)
         stopwatch = Stopwatch(new.ids.device)
         with stopwatch:
             embed = lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0))  # noqa: E731 - rarely asked
@@ -273,10 +363,13 @@ class Prefill:
             earlier=[] if new.timeline is None else new.timeline.groups,
             stopwatches=[stopwatch, *([] if self.encoded is None else self.encoded.stopwatches)],
             record=None,
+            aparts=aparts,
             encoded=encoded,
+            kind=kind,
             repeats=repeats,
         )
         if images:
+            mine = list(zip(images, aparts, strict=True))
             past = [0] * new.ids.shape[0] if new.past_mask is None else new.past_mask.sum(dim=1).tolist()
             shortened.record = partial(
                 record,
@@ -285,7 +378,10 @@ class Prefill:
                 images,
                 index=made.original + torch.where(made.valid, new.reached, 0),
                 prompt_length=new.ids.shape[1],
-                text=is_text.sum(dim=1).tolist(),
+                text=[
+                    words + sum(apart.columns.numel() for image, apart in mine if image.row == row and apart)
+                    for row, words in enumerate(is_text.sum(dim=1).tolist())
+                ],
                 past=past,
                 timeline=timeline,
                 past_entries=new.entries,
@@ -294,22 +390,36 @@ class Prefill:
             )
         return shortened
 
-    def _images(self, ids: Tensor, encoded: Any) -> tuple[list[Image], dict[int | str, Block]]:
-        """The call's images at their placeholders, and what the probe saw of them, in original places."""
-        features = [] if encoded is None else list(encoded.pooler_output)
-        blocks = self.probe.take()
+    def _images(
+        self, ids: Tensor, kind: str, encoded: Any, given: dict[str, Any]
+    ) -> tuple[list[Image], list[Apart | None], dict[int | str, Block]]:
+        """The call's images at their placeholders, what of them is not visual, and what the probe saw of them."""
+        # A device map may have the encoder elsewhere than the decoder's first block.
+        features = [] if encoded is None else [one.to(ids.device) for one in encoded.pooler_output]
+        blocks = {name: _moved(block, ids.device) for name, block in self.probe.take().items()}
         grid = self.family.grid(self.model.config)
         self.encoded = left = self.stages.take()
+        if left is None and not features:
+            return find_images(ids, self.image_token, features, grid), [], blocks
         if left is None:
-            return find_images(ids, self.image_token, features, grid), blocks
+            token = self.tokens[kind]
+            tower, row = self.family.tower_of(self.model)
+            rows = [one.shape[0] for one in features]
+            describe = self.family.layouts if kind == "image" else self.family.videos
+            assert describe is not None, "videos of other families were refused before"
+            layouts = describe(Pictures(self.model, tower, given, rows, lambda: runs_of(ids, token)))
+            images, aparts = place_images(ids, token, torch.cat(features), layouts)
+            return images, aparts, to_tokens(blocks, layouts, row.packed)
         counts = [image.original for image in left.images]
         features = [left.features(number, rows) for number, rows in enumerate(features)]
         images = find_images(ids, self.image_token, features, grid, counts)
         for number, (image, inside) in enumerate(zip(images, left.images, strict=True)):
             image.index, image.whole, image.adapted = inside.index, inside.whole, inside.adapted
             image.extra, image.stages, image.encoded = inside.extra, list(inside.stages), left.lengths(number)
+            image.projected = image.original if left.put_back else image.index.numel()
         numbers = self.probe.numbers()
-        return images, {name: left.full(block, numbers[name]) for name, block in blocks.items()}
+        blocks = {name: left.full(block, numbers[name]) for name, block in blocks.items()}
+        return images, [None] * len(images), blocks
 
     def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
         kept, valid = made.index + new.reached, made.valid
@@ -340,20 +450,27 @@ class Prefill:
         aligned: dict[str, Any] = {"position_ids": made.gather(new.positions, 0)}
         for name in _TOKEN_TYPES:
             if options.get(name) is not None:
-                aligned[name] = made.gather(options[name][:, -new.ids.shape[1] :], 0)
+                types = made.gather(options[name][:, -new.ids.shape[1] :], 0)
+                # Those of the cache count for nothing: no new token is of the same picture as one there.
+                past = types.new_zeros(types.shape[0], new.entries if self.family.typed_past else 0)
+                aligned[name] = torch.cat([past, types], dim=1)
         return aligned
 
     def _projector(self) -> Any:
         if not self.family.pointwise:
             return None
-        projector = getattr(self.model.base_model, self.family.projector)
-        return lambda encoded: projector(encoded[None])[0]
+        return partial(self.family.project, self.model)
 
     def _pad_id(self) -> int:
         """Any id but the placeholder's: padding is masked, but placeholders are counted."""
         pad = getattr(text_config(self.model), "pad_token_id", None)
         pad = 0 if pad is None or pad < 0 else int(pad)
-        return pad if pad != self.image_token else int(self.image_token == 0)
+        visual = set(self.tokens.values())
+        return pad if pad not in visual else next(other for other in range(3) if other not in visual)
+
+
+def _moved(block: Block, device: torch.device) -> Block:
+    return Block(**{name: value.to(device) for name, value in vars(block).items() if value is not None})
 
 
 def text_config(model: Any) -> Any:

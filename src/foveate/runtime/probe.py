@@ -46,13 +46,17 @@ def tower_needs(needs: Iterable[str]) -> dict[str, set[str]]:
 
 
 def missing_signals(needs: Iterable[str], tower: Tower) -> list[str]:
-    """Which of a method's tower signals this encoder cannot give: CLS fields of an encoder without CLS."""
+    """Which of a method's tower signals this encoder cannot give: CLS fields of an encoder without CLS.
+
+    One that is not described gives none.
+    """
     return [
         f"tower.{block}.{name}"
         for block, names in tower_needs(needs).items()
         for name in sorted(names)
         if name not in (FIELDS + OF_COMPANION if block == LATEST else FIELDS)
         or (name in _OF_CLS + OF_COMPANION and tower.summary == 0)
+        or not tower.known
     ]
 
 

@@ -110,6 +110,10 @@ def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) ->
     modules by which methods chose."""
     flops = sum(stage.flops for image in images for stage in image.stages) if pruned else 0
     for image in images:
+        if image.patches is not None:
+            flops += sum(tower_flops(shape.tower, convention="roofline", patches=tile) for tile in image.patches)
+            flops += projector_flops(shape.projector, tokens=sum(image.patches) // shape.projector.merge)
+            continue
         lengths, tokens = None, image.original
         if pruned and image.encoded is not None:
             lengths = [length + (shape.tower.length - shape.tower.tokens) for length in image.encoded]

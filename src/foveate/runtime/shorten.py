@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import FoveateError, Grid
+from foveate.layouts import Layout
 from foveate.runtime.choose import Image
+from foveate.runtime.packing import Apart
 
 Side = Literal["left", "right"]
 
@@ -62,16 +64,54 @@ def find_images(
     Raises:
         FoveateError: placeholders and features differ in number, or an image spans two rows.
     """
-    places = (ids == token).nonzero()  # (placeholders, 2), row by row
     counts = [one.shape[0] for one in features] if counts is None else counts
+    images = []
+    for one, (row, columns) in zip(features, _columns(ids, token, counts), strict=True):
+        fits = grid is not None and grid[0] * grid[1] == columns.numel()
+        images.append(Image(row, columns, one, grid if fits else None))
+    return images
+
+
+def place_images(
+    ids: Tensor, token: int, features: Tensor, layouts: Sequence[Layout]
+) -> tuple[list[Image], list[Apart | None]]:
+    """Pictures of any layout at their placeholders, and what of each is not visual.
+
+    Args:
+        features: (M of all pictures, D), in the order of the prompts.
+
+    Raises:
+        FoveateError: as `find_images`.
+    """
+    counts = [layout.placeholders for layout in layouts]
+    images: list[Image] = []
+    aparts: list[Apart | None] = []
+    start = 0
+    for layout, (row, columns) in zip(layouts, _columns(ids, token, counts), strict=True):
+        rows = features[start : start + layout.placeholders]
+        start += layout.placeholders
+        apart = None
+        if layout.visual.numel() < layout.placeholders:
+            visual = layout.visual.to(columns.device)
+            other = torch.ones_like(columns, dtype=torch.bool).index_fill(0, visual, False)
+            apart = Apart(columns[other], rows[other.to(rows.device)])
+            columns, rows = columns[visual], rows[visual.to(rows.device)]
+        images.append(Image(row, columns, rows, layout.grid, tile=layout.tile, patches=layout.lengths))
+        aparts.append(apart)
+    return images, aparts
+
+
+def _columns(ids: Tensor, token: int, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Row and columns (M,) of each image's placeholders."""
+    places = (ids == token).nonzero()  # (placeholders, 2), row by row
     tokens = sum(counts)
     if places.shape[0] != tokens:
         raise FoveateError(
-            f"the prompt has {places.shape[0]} visual placeholders but its {len(features)} images give {tokens} "
+            f"the prompt has {places.shape[0]} visual placeholders but its {len(counts)} images give {tokens} "
             "tokens; pass each image once and let the processor write the placeholders"
         )
-    images, start = [], 0
-    for number, (one, count) in enumerate(zip(features, counts, strict=True)):
+    found, start = [], 0
+    for number, count in enumerate(counts):
         mine = places[start : start + count]
         start += count
         if count == 0:
@@ -79,9 +119,8 @@ def find_images(
         row = int(mine[0, 0])
         if int(mine[-1, 0]) != row:
             raise FoveateError(f"image {number} begins in row {row} and ends in row {int(mine[-1, 0])} of the prompts")
-        fits = grid is not None and grid[0] * grid[1] == count
-        images.append(Image(row, mine[:, 1], one, grid if fits else None))
-    return images
+        found.append((row, mine[:, 1]))
+    return found
 
 
 def plan(mask: Tensor, images: Sequence[Image], side: Side) -> Plan:

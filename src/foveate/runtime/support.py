@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from foveate import methods
 from foveate.core import FoveateError, Method, check_depths
+from foveate.cost.configs import assume_model
 from foveate.cost.plan import visual_per_layer
 from foveate.cost.shapes import ModelShape
-from foveate.families import Family, Tower, family_of
+from foveate.families import PACKED, Family, Tower, family_of
+from foveate.generic import GenericFamily
 from foveate.runtime.choose import JOINT
 from foveate.runtime.probe import LATEST, missing_signals
+from foveate.runtime.wrapped import check_devices, check_version
 from foveate.spec import format as format_spec
 
 SITES = ("tower", "input", "layer", "cache")
@@ -39,26 +43,22 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
         FoveateError: naming the signal, and the methods that work on this model.
     """
     family = family_of(model)
+    if isinstance(family, GenericFamily):
+        warnings.warn(family.warning, UserWarning, stacklevel=3)
     encoder, tower = family.tower_of(model)
     if family.check is not None:
         family.check(model.config, tower)
-    ModelShape.from_config(model.config)  # what a trace counts must be known before work starts
+    check_version(family)
+    shape_of(model, family)  # what a trace counts must be known before work starts
     layers = len(model.get_decoder().layers)
     for part in parts:
         name = format_spec(part)
         if part.site not in SITES:
             raise FoveateError(f"{name} acts at site {part.site!r}; sites that can be used: {', '.join(SITES)}")
-        if part.site == "tower" and family.inside is not None:
-            raise FoveateError(
-                f"{name} acts inside the encoder, which {family.name} does not allow: {family.inside}; methods that "
-                f"work: {', '.join(working_methods(tower, family))}"
-            )
-        missing = unavailable(part, tower)
-        if missing:
-            raise FoveateError(
-                f"{name} needs {', '.join(missing)}, which {family.name} with {tower.type} does not have; methods that "
-                f"work: {', '.join(working_methods(tower, family))}"
-            )
+        reason = why_not(part, family, tower)
+        if reason is not None:
+            raise FoveateError(f"{name} {reason}; methods that work: {', '.join(working_methods(family, tower))}")
+        check_devices(model, part)
         part.check_model(model.config)
         if part.site == "tower":
             part.depths(len(tower.blocks_of(encoder)))  # a method says itself what it cannot do with so many
@@ -66,9 +66,31 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
             check_depths(part.depths(layers), layers, name)
     if sum(part.site == "cache" for part in parts) > 1:
         raise FoveateError("two methods would evict from one cache; give one of them")
-    if family.fixed and not any(part.adaptive for part in parts):
+    if family.fixed and not tower.packed and not any(part.adaptive for part in parts):
         grid = family.grid(model.config)
         visual_per_layer(parts, grid[0] * grid[1], layers, grid=grid)
+
+
+def shape_of(model: Any, family: Family) -> ModelShape:
+    """The sizes by which a trace counts; where the family has no row, those of the decoder alone.
+
+    Raises:
+        FoveateError: a size that the configuration does not state.
+    """
+    return assume_model(model.config) if isinstance(family, GenericFamily) else ModelShape.from_config(model.config)
+
+
+def why_not(part: Method, family: Family, tower: Tower) -> str | None:
+    """Why a method cannot run on a family with this encoder; None where it can."""
+    inside = PACKED if tower.packed else family.inside
+    if part.site == "tower" and inside is not None:
+        return f"acts inside the encoder, which {family.name} does not allow: {inside}"
+    missing = unavailable(part, tower)
+    if missing:
+        return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have"
+    if part.encoded and not family.pointwise:
+        return f"merges tokens of the encoder, and the projector of {family.name} takes no single ones"
+    return None
 
 
 def unavailable(part: Method, tower: Tower) -> list[str]:
@@ -91,18 +113,11 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
     return missing
 
 
-def working_methods(tower: Tower, family: Family | None = None) -> list[str]:
-    """Names of the methods that can run with this encoder, of a family that may not allow all sites."""
+def working_methods(family: Family, tower: Tower) -> list[str]:
+    """Names of the methods that can run on a family with this encoder."""
     found = []
     for name in methods.names():
         parts = methods.get(name).example().parts()
-        closed = family is not None and family.inside is not None and any(part.site == "tower" for part in parts)
-        if not closed and all(part.site in SITES and not unavailable(part, tower) for part in parts):
+        if all(part.site in SITES and why_not(part, family, tower) is None for part in parts):
             found.append(name)
     return found
-
-
-def working_methods_of(model: Any) -> list[str]:
-    """Names of the methods that can run on a model."""
-    family = family_of(model)
-    return working_methods(family.tower_of(model)[1], family)

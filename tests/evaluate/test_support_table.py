@@ -1,0 +1,50 @@
+"""The table of methods and families."""
+
+from __future__ import annotations
+
+from foveate import methods
+from foveate.evaluate.support_table import families_markdown, markdown, support
+from foveate.families import FAMILIES
+
+
+def test_every_method_on_every_family() -> None:
+    rows = support()
+    assert [row.method for row in rows] == list(methods.names())
+    assert all(list(row.reasons) == [family.name for family in FAMILIES] for row in rows)
+
+
+def test_what_runs_and_what_does_not() -> None:
+    found = {row.method: row.reasons for row in support()}
+    assert set(found["fastv"].values()) == {None}
+    assert found["tome"]["llava-1.5"] is None
+    assert found["tome"]["paligemma"] is None
+    assert found["tome"]["qwen2-vl"] == (
+        "acts inside the encoder, which qwen2-vl does not allow: its encoder runs the patches of all pictures as one "
+        "sequence, from which none can be taken"
+    )
+    assert found["fastervlm"]["internvl"] is None
+    assert found["fastervlm"]["gemma3"] == (
+        "needs tower.read.cls_attention, which gemma3 with siglip_vision_model does not have"
+    )
+
+
+def test_the_families() -> None:
+    lines = families_markdown().splitlines()
+    assert len(lines) == 2 + len(FAMILIES)
+    for family, line in zip(FAMILIES, lines[2:], strict=True):
+        assert line.startswith(f"| {family.name} | `{family.hub_ids[0]}`")
+        assert (" | yes | " in line) == (family.videos is not None)
+        assert f"| {family.image} |" in line
+
+
+def test_the_table_names_each_reason_once() -> None:
+    text = markdown()
+    table, reasons = text.split("\n\n", 1)
+    lines = table.splitlines()
+    assert len(lines) == 2 + len(methods.names())
+    assert lines[0].startswith("| method | llava-1.5 | llava-next |")
+    assert "| `fastv` |" + " yes |" * len(FAMILIES) in lines
+    numbered = reasons.strip().splitlines()
+    assert [line.split(".")[0] for line in numbered] == [str(number + 1) for number in range(len(numbered))]
+    assert len(set(numbered)) == len(numbered)
+    assert all(f"no ({number + 1})" in table for number in range(len(numbered)))
