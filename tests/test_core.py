@@ -196,6 +196,16 @@ def indices(*rows: list[int]) -> list[torch.Tensor]:
     return [torch.tensor(row) for row in rows]
 
 
+def test_a_missing_raster_is_named_with_its_reason() -> None:
+    index = torch.arange(4)[None]
+    assert Signals(original=4, index=index, grid=(2, 2)).raster("Pool", "do this") == (2, 2)
+    with pytest.raises(FoveateError) as error:
+        Signals(original=4, index=index).raster("Pool", "do this")
+    assert str(error.value) == "Pool needs the whole grid of the image, but its tokens come from several tiles; do this"
+    with pytest.raises(FoveateError, match="but an earlier stage has taken tokens from it; do this"):
+        Signals(original=9, index=index).raster("Pool", "do this")
+
+
 def test_the_shape_and_the_tiles_of_signals() -> None:
     alone = Signals(original=6, index=torch.arange(6).expand(2, 6))
     assert alone.shape == (2, 6)

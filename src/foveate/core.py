@@ -189,6 +189,18 @@ class Signals:
         """Tiles of the image; 1 without anyres."""
         return 1 if self.tile is None else int(self.tile.max()) + 1
 
+    def raster(self, method: str, otherwise: str) -> Grid:
+        """The grid, for a method that cannot do without; `otherwise` says what its user can do.
+
+        Raises:
+            FoveateError: tokens have left, or an image's tokens form no single raster.
+        """
+        if self.grid is not None:
+            return self.grid
+        gone = self.shape[1] < self.original
+        why = "an earlier stage has taken tokens from it" if gone else "its tokens come from several tiles"
+        raise FoveateError(f"{method} needs the whole grid of the image, but {why}; {otherwise}")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Selection

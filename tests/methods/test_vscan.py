@@ -165,8 +165,8 @@ def test_budgets_that_cannot_be_met() -> None:
         VScan(keep=(0.25, 8)).count(16)
 
 
-def test_a_raster_that_has_lost_tokens_is_refused() -> None:
-    with pytest.raises(FoveateError, match="VScan needs the whole grid of the image, but an earlier stage has taken"):
+def test_tokens_that_form_no_raster_are_refused() -> None:
+    with pytest.raises(FoveateError, match="VScan needs the whole grid of the image, but its tokens come from several"):
         before(4).select(signals(SHALLOW, DEEP, ALIKE, grid=None))
 
 

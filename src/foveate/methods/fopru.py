@@ -102,12 +102,7 @@ class FoPru(Method):
         return split_budget(min(counted[0], left), capacity)
 
     def _best_rows(self, significance: Tensor, signals: Signals) -> list[Tensor]:
-        if signals.grid is None:
-            raise FoveateError(
-                "FoPru strategy='row' needs the whole grid of the image, but an earlier stage has taken tokens from "
-                "it; put FoPru first or use strategy='rank'"
-            )
-        height, width = signals.grid
+        height, width = signals.raster("FoPru strategy='row'", "put FoPru first or use strategy='rank'")
         rows = descending(significance.unflatten(-1, (height, width)).sum(dim=-1))
         rows = rows[:, : self._rows(height, width)]
         columns = torch.arange(width, device=rows.device)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
 from foveate.ops.subsets import cell_centres, lattice
 
 
@@ -36,11 +36,10 @@ class Pool(Method):
 
     def select(self, signals: Signals) -> Selection:
         assert signals.features is not None
-        if signals.grid is None:
-            raise FoveateError("Pool needs the whole grid of the image, but an earlier stage has taken tokens from it")
+        grid = signals.raster("Pool", "put Pool first, or take uniform")
         kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
-        cell = lattice(*signals.grid, kept)
-        centres = cell_centres(cell, signals.grid).to(signals.index.device)
+        cell = lattice(*grid, kept)
+        centres = cell_centres(cell, grid).to(signals.index.device)
         cell = cell.to(signals.index.device)
         weights = torch.nn.functional.one_hot(cell, kept).T.float()
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -30,6 +30,8 @@ from foveate.ops.pooling import joined, most_similar, others, take
 from foveate.ops.subsets import descending, split_budget, top_k
 from foveate.ops.windows import best_of_windows
 
+HINT = "put VScan first, or use where='layer' for its part inside the decoder"
+
 SIDE = 4
 """The raster is cut into 4 x 4 windows."""
 
@@ -170,7 +172,7 @@ class VScan(Method):
         attention = [one.float().mean(dim=1) for one in (shallow, deep)]
         seen = in_raster_order(signals, features, *attention)
         if signals.tile is None or self.budget == "image":
-            return handed_on(self._scanned(seen, _raster(signals), total), "projected")
+            return handed_on(self._scanned(seen, signals.raster("VScan", HINT), total), "projected")
         tile = in_raster_order(signals, signals.tile)[1]
         return tile_by_tile(tile, total, partial(self._of_tile, seen), "projected")
 
@@ -203,12 +205,3 @@ class VScan(Method):
         sums, numbers = joined(take(features, dropped), most_similar(features, dropped, kept), kept.shape[1])
         merged = (take(features, kept).float() + sums) / (1 + numbers)
         return take(index, kept), merged.to(features.dtype), nothing[:, : kept.shape[1]]
-
-
-def _raster(signals: Signals) -> Grid:
-    if signals.grid is None:
-        raise FoveateError(
-            "VScan needs the whole grid of the image, but an earlier stage has taken tokens from it; put VScan first, "
-            "or use where='layer' for its part inside the decoder"
-        )
-    return signals.grid
