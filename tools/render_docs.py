@@ -1,4 +1,4 @@
-"""Renders what is said of the methods: a page for each in docs/methods, the README's table, the table of accuracies.
+"""Renders what is said of methods and families: pages in docs, the README's table, the table of accuracies.
 
     python tools/render_docs.py              # text; every file appears whole
     python tools/render_docs.py --pictures   # also what each keeps on the demo scene, with `mini` (a minute)
@@ -25,12 +25,13 @@ import foveate
 from foveate import methods
 from foveate.core import FoveateError
 from foveate.evaluate.catalogue import ACTS, about, at, describe
+from foveate.evaluate.support_table import families_markdown, markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "methods"
 KEPT = 144  # tokens in the pictures
 QUESTION = "what color is behind the dog ?"
-BEGIN, END = "<!-- methods: made by tools/render_docs.py -->", "<!-- /methods -->"
+MADE = "<!-- {name}: made by tools/render_docs.py -->", "<!-- /{name} -->"
 ORDER = tuple(ACTS)
 
 INTRO = """# Every method on `mini`
@@ -46,6 +47,20 @@ Every method runs with its defaults and the budget of the column. A staged metho
 it stand its equivalent tokens, the tokens averaged over the decoder's layers: compare it with methods of that column.
 `-` is a budget that a method cannot reach, with the reason below. Half of a 95 % interval is {interval} points at most.
 Methods on the cache drop no visual tokens and are not here.
+"""
+
+FAMILIES = """# Model families
+
+{families}
+
+A model of another type gets a row made of the standard parts that it has, with a warning; `foveate check MODEL` says
+what works on any model, and tries it.
+
+## Methods and families
+
+`no` has its reason below the table. Where a family takes several encoders, the column is about its usual one.
+
+{methods}
 """
 
 SEES = {
@@ -154,12 +169,19 @@ def table() -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its table made anew."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"README.md lacks {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """The README with its tables made anew."""
+    for name, made in (
+        ("methods", table()),
+        ("families", families_markdown().strip()),
+        ("support", markdown().strip()),
+    ):
+        first, last = (mark.format(name=name) for mark in MADE)
+        before, begin, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end:
+            sys.exit(f"README.md lacks {first} ... {last}")
+        text = f"{before}{first}\n{made}\n{last}{after}"
+    return text
 
 
 def accuracy(found: dict[str, Any]) -> str:
@@ -190,6 +212,11 @@ def accuracy(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def families() -> str:
+    """docs/families.md: what is known of each family, and which method runs on it."""
+    return FAMILIES.format(families=families_markdown().strip(), methods=markdown().strip())
+
+
 def interval(samples: int) -> str:
     """Half of the widest 95 % interval of a share of so many answers, in points."""
     return f"{196 * (0.25 / samples) ** 0.5:.1f}"
@@ -211,6 +238,7 @@ def texts() -> dict[Path, str]:
     found = {PAGES / f"{name}.md": page(name) for name in methods.names()}
     path = ROOT / "README.md"
     found[path] = readme(path.read_text(encoding="utf-8"))
+    found[ROOT / "docs" / "families.md"] = families()
     results = sorted((ROOT / "benchmarks" / "results").glob("accuracy-*.json"))
     if results:
         found[ROOT / "docs" / "accuracy.md"] = accuracy(json.loads(results[-1].read_text(encoding="utf-8")))

@@ -118,8 +118,8 @@ def test_the_grid_must_be_whole() -> None:
     with pytest.raises(FoveateError) as error:
         pooled(Pool(), torch.zeros(1, 3, 1), None, original=9, index=torch.tensor([[0, 4, 8]]))
     assert str(error.value) == (
-        "Pool needs the whole grid of the image, but an earlier stage has taken tokens from it; put Pool first, or take "
-        "uniform"
+        "Pool needs the whole grid of the image, but an earlier stage has taken tokens from it; put Pool first, or "
+        "take uniform"
     )
 
 
