@@ -1,15 +1,21 @@
-# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt change.
+# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
+# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_STAMP := $(LOWEST)/.installed
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+LOWEST_PIP := $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-lowest.txt
+NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; \
+  $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lowest lint bench clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -22,23 +28,34 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-test: lint ## lint, then every test
+lowest: $(LOWEST_STAMP) ## the tests named in tests/lowest.txt, on the lowest versions
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -p no:cacheprovider @tests/lowest.txt
+
+test: lint lowest ## lint, the part for the lowest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 bench: $(STAMP) ## run every file of benchmarks/
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; $(PYTHON) is " \
-	  + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@$(NEW_ENOUGH)
 	@echo "Installing into $(VENV) (about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) hatchling
 	@$(PIP) --no-build-isolation --editable '.[dev,draw,train]'
+	@touch $@
+
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
+	@$(NEW_ENOUGH)
+	@echo "Installing the lowest versions into $(LOWEST) (about a minute)"
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST_PIP) torch
+	@$(LOWEST_PIP) hatchling
+	@$(LOWEST_PIP) --no-build-isolation --editable . hypothesis pytest pytest-socket
 	@touch $@

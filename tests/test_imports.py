@@ -34,7 +34,7 @@ AT_LOAD = {
     "report": {"core", "cost", "draw"},
 }
 AT_LOAD["engine"] = AT_LOAD["prune"] | {"ops", "prune"}
-AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "engine"}
+AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "scenes", "engine"}
 AT_LOAD["train"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "ops", "modules", "evaluate"}
 AT_LOAD["calibrate"] = AT_LOAD["prune"] | {"prune", "images"}
 AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw"}

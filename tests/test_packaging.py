@@ -11,6 +11,9 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from foveate.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -48,8 +51,8 @@ def test_the_version_is_written_once() -> None:
     assert foveate.__version__ == PROJECT["version"]
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in requirements}
 
@@ -75,3 +78,45 @@ def test_what_a_pinned_package_needs_is_pinned_too() -> None:
 
 def test_pins_are_exact_and_fit_every_machine() -> None:
     assert all(version and version[0].isdigit() and "+" not in version for version in pins().values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the lowest versions
+
+AT_THE_FLOOR_ELSEWHERE = {"torch"}  # a second build of it would be as large again
+
+
+def floors() -> dict[str, str]:
+    """The lowest version of each dependency that a user gets."""
+    found = {}
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        (lowest,) = [one.version for one in requirement.specifier if one.operator == ">="]
+        found[canonicalize_name(requirement.name)] = lowest
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(floors().keys() - AT_THE_FLOOR_ELSEWHERE))
+def test_the_lowest_environment_holds_the_lowest_versions(name: str) -> None:
+    pinned = Version(pins("constraints-lowest.txt")[name])
+    assert pinned == Version(floors()[name])
+
+
+def test_the_rest_of_the_lowest_environment_is_pinned_as_elsewhere() -> None:
+    lowest, usual = pins("constraints-lowest.txt"), pins()
+    assert lowest["torch"] == usual["torch"]
+    assert all(Version(lowest[name]) <= Version(usual[name]) for name in lowest.keys() & usual.keys())
+    assert lowest.keys() - usual.keys() == {"attrs"}  # which older versions of hypothesis need
+
+
+def test_what_runs_on_the_lowest_versions_is_there() -> None:
+    lines = (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    assert lines
+    for line in lines:
+        file, _, function = line.partition("::")
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert not function or f"def {function}(" in text, line
+
+
+def test_the_lowest_transformers_is_that_of_the_families() -> None:
+    lowest = min(Version(family.transformers) for family in FAMILIES)
+    assert lowest == Version(floors()["transformers"])

@@ -7,8 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import tiny_families
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -27,6 +30,7 @@ from transformers import (
 )
 
 import foveate
+from foveate.families import FAMILIES as FAMILY_ROWS
 from foveate.runtime.choose import JOINT
 from foveate.scenes.mini import clip_tokenizer
 
@@ -92,12 +96,19 @@ def model(
         blocks: of the tower.
         settings: further entries of the model's configuration.
     """
+    _skip_on_older_transformers(family)
     key = repr((family, decoder, attn, tower, blocks, seed, settings))
     if key not in _BUILT and family in tiny_families.KINDS:
         _BUILT[key] = tiny_families.KINDS[family].build(attn, blocks, settings)
     elif key not in _BUILT:
         _BUILT[key] = _FAMILIES[family](decoder, attn, tower, blocks, seed, settings)
     return copy.deepcopy(_BUILT[key])
+
+
+def _skip_on_older_transformers(family: str) -> None:
+    needed = next(row.transformers for row in FAMILY_ROWS if row.name == family.partition("/")[0])
+    if Version(transformers.__version__) < Version(needed):
+        pytest.skip(f"{family} needs transformers {needed}")
 
 
 def _llava(decoder: str, attn: str, tower: str, blocks: int, seed: int, settings: dict[str, Any]) -> Any:

@@ -326,6 +326,7 @@ FAMILIES = (
     Family(
         name="llava-next-video",
         types=("llava_next_video",),
+        transformers="5.21",  # older ones hand over a video with its frames apart
         hub_ids=("llava-hf/LLaVA-NeXT-Video-7B-hf",),
         towers=("clip_vision_model",),
         image=_WITH_TILES + ", or a video with all its frames",
@@ -413,6 +414,7 @@ FAMILIES = (
     Family(
         name="smolvlm",
         types=("smolvlm",),
+        transformers="5.21",  # older ones refuse prompts with different numbers of pictures
         hub_ids=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct"),
         towers=("smolvlm_vision",),
         **_IDEFICS,
@@ -457,6 +459,7 @@ FAMILIES = (
     Family(
         name="vipllava",
         types=("vipllava",),
+        transformers="5.23",  # older ones call `vision_feature_layer` by another name
         hub_ids=("llava-hf/vip-llava-7b-hf", "llava-hf/vip-llava-13b-hf"),
         towers=("clip_vision_model",),
         read=_deepest_read,

@@ -23,7 +23,7 @@ def prune(
     """A handle that prunes the visual tokens of `model` while it is active.
 
     Args:
-        model: a loaded vision-language model of transformers.
+        model: a loaded vision-language model of transformers, or a PEFT model around one.
         methods: a method, its spec ("fopru:keep=0.25"), or several of them, which act one after the other.
         processor: the model's processor, for methods that read the question as text.
         question: what those methods are to read in place of the prompt's text after the image; one, or one per row.
@@ -39,10 +39,12 @@ def prune(
     from foveate.runtime.handle import Handle
     from foveate.runtime.joint_space import joint_space
     from foveate.runtime.support import check_parts
+    from foveate.runtime.wrapped import unwrapped
 
     parts = tuple(part for method in _listed(methods) for part in method.parts())
     if not parts:
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
+    model = unwrapped(model)
     check_parts(model, parts)
     return Handle(model, parts, joint_space(model, parts, processor=processor, question=question, clip=clip))
 
@@ -53,8 +55,9 @@ def share_encoding(model: Any, needs: Iterable[str]) -> AbstractContextManager[N
     For comparing methods: `needs` are the signals of all that will run. What each answers does not change.
     """
     from foveate.runtime.share import share_encoding as share
+    from foveate.runtime.wrapped import unwrapped
 
-    return share(model, needs)
+    return share(unwrapped(model), needs)
 
 
 def _listed(methods: Method | str | Sequence[Method | str]) -> list[Method]:

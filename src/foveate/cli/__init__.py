@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli import analyze, bench, cost, demo, evaluate, methods, models, run, train
+from foveate.cli import analyze, bench, check, cost, demo, evaluate, methods, models, run, train
 from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, UsageError, one_line
 from foveate.core import FoveateError
 
@@ -28,6 +28,7 @@ _COMMANDS = {
     "cost": cost,
     "bench": bench,
     "analyze": analyze,
+    "check": check,
     "demo": demo,
     "methods": methods,
     "models": models,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.core import Budget
-from foveate.cost import ModelShape, kv_bytes, prefill_flops
+from foveate.cost import kv_bytes, prefill_flops
+from foveate.families import family_of
+from foveate.runtime.support import shape_of
 
 
 def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:
@@ -18,7 +20,7 @@ def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:
     Raises:
         FoveateError: the sizes of this family of models are not known.
     """
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model, family_of(model))
     length = inputs["input_ids"].shape[1]
     visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
     layers = shape.decoder.layers

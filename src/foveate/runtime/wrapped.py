@@ -1,0 +1,89 @@
+"""Finds the model inside what wraps it, and refuses wrappings under which pruning could not act."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from packaging.version import Version
+
+from foveate.core import FoveateError, Method
+from foveate.families import Family
+from foveate.spec import format as format_spec
+
+_PEFT = "0.21"
+"""Older ones call `forward` of the model inside."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers that a PEFT model, or nothing, wraps.
+
+    A PEFT model calls the one inside like any caller, so that pruning acts on what it generates.
+
+    Raises:
+        FoveateError: a wrapping that hides the prompt's ids, or a module that is compiled as a whole.
+    """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        _check_peft()
+        learning = getattr(model.active_peft_config, "is_prompt_learning", False)
+        if learning:
+            kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
+            raise FoveateError(
+                f"{kind} puts learned embeddings in front of the prompt, which hides the ids that say what is visual; "
+                "adapters that change weights, such as LoRA, work"
+            )
+        model = model.get_base_model()
+    if hasattr(model, "named_modules"):
+        _check_compiled(model)
+    return model
+
+
+def _check_peft() -> None:
+    import peft
+
+    if Version(peft.__version__) < Version(_PEFT):
+        raise FoveateError(
+            f"peft {peft.__version__} calls the model that it wraps past its hooks, so a direct call would not be "
+            f"pruned; {_PEFT} or newer does not"
+        )
+
+
+def _check_compiled(model: Any) -> None:
+    """A graph is captured around the hooks by which pruning acts, which change what a block sees from call to call."""
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        whole = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        if whole or hasattr(forward, "_torchdynamo_orig_callable"):
+            raise FoveateError(
+                f"{name.replace('_orig_mod.', '') or 'the model'} is compiled by torch.compile, and a compiled module "
+                "does not follow a prompt that gets shorter inside it; give the model as it was before torch.compile. "
+                "generate(cache_implementation='static') compiles decoding by itself and can be pruned"
+            )
+
+
+def check_devices(model: Any, part: Method) -> None:
+    """Refuse a method that would follow tokens through blocks on several accelerators.
+
+    Weights that a device map leaves on the CPU or on disk come to the one accelerator for each call.
+
+    Raises:
+        FoveateError: naming the devices.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+    if len(places) > 1 and part.site != "input":
+        raise FoveateError(
+            f"{format_spec(part)} acts inside the model, whose blocks are on {len(places)} devices "
+            f"({', '.join(sorted(places))}); load it on one, or use a method that acts between encoder and decoder"
+        )
+
+
+def check_version(family: Family) -> None:
+    """Refuse a family whose parts are not yet in the transformers at hand.
+
+    Raises:
+        FoveateError: naming both versions.
+    """
+    if Version(transformers.__version__) < Version(family.transformers):
+        raise FoveateError(
+            f"{family.name} needs transformers {family.transformers} or newer; {transformers.__version__} is installed"
+        )

@@ -1,0 +1,287 @@
+"""Models whose type has no row: what is assumed of them, what they are warned of, and what is refused by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import tiny
+import tiny_families
+import torch
+from torch import Tensor
+from transformers import (
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
+    LlavaConfig,
+    Qwen2Config,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from untouched import untouched
+
+import foveate
+from foveate.core import FoveateError
+from foveate.cost.configs import assume_model
+from foveate.cost.shapes import ModelShape
+from foveate.evaluate.check import check
+from foveate.families import FAMILIES, family_of
+from foveate.generic import GenericFamily
+
+STEPS = 4
+
+
+class Newcomer(LlavaConfig):
+    """A type that no row names."""
+
+    model_type = "newcomer"
+
+
+def newcomer(**more: Any) -> Any:
+    model = tiny.model(**more)
+    model.config.__class__ = Newcomer
+    model.config.image_seq_length = tiny.TOKENS
+    return model
+
+
+def generate(model: Any, given: dict[str, Tensor]) -> Any:
+    return model.generate(**given, max_new_tokens=STEPS, return_dict_in_generate=True, output_logits=True)
+
+
+def given_to(model: Any, *rows: str) -> dict[str, Tensor]:
+    """The inputs of the same model under its own name."""
+    return tiny.inputs(tiny.model(), *rows)
+
+
+@pytest.mark.parametrize("method", ["random:keep=0.5", "fopru:keep=0.5", "fastervlm:keep=7", "fastv:layer=2,keep=0.5"])
+def test_a_model_of_unknown_type_is_pruned_as_its_known_twin(method: str) -> None:
+    known, unknown = tiny.model(), newcomer()
+    given = given_to(unknown, "3i4", "2i1i5", "6")
+    with foveate.prune(known, method) as expected:
+        wanted = generate(known, given)
+    with pytest.warns(UserWarning, match="'newcomer' is no family that Foveate knows"):
+        handle = foveate.prune(unknown, method)
+    with untouched(unknown), handle as trace:
+        got = generate(unknown, given)
+    assert torch.equal(torch.stack(got.logits), torch.stack(wanted.logits))
+    assert [image.after for image in trace.images] == [image.after for image in expected.images]
+    for one, other in zip(trace.images, expected.images, strict=True):
+        assert torch.equal(one.kept, other.kept)
+
+
+def test_the_warning_says_what_is_assumed() -> None:
+    with pytest.warns(UserWarning, match="newcomer") as caught:
+        foveate.prune(newcomer(), "random:keep=0.5")
+    (warning,) = caught
+    assert str(warning.message) == (
+        "'newcomer' is no family that Foveate knows. What was found of it has the standard parts, and this is assumed: "
+        "each entry of pooler_output is one picture, whose tokens stand in the prompt in their order; token types, "
+        "where the model takes any, mark pictures alone; the decoder's blocks are dense and gated, and what encoder "
+        "and projector compute is not counted; its 36 tokens are the patches of the block that vision_feature_layer "
+        "names, or the last. Run `foveate check` on it first"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'newcomer' is no family")
+@pytest.mark.parametrize("hide", ["tokens", "kind"])
+def test_an_encoder_that_is_not_described_shows_nothing(hide: str) -> None:
+    model = newcomer()
+    if hide == "tokens":
+        model.config.image_seq_length = 9
+    else:
+        model.model.vision_tower.config.model_type = "eye"
+    with pytest.raises(FoveateError) as error:
+        foveate.prune(model, "fopru:keep=0.5")
+    assert str(error.value).startswith(
+        "fopru:keep=0.5 needs tower.read.given, tower.read.received, which newcomer with a vision encoder that is not "
+        "described does not have; methods that work: dart, "
+    )
+    with pytest.raises(FoveateError, match="acts inside the encoder, which newcomer does not allow: its type has"):
+        foveate.prune(model, "tome:keep=0.5")
+    given = given_to(model, "3i4", "2i1i5")
+    with foveate.prune(model, "fastv:layer=2,keep=0.5") as trace:
+        out = generate(model, given)
+    known = tiny.model()
+    with foveate.prune(known, "fastv:layer=2,keep=0.5"):
+        wanted = generate(known, given)
+    assert [image.after for image in trace.images] == [18, 18, 18]
+    assert torch.equal(torch.stack(out.logits), torch.stack(wanted.logits))
+
+
+def got_ocr2() -> Any:
+    """Its tokens are groups of patches, of which no row says anything."""
+    config = GotOcr2Config(
+        vision_config=dict(
+            hidden_size=32,
+            output_channels=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=4,
+            window_size=4,
+            global_attn_indexes=[1],
+            mlp_dim=48,
+        ),
+        text_config=Qwen2Config(**tiny_families.SIZES),
+        image_token_index=tiny.IMAGE,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    return tiny_families.finished(GotOcr2ForConditionalGeneration, config, "eager", 0)
+
+
+@pytest.mark.filterwarnings("ignore:'got_ocr2' is no family")
+@pytest.mark.parametrize("method", ["random:keep=0.5", "fastv:layer=2,keep=0.25", "divprune:keep=5"])
+def test_a_stock_model_without_a_row(method: str) -> None:
+    model = got_ocr2()
+    assert not any(model.config.model_type in family.types for family in FAMILIES)
+    picture = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[5, 6, 7, *[tiny.IMAGE] * 16, 8, 9]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture}
+    unpruned = generate(model, given)
+    with foveate.prune(model, "random:keep=1.0"):
+        same = generate(model, given)
+    assert torch.equal(torch.stack(same.logits), torch.stack(unpruned.logits))
+    seen: list[Tensor] = []
+    with untouched(model), foveate.prune(model, method) as trace:
+        hook = model.get_decoder().register_forward_pre_hook(
+            lambda module, arguments, options: seen.append(options["position_ids"]), with_kwargs=True
+        )
+        generate(model, given)
+        hook.remove()
+    (image,) = trace.images
+    assert image.original == 16
+    assert image.after == {"r": 8, "f": 4, "d": 5}[method[0]]
+    assert torch.equal(seen[0], trace.index)
+
+
+def qwen3_vl_moe() -> Any:
+    """Positions on three axes, features that join the decoder at several depths, and experts."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = Qwen3VLMoeConfig(
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            out_hidden_size=32,
+            intermediate_size=48,
+            num_heads=4,
+            patch_size=4,
+            num_position_embeddings=36,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        text_config=dict(
+            **tiny_families.SIZES,
+            head_dim=16,
+            rope_parameters=rope,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+        ),
+        image_token_id=tiny.IMAGE,
+        video_token_id=tiny_families.VIDEO,
+        tie_word_embeddings=False,
+    )
+    return tiny_families.finished(Qwen3VLMoeForConditionalGeneration, config, "sdpa", 0)
+
+
+def test_the_contract_holds_where_positions_have_several_axes() -> None:
+    model = qwen3_vl_moe()
+    if any(model.config.model_type in family.types for family in FAMILIES):
+        pytest.skip("it has a row by now")
+    found = check(model, tiny.inputs(tiny.model("qwen3-vl"), "3i4"))
+    assert [outcome for outcome in found.outcomes if not outcome.passed] == []
+    assert (found.encoder_blocks, found.read, found.tokens) == (0, None, (24,))
+    assert len(found.assumed) == 4
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_the_contract_holds_where_the_encoder_is_described(tower: str) -> None:
+    model = newcomer(tower=tower)
+    found = check(model, given_to(model, "3i4"))
+    assert [outcome for outcome in found.outcomes if not outcome.passed] == []
+    assert any(outcome.name.startswith("fopru") for outcome in found.outcomes)
+    assert (found.family, found.encoder_blocks) == ("newcomer", 4)
+    assert (found.methods["fastervlm"] is None) == (tower == "clip")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is missing
+
+
+def refusal(model: Any) -> str:
+    with pytest.raises(FoveateError) as error:
+        family_of(model)
+    return str(error.value)
+
+
+def test_a_missing_part_is_named() -> None:
+    model = newcomer()
+    model.config.image_token_id = None
+    model.get_decoder().norm = None
+    assert refusal(model) == (
+        "LlavaForConditionalGeneration (newcomer) has no row among the families, and a row cannot be made for it "
+        "without image_token_id in its configuration, get_decoder().norm; `foveate models` lists the families"
+    )
+
+
+def test_features_that_are_not_one_entry_per_picture() -> None:
+    model = newcomer()
+    stock = model.model.get_image_features
+
+    @functools.wraps(stock)
+    def flat(*arguments: Any, **options: Any) -> Any:
+        output = stock(*arguments, **options)
+        output.pooler_output = torch.cat(list(output.pooler_output))
+        return output
+
+    model.model.get_image_features = flat
+    model.config.image_seq_length = 9
+    with pytest.warns(UserWarning, match="is assumed"):
+        handle = foveate.prune(model, "random:keep=0.5")
+    with handle, pytest.raises(FoveateError) as error:
+        generate(model, given_to(model, "3i4"))
+    assert str(error.value) == (
+        "the prompt has 36 visual placeholders, but the entries of the encoder's pooler_output, taken for one picture "
+        "each, have 1152 tokens together"
+    )
+
+
+def test_another_number_of_tokens_than_stated() -> None:
+    """The map from patches to tokens rests on the configuration: where a picture contradicts it, nothing is guessed."""
+    model = newcomer()
+    stock = model.model.get_image_features
+
+    @functools.wraps(stock)
+    def half(*arguments: Any, **options: Any) -> Any:
+        output = stock(*arguments, **options)
+        output.pooler_output = [rows[::2] for rows in output.pooler_output]
+        return output
+
+    model.model.get_image_features = half
+    ids = torch.tensor([[5, *[tiny.IMAGE] * 18, 6]])
+    given = {**given_to(model, "3i4"), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.warns(UserWarning, match="is assumed"):
+        handle = foveate.prune(model, "fopru:keep=0.5")
+    with handle, pytest.raises(FoveateError) as error:
+        generate(model, given)
+    assert str(error.value) == (
+        "a picture of this 'newcomer' model has 18 tokens and its encoder 36 patches; which token is which patch is "
+        "not known. Methods that read nothing from the encoder work, such as fastv"
+    )
+
+
+def test_a_family_with_a_row_is_never_guessed_at(recwarn: pytest.WarningsRecorder) -> None:
+    model = tiny.model()
+    assert not isinstance(family_of(model), GenericFamily)
+    foveate.prune(model, "fopru:keep=0.5")
+    assert not recwarn.list
+
+
+def test_what_a_trace_counts_of_an_unknown_decoder() -> None:
+    model = newcomer()
+    shape, known = assume_model(model.config), ModelShape.from_config(tiny.model().config)
+    assert shape.decoder == known.decoder
+    assert (shape.tower.layers, shape.projector.weights) == (1, 1)
+    text = model.config.text_config.to_dict()
+    with pytest.raises(FoveateError, match="states hidden_size=None, which is no size"):
+        assume_model({"model_type": "newcomer", "text_config": {**text, "hidden_size": None}})
