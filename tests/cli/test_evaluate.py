@@ -41,7 +41,7 @@ def test_every_method_is_asked_at_every_budget(evaluate: Any, tmp_path: Path) ->
     result = evaluate("--every", "9/40", "--samples", 2, "--json", file)
     assert result.code == 0
     stored = json.loads(file.read_text())
-    assert stored["every"] == [9, 40] and stored["command"].startswith("foveate ")
+    assert stored["every"] == [9, 40] and stored["command"].startswith("foveate")
     reached = {row["method"] for row in stored["rows"]}
     assert {"fopru:keep=9", "divprune:keep=9", "pyramiddrop:keep=9/9/9"} <= reached
     why = {entry["method"]: entry for entry in stored["unreached"] if 9 in entry["keep"]}
