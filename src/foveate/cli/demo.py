@@ -76,7 +76,7 @@ def command(
     show_table(_table(questions, outcomes))
     where = f"{loaded.model.device}, {str(loaded.model.dtype).removeprefix('torch.')}"
     typer.echo(f"Times: medians of {TURNS} calls of generate() taking turns, on {where}.")
-    typer.echo("mini never saw a pruned picture in training: it still looks things up, but loses count and its ends.")
+    typer.echo("mini is small: it often misreads digits, pruned or not.")
     typer.echo(f"The picture: {out / 'scene.png'}  What was kept: {out / 'kept.png'}")
 
 
