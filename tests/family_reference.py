@@ -25,7 +25,7 @@ class Seen:
 
 @torch.no_grad()
 def pictures(model: Any, given: tiny_families.Call) -> list[Seen]:
-    """The pictures of one row; what equals the newline of the model is not visual."""
+    """The pictures of one row; what equals the newline of the model is not visual, nor is a CLS."""
     calls = [list(group) for _, group in groupby(given.pictures[0], key=lambda one: id(one.row))]
     return [seen for call in calls for seen in _of_one_call(model, given, call)]
 
@@ -46,6 +46,8 @@ def _of_one_call(model: Any, given: tiny_families.Call, together: list[tiny_fami
     found = []
     for number, one in enumerate(rows):
         is_newline = torch.zeros(one.shape[0], dtype=torch.bool) if newline is None else (one == newline).all(dim=1)
+        if together[0].video and model.config.model_type == "video_llava":
+            is_newline = torch.arange(one.shape[0]) % 17 == 0  # each frame's CLS, which is no patch either
         found.append(Seen(one, (~is_newline).nonzero().squeeze(-1), tuple(block[number] for block in deep)))
     return found
 

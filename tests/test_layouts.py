@@ -22,7 +22,6 @@ ROWS = ("3i4", "2i1i5", "6", "1i")
 def encode(model: Any, given: Any, kind: str = "image") -> tuple[Tensor, list[Tensor]]:
     """What the last block that the projector reads has put out, open to gradients, and the features made of it."""
     family = family_of(model)
-    tower, row = family.tower_of(model)
     seen: list[Tensor] = []
 
     def open_(_: Any, __: Any, output: Any) -> Any:
@@ -30,7 +29,7 @@ def encode(model: Any, given: Any, kind: str = "image") -> tuple[Tensor, list[Te
         seen.append(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    hook = row.blocks_of(tower)[family.read_block(model)].register_forward_hook(open_)
+    hook = family.blocks_of(model, kind)[family.read_block(model)].register_forward_hook(open_)
     function = getattr(model.model, f"get_{kind}_features")
     names = [name for name in inspect.signature(function).parameters if name in given]
     output = function(**{name: given[name] for name in names}, return_dict=True)

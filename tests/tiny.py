@@ -176,7 +176,7 @@ def clip(model: Any, seed: int = 0, longest: int = 12) -> tuple[CLIPModel, Any]:
 
 def vision(model: Any) -> Any:
     """The module that holds the tower's embeddings, blocks and norms."""
-    tower = model.model.vision_tower
+    tower = getattr(model.model, "vision_tower", None) or model.model.image_tower
     return getattr(tower, "vision_model", tower)
 
 

@@ -446,6 +446,22 @@ def _vipllava(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     return finished(transformers.VipLlavaForConditionalGeneration, config, attn, 0)
 
 
+def _video_llava(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+    config = _config(
+        transformers.VideoLlavaConfig,
+        _vision("clip", blocks, image_size=_SIDE),
+        transformers.LlamaConfig(**SIZES),
+        settings,
+        video_token_id=VIDEO,
+    )
+    return finished(transformers.VideoLlavaForConditionalGeneration, config, attn, 0)
+
+
+def _with_cls(model: Any, number: int, generator: torch.Generator) -> Picture:
+    """Three frames, each of a CLS and 4 x 4 tokens."""
+    return Picture(3 * 17, _randn(generator, 3, 3, _SIDE, _SIDE), video=True)
+
+
 def _square(side: int, tokens: int) -> Callable[[Any, int, int, torch.Generator], Picture]:
     return lambda model, number, in_row, generator: Picture(tokens, _randn(generator, 3, side, side))
 
@@ -485,6 +501,7 @@ KINDS: dict[str, Kind] = {
     "aya-vision": Kind(_aya, _square(32, 16), _collate_square),
     "cohere2-vision": Kind(_cohere2_vision, _square(32, 16), _collate_square),
     "vipllava": Kind(_vipllava, _square(24, 36), _collate_square),
+    "video-llava": Kind(_video_llava, _square(16, 16), _collate_square, _with_cls, _collate_frames),
 }
 
 # What a call is told of each token, by model type: whether it is visual.
@@ -521,6 +538,7 @@ _TYPES = {
     "aya-vision": "aya_vision",
     "cohere2-vision": "cohere2_vision",
     "vipllava": "vipllava",
+    "video-llava": "video_llava",
 }
 
 

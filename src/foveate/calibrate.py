@@ -52,7 +52,9 @@ def _batches(images: Any, processor: Any) -> list[Any]:
         raise FoveateError(f"{len(tensors)} of {len(given)} pictures are pixel values; give one kind")
     if processor is None:
         raise FoveateError("pictures that are no pixel values need processor=, the model's own")
-    return [processor.image_processor(image, return_tensors="pt")["pixel_values"] for image in given]
+    from foveate.runtime.prefill import renamed
+
+    return [renamed(processor.image_processor(image, return_tensors="pt"))["pixel_values"] for image in given]
 
 
 def _signals(model: Any, method: Method, pixels: Any) -> Signals:

@@ -21,6 +21,7 @@ from foveate.layouts import (
     pooled_frames,
     square,
     tiled_runs,
+    whole_frames,
 )
 
 
@@ -90,6 +91,7 @@ class Family:
         fixed: every image has that raster.
         layouts: how the pictures of one call come from the encoder's patches.
         videos: how its videos do; None where videos are not described.
+        video_tower: attribute path to the encoder of videos, of the same kind; None where one sees both.
         inside: why no method can act inside the encoder; None where they can.
         positions: position ids (3, B, S) of new tokens that follow `start`, where they have several axes.
         first_position: position of the first token where the model is called directly.
@@ -114,6 +116,7 @@ class Family:
     fixed: bool = True
     layouts: Callable[[Encoded], list[Layout]] = plain
     videos: Callable[[Encoded], list[Layout]] | None = None
+    video_tower: str | None = None
     inside: str | None = None
     positions: Callable[[Any, Tensor, Tensor, dict[str, Any], Tensor], Tensor] | None = None
     first_position: int = 0
@@ -134,6 +137,17 @@ class Family:
         """
         tower = _at(model.base_model, self.tower)
         return tower, self.described(tower.config.model_type)
+
+    def blocks_of(self, model: Any, kind: str = "image") -> nn.ModuleList:
+        """The blocks of the encoder of pictures ("image") or of videos ("video"), in order.
+
+        Raises:
+            FoveateError: no row of TOWERS describes this encoder.
+        """
+        tower, row = self.tower_of(model)
+        if kind == "video" and self.video_tower is not None:
+            tower = _at(model.base_model, self.video_tower)
+        return row.blocks_of(tower)
 
     def described(self, kind: str) -> Tower:
         """The description of a kind of encoder.
@@ -466,6 +480,21 @@ FAMILIES = (
         grid=_grid,
         pointwise=False,
         inside="its projector reads the output of several blocks",
+    ),
+    Family(
+        name="video-llava",
+        types=("video_llava",),
+        transformers="5.21",  # older ones call `pixel_values` by another name
+        hub_ids=("LanguageBind/Video-LLaVA-7B-hf",),
+        towers=("clip_vision_model",),
+        tower="image_tower",
+        image="a picture, or a video with all its frames; the CLS of each frame stays",
+        read=_llava_read,
+        grid=_grid,
+        fixed=False,
+        videos=whole_frames,
+        video_tower="video_tower",
+        check=_llava_check,
     ),
 )
 

@@ -59,7 +59,7 @@ class Layout:
 
     Attributes:
         placeholders: M.
-        visual: (N,) places of the visual tokens among them; the others are newlines, which stay.
+        visual: (N,) places of the visual tokens among them; the others are newlines or CLS, which stay.
         patches: (N, G) patches behind each token, numbered through the whole encoding.
         lengths: patches of each tile.
         weights: (N, G) share of each patch, rows sum to 1; None for their mean.
@@ -295,6 +295,28 @@ def _frames(patches: Tensor, weights: Tensor | None, of: int, encoded: Encoded, 
             )
         )
     return made
+
+
+def whole_frames(encoded: Encoded) -> list[Layout]:
+    """Videos, each a number of frames of one size, whose tokens are the patches; the CLS before each frame's stays.
+
+    An entry of what the encoder hands over is a frame.
+    """
+    of = _patches_per_side(encoded.model.config) ** 2
+    videos, frames = (int(size) for size in encoded.given["pixel_values_videos"].shape[:2])
+    visual = torch.arange(frames * (of + 1)).view(frames, of + 1)[:, 1:].flatten()
+    patches = torch.arange(frames * of)
+    return [
+        Layout(
+            placeholders=frames * (of + 1),
+            visual=visual,
+            patches=(patches + number * frames * of)[:, None],
+            lengths=(of,) * frames,
+            tile=patches // of,
+            summary=number * frames,
+        )
+        for number in range(videos)
+    ]
 
 
 def packed_blocks(encoded: Encoded, name: str = "image_grid_thw") -> list[Layout]:

@@ -238,6 +238,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "llava_next": _llava,
     "llava_next_video": _llava,
     "llava_onevision": _onevision,
+    "video_llava": _llava,
     "vipllava": _onevision,
     "idefics3": _idefics,
     "smolvlm": _idefics,

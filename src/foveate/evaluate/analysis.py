@@ -15,6 +15,7 @@ from foveate.evaluate.answers import encode
 from foveate.families import family_of
 from foveate.methods.image_text_interaction import ImageTextInteraction
 from foveate.runtime.observe import observe
+from foveate.runtime.prefill import renamed
 from foveate.runtime.probe import missing_signals
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def analyze(
     measured = []
     for name, image, question in zip(names, images, questions, strict=True):
         inputs = encode(model, processor, [[image]], [question])
-        seen = observe(model, inputs["pixel_values"], needs)
+        seen = observe(model, renamed(inputs)["pixel_values"], needs)
         found = similarity(seen, method)[0] if has_cls else None
         special = processor.tokenizer.all_special_ids
         tokens = token_counts(inputs["input_ids"][0], family.image_token_id(model.config), special)

@@ -23,7 +23,7 @@ from foveate.runtime import cache as caches
 from foveate.runtime.evict import Evictor
 from foveate.runtime.joint_space import JointSpace
 from foveate.runtime.layers import Descent, decode_mask, stages_of
-from foveate.runtime.prefill import Prefill, Shortened
+from foveate.runtime.prefill import Prefill, Shortened, renamed
 from foveate.runtime.probe import DecoderProbe, Probe
 from foveate.runtime.tower import TowerStages
 from foveate.spec import format as format_spec
@@ -182,7 +182,7 @@ class Handle:
         try:
             self._finish()  # pictures may have been encoded by hand
             bound = inspect.signature(self._stock["generate"]).bind_partial(*arguments, **options).arguments
-            given = {**bound, **bound.pop("kwargs", {})}
+            given = renamed({**bound, **bound.pop("kwargs", {})})
             self._check_generate(given)
             self._run = _Run(contains_past=_contains_past(given), given=given)
             if given.get("streamer") is not None:
@@ -352,7 +352,7 @@ class Handle:
             return self._generate_step(arguments, options)
         self._finish()  # pictures may have been encoded by hand
         bound = inspect.signature(type(model).forward).bind_partial(model, *arguments, **options).arguments
-        given = {**bound, **bound.pop("kwargs", {})}
+        given = renamed({**bound, **bound.pop("kwargs", {})})
         given.pop("self")
         self._direct = self._prefill.for_forward(given)
         self._begin(self._direct)

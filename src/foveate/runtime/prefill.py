@@ -6,7 +6,7 @@ Shapes: B rows, S columns of the caller's new tokens, S' of the shortened ones, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,9 +27,12 @@ from foveate.runtime.record import Stopwatch, record
 from foveate.runtime.shorten import Plan, Side, find_images, padding_side, place_images, plan
 from foveate.runtime.support import shape_of
 from foveate.runtime.tower import Encoded, TowerStages
+from foveate.spec import format as format_spec
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# What some processors still call an argument, and its name now.
+_FORMER = {"pixel_values_images": "pixel_values"}
 _OF_ENCODER = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
 
 
@@ -170,8 +173,19 @@ class Prefill:
         kinds = [kind for kind, name in _PIXELS.items() if given.get(name) is not None]
         if "video" in kinds and self.family.videos is None:
             raise FoveateError(f"videos of {self.family.name} cannot be pruned; pictures can")
+        if "video" in kinds and self.family.video_tower is not None:
+            self._check_video_tower()
         if len(kinds) > 1:
             raise FoveateError("pictures and videos in one call cannot be pruned; give them in separate turns")
+
+    def _check_video_tower(self) -> None:
+        """Refuse videos where a method relies on the encoder of pictures, and videos have another."""
+        other = f"videos of {self.family.name} have an encoder of their own"
+        if self.stages.stages:
+            name = format_spec(self.stages.stages[0][2])
+            raise FoveateError(f"{other}, and {name} acts inside that of pictures; use a method that acts behind it")
+        if self.joint_space is not None:
+            raise FoveateError(f"{other}, which clip= does not belong to; use a method that needs no CLIP")
 
     def _is_visual(self, ids: Tensor) -> Tensor:
         """Which ids stand for visual tokens, of pictures or videos."""
@@ -467,6 +481,16 @@ class Prefill:
         pad = 0 if pad is None or pad < 0 else int(pad)
         visual = set(self.tokens.values())
         return pad if pad not in visual else next(other for other in range(3) if other not in visual)
+
+
+def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that they have now."""
+    made = dict(given)
+    for former, name in _FORMER.items():
+        value = made.pop(former, None)
+        if value is not None and made.get(name) is None:
+            made[name] = value
+    return made
 
 
 def _moved(block: Block, device: torch.device) -> Block:

@@ -259,12 +259,14 @@ class Probe:
 
     def __init__(self, model: Any, family: Family, needs: Iterable[str]) -> None:
         tower, row = family.tower_of(model)
-        blocks = row.blocks_of(tower)
+        blocks = family.blocks_of(model)
         read = family.read_block(model)
         self._model = model
         self._shared: Any = None  # an Encoding whose probe sees for this one
         self._blocks, self._row = blocks, row
         self._watches: dict[int, Watch] = {}
+        self._of_videos: dict[int, Watch] = {}  # the same blocks of an encoder that only videos pass through
+        self._video_blocks = None if family.video_tower is None else family.blocks_of(model, "video")
         self._names: dict[str, int] = {}
         self._whole: dict[str, int] = {}  # where attention is read for a name whose own block sees windows only
         whole = row.whole(tower.config) if row.whole is not None else None
@@ -301,13 +303,22 @@ class Probe:
         self._shared = getattr(self._model, "_foveate_encoding", None)
         if self._shared is not None:
             return
-        for watch in self._watches.values():
+        if self._video_blocks is not None:
+            for number, watch in self._watches.items():
+                block = self._video_blocks[number]
+                attention = getattr(block, self._row.attention)
+                self._of_videos[number] = Watch(block, attention, set(watch.fields), self._row.summary)
+        for watch in self._all():
             watch.install()
 
     def remove(self) -> None:
         """Stop observing; the encoder is as it was."""
-        for watch in self._watches.values():
+        for watch in self._all():
             watch.remove()
+        self._of_videos.clear()
+
+    def _all(self) -> list[Watch]:
+        return [*self._watches.values(), *self._of_videos.values()]
 
     def peek(self) -> dict[int | str, Block]:
         """Blocks by number and by name as the encoding in progress has shown them so far."""
@@ -331,7 +342,15 @@ class Probe:
         """Blocks by number and by name, B = the images encoded since the last call, in order."""
         if self._shared is not None:
             return self._of(self._shared.take())
-        return self._named({number: watch.take() for number, watch in self._watches.items()})
+        return self._named({number: self._taken(number) for number in self._watches})
+
+    def _taken(self, number: int) -> Block:
+        """What was seen of a block, in the encoder of videos where pictures did not come."""
+        seen = self._watches[number].take()
+        if number not in self._of_videos:
+            return seen
+        of_videos = self._of_videos[number].take()
+        return of_videos if all(value is None for value in vars(seen).values()) else seen
 
     def _of(self, shared: dict[int | str, Block]) -> dict[int | str, Block]:
         """Of what another probe saw, what this one would have."""
