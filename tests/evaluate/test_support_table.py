@@ -24,7 +24,8 @@ def test_what_runs_and_what_does_not() -> None:
     )
     assert found["fastervlm"]["internvl"] is None
     assert found["fastervlm"]["gemma3"] == (
-        "needs tower.read.cls_attention, which gemma3 with siglip_vision_model does not have"
+        "needs tower.read.cls_attention, which gemma3 with siglip_vision_model does not have (attention=received reads "
+        "what patches receive from each other in its place)"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Keep, Selection, Signals
+from foveate.methods._attention import Attention, attended
 from foveate.methods._tiles import kept_of
 from foveate.ops.subsets import split_budget
 from foveate.ops.tiles import Pools, by_tile, whole_images
@@ -37,11 +38,10 @@ def choose_sets(
     return Selection([index[places].sort().values for index, places in zip(signals.index, chosen, strict=True)])
 
 
-def salience(block: Block) -> Tensor:
-    """(B, N): what CLS pays to each patch, mean over heads, at most 1 in each image."""
-    assert block.cls_attention is not None
-    attention = block.cls_attention.float().mean(dim=1)
-    return attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
+def salience(block: Block, attention: Attention) -> Tensor:
+    """(B, N): the attention to each patch, at most 1 in each image."""
+    paid = attended(block, attention)
+    return paid / paid.amax(dim=-1, keepdim=True).clamp_min(1e-30)
 
 
 def check_power(name: str, value: float) -> None:

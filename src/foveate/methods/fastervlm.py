@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from foveate.core import Grid, Keep, Scorer, Selection, Signals, Site, check_choices
+from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.methods._tiles import kept_of, tiles_to_keep
 from foveate.ops.subsets import top_k_by_tile
 
@@ -24,26 +25,30 @@ class FasterVLM(Scorer):
         keep: tokens per image, or a share of them, rounded half to even: 25, 10 and 5 % make 144, 58 and 29 of 576.
         budget: with several tiles, "tile" shares the budget evenly (the authors prune every tile to the same count),
             "image" lets the tiles compete.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
     site: ClassVar[Site] = "input"
-    needs = ("tower.read.cls_attention",)
 
     keep: Keep = 0.25
     budget: Literal["tile", "image"] = "tile"
+    attention: Attention = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (attention_signal(self.attention),)
+
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         return (tiles_to_keep(self.keep, original, tiles, self.budget),)
 
     def score(self, signals: Signals) -> Tensor:
-        block = signals.tower["read"]
-        assert block.cls_attention is not None
-        return block.cls_attention.float().mean(dim=1)
+        return attended(signals.tower["read"], self.attention)
 
     def select(self, signals: Signals) -> Selection:
         if signals.tile is None or self.budget == "image":

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
+from foveate.methods._attention import Attention, attention_signal
 from foveate.methods._sets import check_power, choose_sets, salience
 from foveate.methods._tiles import tiles_to_keep
 from foveate.ops.greedy import covering
@@ -28,15 +29,21 @@ class SCOPE(Method):
         alpha: weight of the attention, 0 to 8; 0 is coverage alone.
         budget: with several tiles, "tile" covers every tile on its own and shares the budget evenly (the authors' code
             rounds down per tile; the total is exact here), "image" covers all at once.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
     site: ClassVar[Site] = "input"
-    needs = ("tower.read.cls_attention", "tower.read.hidden")
 
     keep: Keep = 0.111
     alpha: float = 1.0
     budget: Literal["tile", "image"] = "tile"
+    attention: Attention = "cls"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (attention_signal(self.attention), "tower.read.hidden")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -48,7 +55,7 @@ class SCOPE(Method):
 
     def select(self, signals: Signals) -> Selection:
         block = signals.tower["read"]
-        weight, hidden = salience(block).pow(self.alpha), block.hidden
+        weight, hidden = salience(block, self.attention).pow(self.alpha), block.hidden
         assert hidden is not None
 
         def choose(pools: Pools, count: int) -> Tensor:

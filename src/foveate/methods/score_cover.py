@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
+from foveate.methods._attention import Attention, attention_signal
 from foveate.methods._sets import check_power, choose_sets, salience
 from foveate.methods._tiles import tiles_to_keep
 from foveate.ops.greedy import farthest
@@ -28,15 +29,21 @@ class ScoreCover(Method):
         keep: tokens per image, or a share of them, rounded half to even: 64 of 576 by default.
         alpha: weight of the attention, 0 to 8; 0 keeps the farthest tokens from the most salient one on.
         budget: with several tiles, "tile" shares the budget evenly, "image" lets the tiles compete.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS.
     """
 
     paper: ClassVar[str] = "https://cvpr.thecvf.com/virtual/2026/poster/39155"
     site: ClassVar[Site] = "input"
-    needs = ("tower.read.cls_attention", "tower.read.hidden")
 
     keep: Keep = 0.111
     alpha: float = 0.8
     budget: Literal["tile", "image"] = "tile"
+    attention: Attention = "cls"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (attention_signal(self.attention), "tower.read.hidden")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -48,7 +55,7 @@ class ScoreCover(Method):
 
     def select(self, signals: Signals) -> Selection:
         block = signals.tower["read"]
-        attention, hidden = salience(block), block.hidden
+        attention, hidden = salience(block, self.attention), block.hidden
         assert hidden is not None
 
         def choose(pools: Pools, count: int) -> Tensor:

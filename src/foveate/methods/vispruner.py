@@ -19,6 +19,7 @@ from foveate.core import (
     check_choices,
     check_keep,
 )
+from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.methods._tiles import choose_by_tile, kept_of, tiles_to_keep
 from foveate.ops.scores import cosines
 from foveate.ops.subsets import descending, without_duplicates
@@ -42,15 +43,21 @@ class VisPruner(Method):
         keep: tokens per image, or a share of them, rounded half to even. The default makes 192 of 576.
         ratio: share of the kept tokens that the attention alone decides, 0 to 1.
         budget: with several tiles, "tile" prunes each to its even share (as the authors do), "image" all at once.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
     site: ClassVar[Site] = "input"
-    needs = ("tower.read.cls_attention", "tower.read.hidden")
 
     keep: Keep = 0.333
     ratio: float = 0.5
     budget: Literal["tile", "image"] = "tile"
+    attention: Attention = "cls"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (attention_signal(self.attention), "tower.read.hidden")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -63,8 +70,8 @@ class VisPruner(Method):
 
     def select(self, signals: Signals) -> Selection:
         block = signals.tower["read"]
-        assert block.cls_attention is not None and block.hidden is not None
-        attention, hidden = block.cls_attention.float().mean(dim=1), block.hidden
+        assert block.hidden is not None
+        attention, hidden = attended(block, self.attention), block.hidden
 
         def choose(images: Tensor, positions: Tensor, count: int) -> Tensor:
             rows = images[:, None]

@@ -87,7 +87,10 @@ def why_not(part: Method, family: Family, tower: Tower) -> str | None:
         return f"acts inside the encoder, which {family.name} does not allow: {inside}"
     missing = unavailable(part, tower)
     if missing:
-        return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have"
+        instead = ""
+        if getattr(part, "attention", None) == "cls":
+            instead = " (attention=received reads what patches receive from each other in its place)"
+        return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have{instead}"
     if part.encoded and not family.pointwise:
         return f"merges tokens of the encoder, and the projector of {family.name} takes no single ones"
     return None
