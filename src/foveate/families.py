@@ -17,6 +17,7 @@ from foveate.layouts import (
     halved_frames,
     packed_blocks,
     packed_rasters,
+    patches_per_side,
     plain,
     pooled_frames,
     square,
@@ -213,14 +214,9 @@ def _llava_check(config: Any, tower: Tower) -> None:
         )
 
 
-def _side(config: Any) -> int:
-    image, patch = config.vision_config.image_size, config.vision_config.patch_size
-    return int((image if isinstance(image, int) else image[0]) // (patch if isinstance(patch, int) else patch[0]))
-
-
 def _grid(config: Any, merge: int = 1) -> Grid:
     """The raster of one tile whose patches merge in squares."""
-    side = _side(config) // merge
+    side = patches_per_side(config) // merge
     return side, side
 
 
@@ -243,7 +239,7 @@ def _shuffle(config: Any) -> int:
 
 def _pool(config: Any) -> int:
     """Patches along a side of the square that is averaged into one token."""
-    return int(_side(config) // int(config.mm_tokens_per_image**0.5))
+    return int(patches_per_side(config) // int(config.mm_tokens_per_image**0.5))
 
 
 def three_axes(model: Any, ids: Tensor, mask: Tensor, given: dict[str, Any], start: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def square(side: int, encoded: Encoded) -> list[Layout]:
     An entry that is no number of whole pictures is taken for one of unknown shape, where nothing merges.
     """
     config = encoded.model.config
-    height = width = _patches_per_side(config)
+    height = width = patches_per_side(config)
     tokens = (height // side) * (width // side)
     entries = list(encoded.rows)
     if any(rows % tokens for rows in entries) and side == 1:
@@ -144,7 +144,7 @@ def entries(encoded: Encoded) -> list[Layout]:
 
 def tiled_runs(side: int, encoded: Encoded) -> list[Layout]:
     """Tiles of one picture stand behind each other, its thumbnail last; each run of placeholders is a picture."""
-    rows, columns = _patches_per_side(encoded.model.config), _patches_per_side(encoded.model.config)
+    rows, columns = patches_per_side(encoded.model.config), patches_per_side(encoded.model.config)
     patches = merged(rows, columns, side)
     tokens, count = patches.shape[0], 0
     made = []
@@ -176,7 +176,7 @@ def anyres(encoded: Encoded) -> list[Layout]:
     Where each visual token comes from is found by sending coordinates through the family's own packing.
     """
     config = encoded.model.config
-    side = _patches_per_side(config)
+    side = patches_per_side(config)
     made, first = [], 0
     for size, tiles in zip(encoded.sizes("image_sizes"), _tiles_per_picture(encoded), strict=True):
         made.append(_anyres(encoded.model, size, tiles, side, first))
@@ -260,7 +260,7 @@ def _taps(where: Tensor, across: int, side: int) -> tuple[Tensor, Tensor]:
 
 def pooled_frames(side: int, encoded: Encoded) -> list[Layout]:
     """Videos, each a number of frames of one size whose patches are pooled in squares of `side`."""
-    height = width = _patches_per_side(encoded.model.config)
+    height = width = patches_per_side(encoded.model.config)
     # A stride that does not divide the raster leaves its last rows and columns out.
     whole = merged(height // side * side, width // side * side, side)
     y, x = whole // (width // side * side), whole % (width // side * side)
@@ -269,7 +269,7 @@ def pooled_frames(side: int, encoded: Encoded) -> list[Layout]:
 
 def halved_frames(encoded: Encoded) -> list[Layout]:
     """Videos, each a number of frames of one size that bilinear interpolation halves, and one newline."""
-    height = width = _patches_per_side(encoded.model.config)
+    height = width = patches_per_side(encoded.model.config)
     raster = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
     half = [math.ceil(height / 2), math.ceil(width / 2)]
     where = torch.nn.functional.interpolate(raster[None], size=half, mode="bilinear")[0].flatten(1).T
@@ -302,7 +302,7 @@ def whole_frames(encoded: Encoded) -> list[Layout]:
 
     An entry of what the encoder hands over is a frame.
     """
-    of = _patches_per_side(encoded.model.config) ** 2
+    of = patches_per_side(encoded.model.config) ** 2
     videos, frames = (int(size) for size in encoded.given["pixel_values_videos"].shape[:2])
     visual = torch.arange(frames * (of + 1)).view(frames, of + 1)[:, 1:].flatten()
     patches = torch.arange(frames * of)
@@ -380,7 +380,8 @@ def runs_of(ids: Tensor, token: int) -> list[int]:
     return lengths
 
 
-def _patches_per_side(config: Any) -> int:
+def patches_per_side(config: Any) -> int:
+    """Patches along a side of one tile."""
     vision = config.vision_config
     image, patch = (one if isinstance(one, int) else one[0] for one in (vision.image_size, vision.patch_size))
     return int(image // patch)

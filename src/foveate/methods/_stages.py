@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from foveate.core import FoveateError, Keep, check_depths, check_keep, scaled_layers
+from foveate.core import FoveateError, Keep, check_depths, check_keep, scaled_layers, tokens_to_keep
 
 
 def check_layers(method: str, layers: tuple[int, ...]) -> None:
@@ -34,6 +34,19 @@ def check_stages(method: str, keep: tuple[Keep, ...], layers: tuple[int, ...] | 
     for earlier, later in pairwise(keep):
         if type(earlier) is type(later) and later > earlier:
             raise FoveateError(f"{method}: keep={keep} rises from {earlier} to {later}; the most is {earlier}")
+
+
+def rounded_down(budgets: tuple[Keep, ...], original: int) -> tuple[int, ...]:
+    """Tokens after each stage where shares of the ORIGINAL tokens are rounded down, at least 1.
+
+    Raises:
+        FoveateError: a stage asks for more tokens than the one before it left.
+    """
+    counts: list[int] = []
+    for keep in budgets:
+        tokens = keep if isinstance(keep, int) else max(1, int(original * keep))
+        counts.append(tokens_to_keep(tokens, original, counts[-1] if counts else original))
+    return tuple(counts)
 
 
 def stage_depths(

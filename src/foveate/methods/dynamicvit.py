@@ -20,7 +20,7 @@ from foveate.core import (
     scaled_layers,
     tokens_to_keep,
 )
-from foveate.methods._stages import check_stages
+from foveate.methods._stages import check_stages, rounded_down
 from foveate.ops.subsets import top_k
 
 LAYERS = (3, 6, 9)
@@ -124,11 +124,7 @@ class DynamicViT(Method):
         return own
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        counts: list[int] = []
-        for keep in self.keep:
-            tokens = keep if isinstance(keep, int) else max(1, int(original * keep))
-            counts.append(tokens_to_keep(tokens, original, counts[-1] if counts else original))
-        return tuple(counts)
+        return rounded_down(self.keep, original)
 
     def select(self, signals: Signals) -> Selection:
         counts = self.count(signals.original)

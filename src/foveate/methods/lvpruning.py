@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, tokens_to_keep
-from foveate.methods._stages import check_stages, stage_depths
+from foveate.methods._stages import check_stages, rounded_down, stage_depths
 from foveate.ops.subsets import top_k
 
 LAYERS = (1, 8, 16)
@@ -108,11 +108,7 @@ class LVPruning(Method):
         return stage_depths("LVPruning", own, LAYERS, 32, layers)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        counts: list[int] = []
-        for keep in self.keep:
-            tokens = keep if isinstance(keep, int) else max(1, int(original * keep))
-            counts.append(tokens_to_keep(tokens, original, counts[-1] if counts else original))
-        return tuple(counts)
+        return rounded_down(self.keep, original)
 
     def flops(self, visual: int, text: int) -> int:
         """Two operations for each weight of a module's matrices and token, as the paper counts."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from foveate.core import Grid, Keep, Method, Selection, Signals, Site, tokens_to_keep
-from foveate.methods._stages import check_stages, stage_depths
+from foveate.methods._stages import check_stages, rounded_down, stage_depths
 from foveate.ops.subsets import top_k
 
 LAYERS = (8, 16, 24)
@@ -40,11 +40,7 @@ class PyramidDrop(Method):
         return stage_depths("PyramidDrop", self.layers, LAYERS, 32, layers)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        counts: list[int] = []
-        for keep in self.keep:
-            tokens = keep if isinstance(keep, int) else max(1, int(original * keep))
-            counts.append(tokens_to_keep(tokens, original, counts[-1] if counts else original))
-        return tuple(counts)
+        return rounded_down(self.keep, original)
 
     def select(self, signals: Signals) -> Selection:
         assert signals.decoder is not None and signals.decoder.next_query is not None
