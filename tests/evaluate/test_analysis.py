@@ -179,6 +179,7 @@ def test_the_methods_own_count_is_told() -> None:
         (2, {}, "2 pictures, 1 questions and 2 names"),
         (1, {"names": ["a", "b"]}, "1 pictures, 1 questions and 2 names"),
         (1, {"method": ImageTextInteraction(where=5)}, r"encoder block 4 is outside 0\.\.3"),
+        (1, {"method": ImageTextInteraction(attention="received")}, "attention=received splits no similarity to CLS"),
     ],
 )
 def test_what_cannot_be_analyzed_is_refused(images: int, options: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -207,6 +208,27 @@ def test_the_authors_cut_leaves_one_token_at_least() -> None:
 
 def test_the_authors_budget_may_find_no_marked_token() -> None:
     assert budgets(HiRED(alpha=1.0, official=True), tiled(QUARTERS, tiles=5), 18) == [16, 0, 0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what patches receive
+
+
+def test_both_blocks_read_what_is_received() -> None:
+    """The first block's shares the budget as in `test_the_budget_follows_...`, the other's ranks within every tile."""
+    method = HiRED(keep=24, attention="received")
+    assert method.needs == ("tower.0.received", "tower.read.received")
+    shown = tiled(QUARTERS, tiles=5, read=torch.rand(1, 80, generator=torch.Generator().manual_seed(1)))
+    as_received = {block: Block(received=shown.tower[block].cls_attention[:, 0]) for block in (0, "read")}
+    seen = dataclasses.replace(shown, tower=as_received)
+    assert per_tile(method, seen) == [12, 6, 1, 2, 3]
+    assert torch.equal(method.select(seen).indices[0], HiRED(keep=24).select(shown).indices[0])
+
+
+def test_the_patch_that_receives_most_is_kept() -> None:
+    block = Block(received=torch.tensor([[0.5, 0.1, 0.4]]))
+    shown = Signals(3, torch.arange(3)[None], tower={0: block, "read": block})
+    assert HiRED(keep=2, attention="received").select(shown).indices[0].tolist() == [0, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from batches import assert_rows_stand_alone
 from hypothesis import given
 from hypothesis import strategies as st
 
+import foveate
 from foveate.core import Block, FoveateError, Signals
 from foveate.methods.h2o import H2O
 from foveate.methods.image_text_interaction import ImageTextInteraction
@@ -163,6 +165,56 @@ def test_tokens_ascend_and_rows_stand_alone(data: st.DataObject) -> None:
     selection.check(tokens, batch, "image_text_interaction")
     if keep is not None:
         assert [len(kept) for kept in selection.indices] == [keep] * batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what patches receive
+
+
+def received(*weights: Sequence[float], block: int | str = 2) -> Signals:
+    """Images whose patches receive attention in proportion to these weights; there is no CLS."""
+    rows = torch.tensor(weights) / 1000
+    index = torch.arange(rows.shape[1]).repeat(len(rows), 1)
+    return Signals(original=rows.shape[1], index=index, tower={block: Block(received=rows)})
+
+
+def test_the_curve_of_what_is_received_is_split() -> None:
+    """CURVE again: the head ends after 2 tokens. It is each patch's share in what all receive."""
+    method = ImageTextInteraction(attention="received")
+    shown = received(CURVE, (9, 9, 9, 1, 1), (1, 1, 1, 1, 1))
+    torch.testing.assert_close(method.similarity(shown)[0], torch.tensor(CURVE) / 16)
+    assert [row.tolist() for row in method.select(shown).indices] == [[1, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    fixed = ImageTextInteraction(attention="received", keep=3)
+    assert [row.tolist() for row in fixed.select(received((1, 2, 3, 4, 5))).indices] == [[2, 3, 4]]
+
+
+def test_the_block_is_the_one_that_cls_would_be_read_in() -> None:
+    split, cache = ImageTextInteraction(attention="received").parts()
+    assert split.needs == ("tower.2.received",) and split.site == "tower" and cache == H2O(heavy=0.5, recent=0.5)
+    assert ImageTextInteraction(attention="received", where=1).needs == ("tower.0.received",)
+    output = ImageTextInteraction(attention="received", where="output")
+    assert output.needs == ("tower.read.received",) and output.site == "input"
+    assert output.select(received(CURVE, block="read")).indices[0].tolist() == [1, 3]
+
+
+def test_alpha_is_found_for_what_is_received() -> None:
+    torch.manual_seed(0)
+    method = ImageTextInteraction(attention="received", where=1)
+    shown = [received(*torch.rand(3, 50).pow(4).add(0.01).tolist(), block=0) for _ in range(4)]
+    found = method.calibrate(shown, 12)
+    assert found == ImageTextInteraction(alpha=found.alpha, attention="received", where=1)
+    assert abs(average(found, shown) - 12) <= 0.5
+
+
+def test_alpha_is_found_on_an_encoder_without_cls() -> None:
+    model = tiny.model(tower="siglip")
+    pixels = torch.randn(4, 3, tiny.IMAGE_SIDE, tiny.IMAGE_SIDE, generator=torch.Generator().manual_seed(3))
+    method = ImageTextInteraction(attention="received", where=2, visual_only=True)
+    found = foveate.calibrate(model, method, pixels, 9)
+    assert isinstance(found, ImageTextInteraction) and found.attention == "received"
+    with foveate.prune(model, found) as trace:
+        model.generate(**{**tiny.inputs(model, *["i3"] * 4), "pixel_values": pixels}, max_new_tokens=1)
+    assert abs(sum(image.after for image in trace.images) / 4 - 9) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,6 +190,30 @@ def test_the_code_and_the_paper_agree_where_all_divides() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what patches receive
+
+
+def test_both_scans_read_what_is_received() -> None:
+    """As `test_half_by_the_local_scan_and_half_by_the_global_one`."""
+    method = before(4, attention="received")
+    assert method.needs == ("tower.5/24.received", "tower.read.received", "features")
+    tower = {"5/24": Block(received=SHALLOW[None]), "read": Block(received=DEEP[None])}
+    seen = signals(SHALLOW, DEEP, ALIKE, tower=tower)
+    assert kept(method, seen) == [0, 5, 6, 7] and method.select(seen).space == "projected"
+    assert kept(before(3, attention="received"), seen) == [0, 5, 7]
+    at_two = before(4, attention="received", block=2)
+    tower = {2: Block(received=DEEP[None]), "read": Block(received=SHALLOW[None])}
+    assert at_two.needs[0] == "tower.2.received"
+    assert kept(at_two, signals(SHALLOW, DEEP, ALIKE, tower=tower)) == [0, 5, 6, 15]
+
+
+def test_the_parts_know_what_is_read() -> None:
+    scans, stage = VScan(attention="received").parts()
+    assert scans.needs == ("tower.5/24.received", "tower.read.received", "features")
+    assert stage.needs == ("decoder.next_query",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tiles
 
 

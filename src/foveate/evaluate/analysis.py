@@ -269,14 +269,16 @@ def analyze(
         progress: called with 1 after each picture.
 
     Raises:
-        FoveateError: no picture, another number of questions or names, a model of no known family, or an encoder that
-            lacks the method's block.
+        FoveateError: no picture, another number of questions or names, a method that does not read CLS, a model of no
+            known family, or an encoder that lacks the method's block.
     """
     method = method or ImageTextInteraction()
     names = [str(number) for number in range(1, len(images) + 1)] if names is None else names
     if not images or not len(images) == len(questions) == len(names):
         counts = f"{len(images)} pictures, {len(questions)} questions and {len(names)} names"
         raise FoveateError(f"{counts} were given; give at least one picture, and one question and name for each")
+    if method.attention != "cls":
+        raise FoveateError(f"{method} splits no similarity to CLS, which is what is measured; leave out attention=")
     family = family_of(model)
     tower, row = family.tower_of(model)
     blocks = len(row.blocks_of(tower))

@@ -6,14 +6,23 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from foveate.core import Block
+from foveate.core import Block, FoveateError
 
 Attention: TypeAlias = Literal["cls", "received"]
 
 
-def attention_signal(attention: Attention) -> str:
-    """The signal of the block that the projector reads."""
-    return "tower.read.cls_attention" if attention == "cls" else "tower.read.received"
+def attention_signal(attention: Attention, block: int | str = "read") -> str:
+    """The signal of an encoder block, by default of the one that the projector reads."""
+    return f"tower.{block}.{'cls_attention' if attention == 'cls' else 'received'}"
+
+
+def check_official(official: bool, attention: Attention) -> None:
+    """Refuse to give for an authors' code that reads CLS what reads something else."""
+    if official and attention != "cls":
+        raise FoveateError(
+            f"official=True is the authors' code, which ranks by CLS, not by attention={attention!r}; leave out one of "
+            "the two"
+        )
 
 
 def attended(block: Block, attention: Attention) -> Tensor:

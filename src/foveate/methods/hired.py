@@ -9,7 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import (
+    FoveateError,
+    Grid,
+    Keep,
+    Method,
+    Selection,
+    Signals,
+    Site,
+    check_choices,
+    check_keep,
+    tokens_to_keep,
+)
+from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.ops.subsets import best_of_tiles, descending, split_in_proportion
 
 
@@ -17,7 +29,7 @@ from foveate.ops.subsets import best_of_tiles, descending, split_in_proportion
 class HiRED(Method):
     """HiRED: keeps the patches that CLS attends to most, more of them in the tiles where there is more to see.
 
-    In every tile the attention of the CLS query in the block whose output the projector reads, summed over heads,
+    In every tile the attention of the CLS query in the block whose output the projector reads, averaged over heads,
     ranks the tokens. Of the budget the base tile (the whole picture at low resolution) gets int(total * alpha), at most
     what it has; the other tiles share the rest in proportion to the CLS attention that the FIRST encoder block pays to
     their part of the base tile. What a full tile cannot take goes to the others. One tile: the `keep` highest of it.
@@ -36,19 +48,23 @@ class HiRED(Method):
             raster order; shares are counts among the int(N * (1 - alpha)) tokens of the base tile that the first block
             attends to most, and are cut to whole tokens, so that up to one token per tile fewer than `keep` stay. The
             count then depends on the picture.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS; in both blocks, and not with `official`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.10945"
     site: ClassVar[Site] = "input"
-    needs = ("tower.0.cls_attention", "tower.read.cls_attention")
 
     keep: Keep = 0.2
     alpha: float = 0.5
     layout: tuple[int, int] | None = None
     official: bool = False
+    attention: Attention = "cls"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        check_choices(self)
+        check_official(self.official, self.attention)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
             raise FoveateError(f"alpha={self.alpha!r} is no share in [0, 1]; the paper's is alpha=0.5")
         if self.layout is not None and (
@@ -57,6 +73,10 @@ class HiRED(Method):
             raise FoveateError(f"layout={self.layout} is not (rows, columns) of whole numbers from 1, such as (2, 2)")
         # The class speaks for the default.
         object.__setattr__(self, "adaptive", self.official)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (attention_signal(self.attention, 0), attention_signal(self.attention))
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         total = self._total(original, original)
@@ -67,14 +87,13 @@ class HiRED(Method):
         return tokens_to_keep(cut, original, left)
 
     def select(self, signals: Signals) -> Selection:
-        read, first = signals.tower["read"].cls_attention, signals.tower[0].cls_attention
-        assert read is not None and first is not None
+        first, read = (attended(signals.tower[block], self.attention) for block in (0, "read"))
         total = self._total(signals.original, signals.shape[1])
-        order = descending(read.float().sum(dim=1))
+        order = descending(read)
         if signals.tile is None or signals.tiles == 1 or total == signals.shape[1]:
             kept = list(order[:, :total])
         else:
-            budgets = self.budgets(first.float().sum(dim=1), signals, total)
+            budgets = self.budgets(first, signals, total)
             kept = [best_of_tiles(*row) for row in zip(order, signals.tile, budgets, strict=True)]
         return Selection([index[row].sort().values for index, row in zip(signals.index, kept, strict=True)])
 
@@ -90,14 +109,17 @@ class HiRED(Method):
         assert signals.tile is not None
         descending(first)  # refuses what is not finite
         others = signals.tiles - 1
+        numbers = torch.arange(others + 1, device=signals.tile.device)
+        capacities = (signals.tile[..., None] == numbers).sum(dim=1).tolist()
+        _check_base([capacity[0] for capacity in capacities], signals)
         layout = self._layout(others, signals)
+        # The base tile in raster order, then all others; what every image needs comes off the device at once.
+        places = signals.index.masked_fill(signals.tile != 0, signals.original).argsort(dim=-1)
+        bases = [row[place[: sizes[0]]] for row, place, sizes in zip(first, places, capacities, strict=True)]
+        contents = torch.stack([self._content(base, layout) for base in bases]).cpu()
         found = []
-        for attention, tile, index in zip(first, signals.tile, signals.index, strict=True):
-            capacity = torch.bincount(tile, minlength=others + 1).tolist()
-            places = (tile == 0).nonzero().squeeze(-1)
-            base = attention[places[index[places].argsort()]]
+        for content, capacity in zip(contents, capacities, strict=True):
             sub = min(total - min(int(total * self.alpha), capacity[0]), sum(capacity[1:]))
-            content = self._content(base, layout)
             if self.official:
                 share = (content / content.sum().clamp(min=1) * sub).int().tolist()
                 rest = list(map(min, share, capacity[1:]))
@@ -113,7 +135,8 @@ class HiRED(Method):
         place = torch.arange(tokens, device=base.device)
         if self.official:
             part = place * (rows * columns) // tokens
-            weight = torch.zeros_like(base).scatter(0, descending(base[None])[0, : int(tokens * (1 - self.alpha))], 1.0)
+            best = base.sort(descending=True, stable=True).indices[: int(tokens * (1 - self.alpha))]
+            weight = torch.zeros_like(base).scatter(0, best, 1.0)
         else:
             side = math.isqrt(tokens)
             part = place // side * rows // side * columns + place % side * columns // side
@@ -123,18 +146,6 @@ class HiRED(Method):
 
     def _layout(self, others: int, signals: Signals) -> Grid:
         """Rows and columns of the tiles that are not the base."""
-        assert signals.tile is not None
-        if signals.shape[1] != signals.original:
-            raise FoveateError(
-                "HiRED needs the whole grid of the image's base tile to share the budget over the tiles, but an "
-                "earlier stage has taken tokens from the image; put HiRED first"
-            )
-        for size in (signals.tile == 0).sum(dim=1).tolist():
-            if size < 1 or math.isqrt(size) ** 2 != size:
-                raise FoveateError(
-                    f"HiRED shares the budget by the places in a square base tile (tile 0), but this one has {size} "
-                    "tokens; use a method with budget='tile'"
-                )
         if self.layout is not None:
             if math.prod(self.layout) != others:
                 raise FoveateError(
@@ -144,6 +155,21 @@ class HiRED(Method):
             return self.layout
         height, width = signals.grid or (1, 1)
         return _nearest_layout(others, height / width)
+
+
+def _check_base(sizes: list[int], signals: Signals) -> None:
+    """Refuse images whose base tiles, of these sizes, are no whole squares."""
+    if signals.shape[1] != signals.original:
+        raise FoveateError(
+            "HiRED needs the whole grid of the image's base tile to share the budget over the tiles, but an earlier "
+            "stage has taken tokens from the image; put HiRED first"
+        )
+    for size in sizes:
+        if size < 1 or math.isqrt(size) ** 2 != size:
+            raise FoveateError(
+                f"HiRED shares the budget by the places in a square base tile (tile 0), but this one has {size} "
+                "tokens; use a method with budget='tile'"
+            )
 
 
 def _nearest_layout(tiles: int, shape: float) -> Grid:

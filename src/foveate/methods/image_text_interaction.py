@@ -12,7 +12,19 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Block, FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import (
+    FoveateError,
+    Grid,
+    Keep,
+    Method,
+    Selection,
+    Signals,
+    Site,
+    check_choices,
+    check_keep,
+    tokens_to_keep,
+)
+from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.methods.h2o import H2O
 from foveate.ops.scores import cls_similarity
 from foveate.ops.subsets import descending, long_tail_split
@@ -39,6 +51,8 @@ class ImageTextInteraction(Method):
         visual_only: leave the cache alone (the ablation of Tables 2 and 4).
         heavy: cache entries chosen by attention received, or a share of the prompt's.
         recent: newest cache entries, likewise.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS: its share in that of all, in the same block, in place of the similarity.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.01162"
@@ -51,8 +65,10 @@ class ImageTextInteraction(Method):
     visual_only: bool = False
     heavy: Keep = 0.5
     recent: Keep = 0.5
+    attention: Attention = "cls"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if isinstance(self.alpha, bool) or not 0.0 < self.alpha < float("inf"):
             raise FoveateError(f"alpha={self.alpha} is no positive number; alpha=1.0 keeps the head of the curve")
         if self.keep is not None:
@@ -68,6 +84,8 @@ class ImageTextInteraction(Method):
     @property
     def needs(self) -> tuple[str, ...]:
         block = self._block()
+        if self.attention == "received":
+            return (attention_signal(self.attention, block),)
         return (f"tower.{block}.hidden", f"tower.{block}.cls")
 
     def _block(self) -> int | str:
@@ -135,8 +153,13 @@ class ImageTextInteraction(Method):
         return dataclasses.replace(self, alpha=_nearest_alpha(curves, wanted))
 
     def similarity(self, signals: Signals) -> Tensor:
-        """The similarity of each patch to CLS (equation 1) in the encoder block that is read: (B, N), sums to 1."""
-        block: Block = signals.tower[self._block()]
+        """What is split: the similarity of each patch to CLS (equation 1) in the encoder block that is read, or the
+        share of the attention that it receives there: (B, N), sums to 1.
+        """
+        block = signals.tower[self._block()]
+        if self.attention == "received":
+            received = attended(block, self.attention)
+            return received / received.sum(dim=-1, keepdim=True)
         assert block.hidden is not None and block.cls is not None
         return cls_similarity(block.hidden, block.cls)
 

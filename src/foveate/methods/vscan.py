@@ -23,6 +23,7 @@ from foveate.core import (
     check_keep,
     tokens_to_keep,
 )
+from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._merged import Tokens, everything, handed_on, in_raster_order, tile_by_tile
 from foveate.methods._stages import check_layers, stage_depths
 from foveate.methods._tiles import kept_of, tiles_to_keep
@@ -62,6 +63,8 @@ class VScan(Method):
         where: "input" or "layer" for one of the two parts alone, `keep` being its single budget.
         budget: with several tiles, "tile" shares the first budget evenly, "image" takes them for one picture.
         official: the code's count.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS; in both scans, and not with `official`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
@@ -73,9 +76,11 @@ class VScan(Method):
     where: Literal["both", "input", "layer"] = "both"
     budget: Literal["tile", "image"] = "tile"
     official: bool = False
+    attention: Attention = "cls"
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_official(self.official, self.attention)
         if isinstance(self.keep, tuple):
             self._check_pair(self.keep)
         else:
@@ -104,10 +109,13 @@ class VScan(Method):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        local = "5/24" if self.block is None else str(self.block)
-        before = (f"tower.{local}.cls_attention", "tower.read.cls_attention", "features")
+        before = (attention_signal(self.attention, self._local()), attention_signal(self.attention), "features")
         inside = ("decoder.next_query",)
         return {"input": before, "layer": inside, "both": (*before, *inside)}[self.where]
+
+    def _local(self) -> int | str:
+        """The encoder block of the local scan."""
+        return "5/24" if self.block is None else self.block
 
     def parts(self) -> tuple[Method, ...]:
         """The scans before the decoder, and the stage inside it."""
@@ -166,11 +174,9 @@ class VScan(Method):
         return everything(signals) if total == signals.shape[1] else self._scan(signals, total)
 
     def _scan(self, signals: Signals, total: int) -> Selection:
-        shallow = signals.tower["5/24" if self.block is None else self.block].cls_attention
-        deep, features = signals.tower["read"].cls_attention, signals.features
-        assert shallow is not None and deep is not None and features is not None
-        attention = [one.float().mean(dim=1) for one in (shallow, deep)]
-        seen = in_raster_order(signals, features, *attention)
+        shallow, deep = (attended(signals.tower[block], self.attention) for block in (self._local(), "read"))
+        assert signals.features is not None
+        seen = in_raster_order(signals, signals.features, shallow, deep)
         if signals.tile is None or self.budget == "image":
             return handed_on(self._scanned(seen, signals.raster("VScan", HINT), total), "projected")
         tile = in_raster_order(signals, signals.tile)[1]
