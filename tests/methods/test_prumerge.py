@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import synthetic
@@ -114,6 +115,48 @@ def test_what_fixes_the_count() -> None:
     assert fixed.count(576) == (144,) and not fixed.adaptive
     assert PruMerge(keep=0.0001).count(576) == (1,)
     assert PruMerge.adaptive
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what patches receive, and merging behind the projector
+
+
+def as_received(weights: list[list[float]], seen: Signals) -> Signals:
+    """The keys and tokens of `seen`, these sums of attention, and nothing of CLS."""
+    last = Block(keys=seen.tower["last"].keys, received=torch.tensor(weights) / 100)
+    return dataclasses.replace(seen, tower={"read": seen.tower["read"], "last": last})
+
+
+def test_what_is_received_in_the_last_block_ranks_and_weighs() -> None:
+    """2 stays. Its key is as far from that of 0 as from that of 1, so that 0 joins it: (6 * 30 + 1 * 10) / 7."""
+    method = PruMerge(keep=2, neighbours=1, attention="received")
+    assert method.needs == ("tower.read.hidden", "tower.last.keys", "tower.last.received")
+    selection = method.select(as_received([[1.0, 2.0, 6.0, 3.0]], FOUR))
+    assert selection.indices[0].tolist() == [2, 3] and selection.space == "encoded"
+    assert values(selection)[0] == pytest.approx([190 / 7, (10 + 2 * 20 + 3 * 40) / 6])
+
+
+def test_what_is_received_has_outliers_too() -> None:
+    seen = as_received([PLAIN, TWO, FIVE], signals([PLAIN] * 3, torch.arange(20.0)[None, :, None]))
+    selection = PruMerge(attention="received").select(seen)
+    assert [row.tolist() for row in selection.indices] == [[19], [17, 18, 19], [0, 1, 2, 3, 4, 19]]
+
+
+def test_a_patch_may_receive_nothing() -> None:
+    selection = PruMerge(keep=2, neighbours=1, attention="received").select(as_received([[0.0, 5.0, 0.0, 0.0]], FOUR))
+    assert selection.indices[0].tolist() == [1, 3]
+    assert values(selection)[0] == pytest.approx([20, (10 + 30 + 40) / 3])
+
+
+@pytest.mark.parametrize("attention", ["cls", "received"])
+def test_tokens_are_merged_behind_the_projector(attention: Any) -> None:
+    method = PruMerge(keep=2, neighbours=1, attention=attention, space="projected")
+    assert method.needs[:2] == ("features", "tower.last.keys") and not method.encoded
+    seen = FOUR if attention == "cls" else as_received([[6.0, 2.0, 1.0, 3.0]], FOUR)
+    features = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+    selection = method.select(Signals(4, seen.index, features=features, tower={"last": seen.tower["last"]}))
+    assert selection.indices[0].tolist() == [0, 3] and selection.space == "projected"
+    assert values(selection)[0] == pytest.approx([1.25, 19 / 6])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -91,6 +92,20 @@ def test_the_merge_is_that_of_prumerge() -> None:
     assert torch.equal(plus.indices[0], plain.indices[0])
     assert plus.features is not None and plain.features is not None
     assert torch.equal(plus.features[0], plain.features[0])
+
+
+def test_what_is_received_takes_the_place_of_the_attention() -> None:
+    """As above: 3 and 4 lead, 2 and 9 are the middles of the halves of what remains."""
+    method = PruMergePlus(keep=5, attention="received")
+    assert method.needs == ("tower.read.hidden", "tower.last.keys", "tower.last.received")
+    seen = signals(image(12))
+    last = Block(keys=seen.tower["last"].keys, received=torch.tensor([image(12, p3=50, p4=40)]))
+    quiet = dataclasses.replace(seen, tower={"read": seen.tower["read"], "last": last})
+    assert patches(method.select(quiet)) == [[2, 3, 4, 9]]
+    assert patches(PruMergePlus(attention="received").select(quiet)) == [[2, 3, 4, 9]], "two outliers, two samples"
+    behind = dataclasses.replace(quiet, features=torch.ones(1, 12, 3))
+    selection = PruMergePlus(keep=5, attention="received", space="projected").select(behind)
+    assert selection.space == "projected" and patches(selection) == [[2, 3, 4, 9]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

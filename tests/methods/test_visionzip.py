@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import synthetic
@@ -185,6 +186,68 @@ def test_any_tiles_get_the_count(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what patches receive
+
+
+def received(keep: int, **more: Any) -> VisionZip:
+    return VisionZip(keep=keep, attention="received", **more)
+
+
+def as_received(seen: Signals) -> Signals:
+    """The same numbers as attention that patches receive, and nothing of CLS."""
+    read = seen.tower["read"]
+    assert read.cls_attention is not None
+    own = Block(hidden=read.hidden, keys=read.keys, received=read.cls_attention.mean(dim=1))
+    return dataclasses.replace(seen, tower={"read": own})
+
+
+WITHOUT_CLS = as_received(EIGHT)
+
+
+def test_without_cls_all_are_dominant_or_contextual() -> None:
+    """3, 6 and 0 lead; of 1 2 4 5 7 every second is a target, 1 and 4; 5 joins 1, and 2 and 7 join 4."""
+    method = received(5, contextual=2)
+    assert method.needs == ("tower.read.hidden", "tower.read.received", "tower.read.keys")
+    selection = method.select(WITHOUT_CLS)
+    assert selection.space == "encoded"
+    assert selection.indices[0].tolist() == [0, 1, 3, 4, 6]
+    assert values(selection) == pytest.approx([0, (1 + 5) / 2, 3, (4 + 2 + 7) / 3, 6])
+    assert selection.extra is not None and not selection.extra[0].any()
+
+
+def test_the_smallest_budgets_begin_with_the_best_patch() -> None:
+    one, two = received(1).select(WITHOUT_CLS), received(2).select(WITHOUT_CLS)
+    assert one.indices[0].tolist() == [3] and values(one) == [3]
+    assert two.indices[0].tolist() == [0, 3] and values(two) == pytest.approx([(0 + 1 + 2 + 4 + 5 + 6 + 7) / 7, 3])
+
+
+def test_every_tile_has_a_share_without_cls() -> None:
+    """2 each: the best, and the mean of the others at the first of them."""
+    attention = [0.0, 0.9, 0.1, 0.2, 0.5, 0.0, 0.0, 0.6]
+    seen = signals(attention, torch.ones(8, 2), torch.arange(8.0)[:, None], tile=[0] * 4 + [1] * 4)
+    selection = received(4).select(as_received(seen))
+    assert selection.indices[0].tolist() == [0, 1, 4, 7]
+    assert values(selection) == pytest.approx([5 / 3, 1, 5, 7])
+
+
+def test_context_is_merged_behind_the_projector() -> None:
+    """The choice and the keys are the encoder's, the tokens the projector's."""
+    method = received(5, contextual=2, space="projected")
+    assert method.needs == ("features", "tower.read.received", "tower.read.keys") and not method.encoded
+    seen = dataclasses.replace(WITHOUT_CLS, features=100 + torch.arange(8.0)[None, :, None])
+    selection = method.select(seen)
+    assert selection.space == "projected" and selection.indices[0].tolist() == [0, 1, 3, 4, 6]
+    assert values(selection) == pytest.approx([100, 103, 103, 100 + 13 / 3, 106])
+    assert received(8, space="projected").select(seen).features is None
+
+
+def test_one_dominant_patch_stays() -> None:
+    message = "contextual=4 leaves no token of the 4 that keep=4 asks for to dominant patches; the most is contextual=3"
+    with pytest.raises(FoveateError, match=message):
+        received(4, contextual=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # any input
 
 
@@ -263,6 +326,13 @@ def test_tokens_that_have_left_are_not_taken_up_again() -> None:
     torch.testing.assert_close(got.features[0], expected.features[0])
 
 
-@pytest.mark.parametrize("text", ["visionzip:keep=64", "visionzip:keep=0.25,contextual=3,budget=image,official=true"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "visionzip:keep=64",
+        "visionzip:keep=0.25,contextual=3,budget=image,official=true",
+        "visionzip:keep=64,attention=received,space=projected",
+    ],
+)
 def test_a_method_is_written_as_it_is_read(text: str) -> None:
     assert format_spec(parse(text)) == text

@@ -8,13 +8,34 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.core import Selection, Signals
+from foveate.core import FoveateError, Selection, Signals
 from foveate.ops.pooling import take
 from foveate.ops.subsets import split_budget
 
 Space: TypeAlias = Literal["encoded", "projected"]
 Tokens: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Of B images: original indices (B, K), features (B, K, D) and which are extra (B, K), in any order."""
+
+
+def merged_signal(space: Space) -> str:
+    """The signal that has the tokens to merge: those that the projector reads, or what it makes of them."""
+    return "tower.read.hidden" if space == "encoded" else "features"
+
+
+def merged_tokens(signals: Signals, space: Space) -> Tensor:
+    """(B, N, E) of the encoder or (B, N, D) behind the projector."""
+    tokens = signals.tower["read"].hidden if space == "encoded" else signals.features
+    assert tokens is not None
+    return tokens
+
+
+def check_space(official: bool, space: Space) -> None:
+    """Refuse to give for an authors' code that merges tokens of the encoder what merges others."""
+    if official and space != "encoded":
+        raise FoveateError(
+            f"official=True is the authors' code, which merges tokens of the encoder, not space={space!r}; leave out "
+            "one of the two"
+        )
 
 
 def everything(signals: Signals) -> Selection:
@@ -35,14 +56,16 @@ def handed_on(tokens: Tokens, space: Space = "encoded") -> Selection:
     return Selection(indices, features=features, space=space, extra=extra)
 
 
-def with_rest(index: Tensor, kept: Tensor, left_out: Tensor, tokens: Tensor, rest: Tensor) -> Selection:
+def with_rest(
+    index: Tensor, kept: Tensor, left_out: Tensor, tokens: Tensor, rest: Tensor, space: Space = "encoded"
+) -> Selection:
     """Kept patches and one extra token for the rest, which takes the largest index of those left out.
 
     Args:
         index: (B, N) original index of each place.
         kept: (B, K) places.
         left_out: (B, M) places; where there are none, there is no rest.
-        tokens: (B, K, E) what is handed on for the kept ones, encoded.
+        tokens: (B, K, E) what is handed on for the kept ones.
         rest: (B, 1, E).
     """
     indices, extra = take(index, kept), torch.zeros_like(kept, dtype=torch.bool)
@@ -50,7 +73,7 @@ def with_rest(index: Tensor, kept: Tensor, left_out: Tensor, tokens: Tensor, res
         last = take(index, left_out).amax(dim=-1, keepdim=True)
         indices, tokens = torch.cat([indices, last], dim=1), torch.cat([tokens, rest], dim=1)
         extra = torch.cat([extra, torch.ones_like(last, dtype=torch.bool)], dim=1)
-    return handed_on((indices, tokens, extra))
+    return handed_on((indices, tokens, extra), space)
 
 
 def of_all_rows(selections: list[Selection]) -> Selection:

@@ -9,8 +9,30 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
-from foveate.methods._merged import everything, in_raster_order, of_all_rows, with_rest
+from foveate.core import (
+    Block,
+    FoveateError,
+    Grid,
+    Keep,
+    Method,
+    Selection,
+    Signals,
+    Site,
+    check_choices,
+    check_keep,
+    tokens_to_keep,
+)
+from foveate.methods._attention import Attention, attended, attention_signal, check_official
+from foveate.methods._merged import (
+    Space,
+    check_space,
+    everything,
+    in_raster_order,
+    merged_signal,
+    merged_tokens,
+    of_all_rows,
+    with_rest,
+)
 from foveate.ops.pooling import nearest_neighbours, others, take, weighted_sums
 from foveate.ops.scores import unsplit_cls_attention
 from foveate.ops.subsets import descending, outlier_counts
@@ -44,48 +66,71 @@ class PruMerge(Method):
             rest; all hands everything on as it is. None for the image's own count, the outliers and the rest.
         neighbours: pruned patches that join a kept one; as many as there are where those are fewer.
         official: the code's merge and, without `keep`, its count.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS: also of the last block, where it is split into
+            heads and averaged over them. Not with `official`.
+        space: "encoded" merges tokens of the encoder as in the paper; "projected" merges them behind the projector,
+            for projectors that take no single ones. Not with `official`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
     site: ClassVar[Site] = "input"
     encoded: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
-    needs = ("tower.read.hidden", "tower.last.keys", "tower.last.key_cls", "tower.last.query_cls")
 
     keep: Keep | None = None
     neighbours: int = 32
     official: bool = False
+    attention: Attention = "cls"
+    space: Space = "encoded"
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_official(self.official, self.attention)
+        check_space(self.official, self.space)
         if self.keep is not None:
             check_keep(self.keep)
         if type(self.neighbours) is not int or self.neighbours < 1:
             raise FoveateError(f"neighbours={self.neighbours!r} is no number of patches; the least is neighbours=1")
         # The class speaks for the defaults.
         object.__setattr__(self, "adaptive", self.keep is None)
+        object.__setattr__(self, "encoded", self.space == "encoded")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        cls = ("tower.last.key_cls", "tower.last.query_cls")
+        ranking = cls if self.attention == "cls" else (attention_signal(self.attention, "last"),)
+        return (merged_signal(self.space), "tower.last.keys", *ranking)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         """One stage; None unless `keep` fixes it."""
         return None if self.keep is None else (tokens_to_keep(self.keep, original),)
 
     def select(self, signals: Signals) -> Selection:
-        read, last = signals.tower["read"], signals.tower["last"]
-        assert read.hidden is not None and last.keys is not None
-        assert last.key_cls is not None and last.query_cls is not None
-        left = signals.shape[1]
+        last, left = signals.tower["last"], signals.shape[1]
+        assert last.keys is not None
         total = None if self.keep is None else tokens_to_keep(self.keep, signals.original, left)
         if total == left:
             return everything(signals)
-        weights = unsplit_cls_attention(last.query_cls, last.key_cls, last.keys)
         keys = last.keys.transpose(1, 2).flatten(2)
-        index, tokens, keys, weights = in_raster_order(signals, read.hidden, keys, weights)
+        index, tokens, keys, weights = in_raster_order(
+            signals, merged_tokens(signals, self.space), keys, self._weights(last)
+        )
         selections, row = [], 0
         for pick in self._picks(weights, total):
             rows = slice(row, row + pick.kept.shape[0])
             merged = self._merged(tokens[rows], keys[rows], weights[rows], pick)
-            selections.append(with_rest(index[rows], pick.kept, pick.pruned, *merged))
+            selections.append(with_rest(index[rows], pick.kept, pick.pruned, *merged, self.space))
             row = rows.stop
         return of_all_rows(selections)
+
+    def _weights(self, last: Block) -> Tensor:
+        """(B, N) logarithm of the attention, finite also where a patch receives none."""
+        if self.attention == "received":
+            received = attended(last, self.attention)
+            return received.clamp_min(torch.finfo(received.dtype).tiny).log()
+        assert last.keys is not None and last.key_cls is not None and last.query_cls is not None
+        return unsplit_cls_attention(last.query_cls, last.key_cls, last.keys)
 
     def _picks(self, weights: Tensor, total: int | None) -> Iterator[_Pick]:
         """What to keep of all rows at once, or of one after the other.

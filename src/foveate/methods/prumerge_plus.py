@@ -34,6 +34,11 @@ class PruMergePlus(PruMerge):
             rest; all hands everything on as it is. None for the image's own count, twice the outliers and the rest.
         neighbours: pruned patches that join a kept one; as many as there are where those are fewer.
         official: the code's samples, merge and count; where every patch stays there is no token of the rest.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS: also of the last block, where it is split into
+            heads and averaged over them. Not with `official`.
+        space: "encoded" merges tokens of the encoder as in the paper; "projected" merges them behind the projector,
+            for projectors that take no single ones. Not with `official`.
     """
 
     def __post_init__(self) -> None:

@@ -20,7 +20,18 @@ from foveate.core import (
     check_choices,
     check_keep,
 )
-from foveate.methods._merged import Tokens, everything, handed_on, in_raster_order, tile_by_tile
+from foveate.methods._attention import Attention, attended, attention_signal, check_official
+from foveate.methods._merged import (
+    Space,
+    Tokens,
+    check_space,
+    everything,
+    handed_on,
+    in_raster_order,
+    merged_signal,
+    merged_tokens,
+    tile_by_tile,
+)
 from foveate.methods._tiles import kept_of, tiles_to_keep
 from foveate.ops.pooling import joined, most_similar, others, take
 from foveate.ops.subsets import descending
@@ -45,21 +56,37 @@ class VisionZip(Method):
         budget: with several tiles, "tile" gives each an even share, dominant and contextual (at most all but one), and
             the first tile CLS; "image" lets the tiles compete.
         official: the code's contextual tokens.
+        attention: "cls" as in the paper; "received" takes the attention that each patch receives from all patches
+            instead, for encoders without CLS. There is no token of CLS then: all are dominant
+            or contextual (at least 1 from keep=2). Not with `official`.
+        space: "encoded" merges tokens of the encoder as in the paper; "projected" merges them behind the projector,
+            for projectors that take no single ones. CLS cannot be projected there, so that it needs
+            attention="received".
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     site: ClassVar[Site] = "input"
     encoded: ClassVar[bool] = True
-    needs = ("tower.read.hidden", "tower.read.cls", "tower.read.cls_attention", "tower.read.keys")
 
     keep: Keep = 64
     contextual: int | None = None
     budget: Literal["tile", "image"] = "tile"
     official: bool = False
+    attention: Attention = "cls"
+    space: Space = "encoded"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(self)
+        check_official(self.official, self.attention)
+        check_space(self.official, self.space)
+        if self.attention == "cls" and self.space == "projected":
+            raise FoveateError(
+                "space='projected' has no token of CLS, which attention='cls' hands on; write attention='received', or "
+                "leave space='encoded'"
+            )
+        # The class speaks for the default.
+        object.__setattr__(self, "encoded", self.space == "encoded")
         if self.contextual is not None and (type(self.contextual) is not int or self.contextual < 0):
             raise FoveateError(f"contextual={self.contextual!r} is no number of tokens; the least is contextual=0")
         if isinstance(self.keep, int):
@@ -72,9 +99,14 @@ class VisionZip(Method):
     def _check_contextual(self, total: int) -> None:
         if self.contextual is not None and self.contextual >= total:
             raise FoveateError(
-                f"contextual={self.contextual} leaves no token of the {total} that keep={self.keep} asks for to CLS; "
-                f"the most is contextual={total - 1}"
+                f"contextual={self.contextual} leaves no token of the {total} that keep={self.keep} asks for to "
+                f"{'CLS' if self.attention == 'cls' else 'dominant patches'}; the most is contextual={total - 1}"
             )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        ranking = (attention_signal(self.attention), "tower.read.keys")
+        return (merged_signal(self.space), *(("tower.read.cls",) if self.attention == "cls" else ()), *ranking)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         total = tiles_to_keep(self.keep, original, tiles, self.budget)
@@ -83,29 +115,30 @@ class VisionZip(Method):
 
     def select(self, signals: Signals) -> Selection:
         read, left = signals.tower["read"], signals.shape[1]
-        assert read.hidden is not None and read.cls is not None
-        assert read.cls_attention is not None and read.keys is not None
+        assert read.keys is not None
         total = kept_of(self.keep, signals, self.budget)
         self._check_contextual(total)
         if total == left:
             return everything(signals)
-        attention, keys = read.cls_attention.float().mean(dim=1), read.keys.float().mean(dim=1)
-        seen = in_raster_order(signals, read.hidden, attention, keys)
+        cls = read.cls if self.attention == "cls" else None
+        tokens, attention = merged_tokens(signals, self.space), attended(read, self.attention)
+        seen = in_raster_order(signals, tokens, attention, read.keys.float().mean(dim=1))
         if signals.tile is None or self.budget == "image":
-            return handed_on(self._zipped(seen, read.cls, total))
+            return handed_on(self._zipped(seen, cls, total), self.space)
         tile = in_raster_order(signals, signals.tile)[1]
-        return tile_by_tile(tile, total, partial(self._of_tile, seen, read.cls))
+        return tile_by_tile(tile, total, partial(self._of_tile, seen, cls), self.space)
 
     def _of_tile(
-        self, seen: list[Tensor], cls: Tensor, image: slice, places: Tensor, share: int, first: bool
+        self, seen: list[Tensor], cls: Tensor | None, image: slice, places: Tensor, share: int, first: bool
     ) -> Tokens:
-        return self._zipped([take(value[image], places) for value in seen], cls[image] if first else None, share)
+        own = cls[image] if first and cls is not None else None
+        return self._zipped([take(value[image], places) for value in seen], own, share)
 
     def _zipped(self, seen: list[Tensor], cls: Tensor | None, total: int) -> Tokens:
         """`total` tokens of b pictures.
 
         Args:
-            seen: index, hidden states, attention and keys in raster order, each (b, n) or (b, n, width).
+            seen: index, tokens, attention and keys in raster order, each (b, n) or (b, n, width).
             cls: (b, E); None where the picture has none of its own.
         """
         index, hidden, attention, keys = seen
@@ -131,7 +164,8 @@ class VisionZip(Method):
     def _contextual(self, total: int) -> int:
         if self.contextual is not None:
             return min(self.contextual, total - 1)
-        return min(max(1, round(total * 10 / 64)), max(0, total - 2))
+        dominant = 2 if self.attention == "cls" else 1  # that come first: CLS and a patch
+        return min(max(1, round(total * 10 / 64)), max(0, total - dominant))
 
     def _context(self, hidden: Tensor, keys: Tensor, target: Tensor, joining: Tensor) -> Tensor:
         """(b, C, E) what stands for the targets, in the dtype of the tokens."""
