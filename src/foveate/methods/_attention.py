@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from foveate.core import Block, FoveateError
+from foveate.methods._tiles import TileMethod
 
 Attention: TypeAlias = Literal["cls", "received"]
 
@@ -32,3 +33,13 @@ def attended(block: Block, attention: Attention) -> Tensor:
         return block.received.float()
     assert block.cls_attention is not None
     return block.cls_attention.float().mean(dim=1)
+
+
+class RankingMethod(TileMethod):
+    """One that reads the attention to the patches, and the patches, of the block that the projector reads."""
+
+    attention: Attention
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (attention_signal(self.attention), "tower.read.hidden")

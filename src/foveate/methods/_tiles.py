@@ -8,8 +8,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core import Keep, Selection, Signals, tokens_to_keep
+from foveate.core import Grid, Keep, Method, Selection, Signals, check_choices, check_keep, tokens_to_keep
 from foveate.ops.subsets import each_tile
+
+
+class TileMethod(Method):
+    """A method whose only budget is `keep` over the tiles of an image; its dataclasses have these fields."""
+
+    keep: Keep
+    budget: Literal["tile", "image"]
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choices(self)
+
+    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
 
 
 def tiles_to_keep(keep: Keep, original: int, tiles: int, budget: Literal["tile", "image"]) -> int:

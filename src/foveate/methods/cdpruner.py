@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
+from foveate.core import Keep, Selection, Signals, Site
 from foveate.methods._sets import choose_sets
-from foveate.methods._tiles import tiles_to_keep
+from foveate.methods._tiles import TileMethod
 from foveate.ops.greedy import diverse
 from foveate.ops.likeness import between_extremes
 from foveate.ops.scores import cosines
@@ -17,7 +17,7 @@ from foveate.ops.tiles import Pools
 
 
 @dataclass(frozen=True)
-class CDPruner(Method):
+class CDPruner(TileMethod):
     """CDPruner: keeps tokens that differ from each other and match the question, so that relevance does not repeat.
 
     Greedy choice of the set S with the largest det(L_S), L_ij = r_i * cos_ij * r_j: cosines are those of the projected
@@ -44,13 +44,6 @@ class CDPruner(Method):
     relevance: Literal["direct", "negated"] = "direct"
     budget: Literal["tile", "image"] = "tile"
     official: bool = False
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choices(self)
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
 
     def select(self, signals: Signals) -> Selection:
         features, weight = signals.features, self.relevances(signals).square()

@@ -9,9 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
-from foveate.methods._sets import check_power, choose_sets, words_after
-from foveate.methods._tiles import tiles_to_keep
+from foveate.core import FoveateError, Keep, Selection, Signals, Site
+from foveate.methods._checks import check_power
+from foveate.methods._sets import choose_sets
+from foveate.methods._tiles import TileMethod
+from foveate.methods._words import words_after
 from foveate.ops.greedy import covering
 from foveate.ops.likeness import between_extremes, by_sharpest_words, smoothed
 from foveate.ops.scores import cosines
@@ -20,7 +22,7 @@ from foveate.ops.tiles import Pools, by_tile
 
 
 @dataclass(frozen=True)
-class EADP(Method):
+class EADP(TileMethod):
     """EADP: keeps tokens that cover what the sharpest words of the question point at, so that none repeats another.
 
     A token's relevance is half its cosine to the whole question, half its cosine to single words: the fifth of the
@@ -58,8 +60,7 @@ class EADP(Method):
     official: bool = False
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choices(self)
+        super().__post_init__()
         if self.beta is not None:
             check_power("beta", self.beta)
 
@@ -68,9 +69,6 @@ class EADP(Method):
         if self.space == "clip":
             return ("features", "image_clip", "text_clip", "word_clip", "word_mask")
         return ("features", "text", "text_mask", "after_image")
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
 
     def select(self, signals: Signals) -> Selection:
         features, importance = signals.features, self.importance(signals)
@@ -105,7 +103,7 @@ class EADP(Method):
                 raise FoveateError("EADP reads the words of the question, but it has none; ask one with question=")
             return cosines(tokens, signals.text_clip).mean(dim=-1), cosines(tokens, words), mask
         assert signals.features is not None and signals.text is not None
-        mask = words_after(signals, "EADP")
+        mask = words_after(signals, "EADP reads the text after the image")
         words = signals.text.float().masked_fill(~mask[..., None], 0.0)
         mean = words.sum(dim=1, keepdim=True)  # its length does not matter
         return cosines(signals.features, mean).squeeze(-1), cosines(signals.features, words), mask

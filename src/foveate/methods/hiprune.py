@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep
+from foveate.methods._checks import check_share
 from foveate.methods._tiles import choose_by_tile, kept_of, tiles_to_keep
 from foveate.ops.subsets import descending, grid_neighbours, with_neighbours
 
@@ -46,8 +47,7 @@ class HiPrune(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
-            raise FoveateError(f"alpha={self.alpha!r} is no share in [0, 1]; the paper's is alpha=0.1")
+        check_share("alpha", self.alpha, 0.1)
         if self.block is not None and (type(self.block) is not int or self.block < 0):
             raise FoveateError(
                 f"block={self.block!r} is no encoder block; the first is block=0, the paper's block=None"

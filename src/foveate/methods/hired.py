@@ -22,6 +22,7 @@ from foveate.core import (
     tokens_to_keep,
 )
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
+from foveate.methods._checks import check_share
 from foveate.ops.subsets import best_of_tiles, descending, split_in_proportion
 
 
@@ -65,8 +66,7 @@ class HiRED(Method):
         check_keep(self.keep)
         check_choices(self)
         check_official(self.official, self.attention)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
-            raise FoveateError(f"alpha={self.alpha!r} is no share in [0, 1]; the paper's is alpha=0.5")
+        check_share("alpha", self.alpha, 0.5)
         if self.layout is not None and (
             len(self.layout) != 2 or any(type(side) is not int or side < 1 for side in self.layout)
         ):

@@ -8,16 +8,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
-from foveate.methods._sets import check_positive, choose_sets, words_after
-from foveate.methods._tiles import tiles_to_keep
+from foveate.core import Keep, Selection, Signals, Site
+from foveate.methods._checks import check_positive
+from foveate.methods._sets import choose_sets
+from foveate.methods._tiles import TileMethod
+from foveate.methods._words import words_after
 from foveate.ops.greedy import covering
 from foveate.ops.likeness import spread_over
 from foveate.ops.tiles import Pools
 
 
 @dataclass(frozen=True)
-class MMTok(Method):
+class MMTok(TileMethod):
     """MMTok: keeps tokens that cover the words of the question and the picture, so that neither is left out.
 
     Every word spreads a softmax of its cosines to the projected tokens over them, every patch one of its cosines to the
@@ -47,19 +49,15 @@ class MMTok(Method):
     budget: Literal["tile", "image"] = "tile"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choices(self)
+        super().__post_init__()
         check_positive("text_temperature", self.text_temperature, 0.02)
         check_positive("vision_temperature", self.vision_temperature, 0.2)
         check_positive("weight", self.weight, 0.5)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
-
     def select(self, signals: Signals) -> Selection:
         features, hidden, text = signals.features, signals.tower["read"].hidden, signals.text
         assert features is not None and hidden is not None and text is not None
-        mask = words_after(signals, "MMTok")
+        mask = words_after(signals, "MMTok reads the text after the image")
         words = text.masked_fill(~mask[..., None], 0.0)
         per_word = mask.float() / mask.sum(dim=-1, keepdim=True)
 

@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
-from foveate.methods._attention import Attention, attention_signal
-from foveate.methods._sets import check_power, choose_sets, salience
-from foveate.methods._tiles import tiles_to_keep
+from foveate.core import Keep, Selection, Signals, Site
+from foveate.methods._attention import Attention, RankingMethod
+from foveate.methods._checks import check_power
+from foveate.methods._sets import choose_sets, salience
 from foveate.ops.greedy import farthest
 from foveate.ops.tiles import Pools
 
 
 @dataclass(frozen=True)
-class ScoreCover(Method):
+class ScoreCover(RankingMethod):
     """ScoreCover: keeps tokens that CLS attends to and that no kept one resembles, so that salience does not repeat.
 
     SCoRe, salience-coverage reduction: first the patch of the highest CLS attention a, then always the one of the
@@ -41,17 +41,9 @@ class ScoreCover(Method):
     budget: Literal["tile", "image"] = "tile"
     attention: Attention = "cls"
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (attention_signal(self.attention), "tower.read.hidden")
-
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choices(self)
+        super().__post_init__()
         check_power("alpha", self.alpha)
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
 
     def select(self, signals: Signals) -> Selection:
         block = signals.tower["read"]

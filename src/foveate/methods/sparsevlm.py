@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, tokens_to_keep
 from foveate.methods._stages import check_stages, stage_depths
+from foveate.methods._words import words_after
 from foveate.ops.merging import cluster_means, density_peaks
 from foveate.ops.scores import rated, text_raters
 from foveate.ops.subsets import descending
@@ -104,14 +105,7 @@ class SparseVLM(Method):
         """(B, T) bool, chosen at the first stage and remembered."""
         if "raters" not in signals.memory:
             assert signals.features is not None and signals.text is not None
-            assert signals.text_mask is not None and signals.after_image is not None
-            mask = signals.text_mask & signals.after_image
-            silent = (~mask.any(dim=-1)).nonzero().flatten().tolist()
-            if silent:
-                raise FoveateError(
-                    f"SparseVLM lets the text after the image rate, but image {silent[0]} is followed by none; put the "
-                    "question after the image, or use a method that does not read the text"
-                )
+            mask = words_after(signals, "SparseVLM lets the text after the image rate")
             signals.memory["raters"] = text_raters(signals.features, signals.text, mask)
         raters: Tensor = signals.memory["raters"]
         return raters

@@ -8,25 +8,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import (
-    FoveateError,
-    Grid,
-    Keep,
-    Method,
-    Selection,
-    Signals,
-    Site,
-    check_choices,
-    check_keep,
-)
-from foveate.methods._attention import Attention, attended, attention_signal
-from foveate.methods._tiles import choose_by_tile, kept_of, tiles_to_keep
+from foveate.core import Keep, Selection, Signals, Site
+from foveate.methods._attention import Attention, RankingMethod, attended
+from foveate.methods._checks import check_share
+from foveate.methods._tiles import choose_by_tile, kept_of
 from foveate.ops.scores import cosines
 from foveate.ops.subsets import descending, without_duplicates
 
 
 @dataclass(frozen=True)
-class VisPruner(Method):
+class VisPruner(RankingMethod):
     """VisPruner: keeps the patches that CLS attends to most, and of the rest those that no other one resembles.
 
     Tokens are listed by the attention of the CLS query, averaged over heads, in the block whose output the projector
@@ -55,18 +46,9 @@ class VisPruner(Method):
     budget: Literal["tile", "image"] = "tile"
     attention: Attention = "cls"
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (attention_signal(self.attention), "tower.read.hidden")
-
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choices(self)
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0.0 <= self.ratio <= 1.0:
-            raise FoveateError(f"ratio={self.ratio!r} is no share in [0, 1]; the paper's is ratio=0.5")
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
+        super().__post_init__()
+        check_share("ratio", self.ratio, 0.5)
 
     def select(self, signals: Signals) -> Selection:
         block = signals.tower["read"]
