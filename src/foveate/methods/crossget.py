@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from foveate.core import Block, Keep, Merger, Selection, Signals
+from foveate.methods._trained import TrainedMethod
 from foveate.ops.merging import complete_matching, ensemble_merge, in_raster_order
 
 
 @dataclass(frozen=True)
-class CrossGET(Merger):
+class CrossGET(TrainedMethod, Merger):
     """CrossGET: keeps ensembles of patches that resemble each other, weighted by the attention that each one receives.
 
     A cross token, which starts as a copy of CLS, runs through the encoder; before each block a learned vector is added
@@ -64,9 +65,7 @@ class CrossGET(Merger):
         Raises:
             FoveateError: none can be loaded from there.
         """
-        made = cls(keep=keep, r=r, proportional=proportional, path=str(path))
-        made._trained()
-        return made
+        return cls(keep=keep, r=r, proportional=proportional, path=str(path))._ready()
 
     @classmethod
     def example(cls, config: Any = None) -> CrossGET:
@@ -82,14 +81,10 @@ class CrossGET(Merger):
         if self.path is not None:
             self._trained().check(config.vision_config)
 
-    def _trained(self) -> Any:
-        """The cross tokens of `path`, read when they are first needed."""
-        if self.modules is None:
-            from foveate.modules.crossget import load
+    def _load(self, path: str) -> Any:
+        from foveate.modules.crossget import load
 
-            assert self.path is not None
-            object.__setattr__(self, "modules", load(self.path))
-        return self.modules
+        return load(path)
 
     def companion(self, block: int, cls: Tensor, before: Tensor | None) -> Tensor | None:
         """The cross token before a block: what became of it, out of reach of gradients, plus the learned vector."""

@@ -8,33 +8,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import (
-    FoveateError,
-    Grid,
-    Keep,
-    Method,
-    Selection,
-    Signals,
-    Site,
-    check_depths,
-    scaled_layers,
-    tokens_to_keep,
-)
-from foveate.methods._stages import check_stages, rounded_down
+from foveate.core import Keep, Selection, Signals, Site, tokens_to_keep
+from foveate.methods._stages import stage_depths
+from foveate.methods._trained import RANDOM, TrainedStages, Words
 from foveate.ops.subsets import top_k
 
 LAYERS = (3, 6, 9)
 """The paper's stages in an encoder of 12 blocks."""
-
-RANDOM = "random"
-"""The path of untrained predictors, built when first used: to measure speed, never answers."""
 
 KEEP: tuple[Keep, ...] = (0.7, 0.49, 0.343)
 """The paper's r, r^2 and r^3 with r = 0.7."""
 
 
 @dataclass(frozen=True)
-class DynamicViT(Method):
+class DynamicViT(TrainedStages):
     """DynamicViT: keeps the patches that trained predictors between the encoder's blocks score highest.
 
     Before some blocks a small network sees each patch left beside the mean of all (equations 1 to 3) and gives
@@ -53,17 +40,17 @@ class DynamicViT(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.02034"
     site: ClassVar[Site] = "tower"
     needs = ("tower.latest.hidden",)
+    paper_layers: ClassVar[tuple[int, ...]] = LAYERS
+    words: ClassVar[Words] = Words("predictors", read="patches", of="encoder", trained_for="encoder")
+    missing: ClassVar[str] = (
+        "DynamicViT chooses by trained predictors and was given none; write dynamicvit:from=FOLDER, or "
+        "DynamicViT.from_pretrained(FOLDER); dynamicvit:from=random measures speed alone"
+    )
 
     layers: tuple[int, ...] | None = None
     keep: tuple[Keep, ...] = KEEP
     path: str | None = None
     modules: Any = field(default=None, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.path is None or self.path == RANDOM:
-            check_stages("DynamicViT", self.keep, self.layers, LAYERS)
-        else:  # how many stages there are is known once the predictors are read
-            check_stages("DynamicViT", self.keep, self.layers, tuple(range(1, len(self.keep) + 1)))
 
     @classmethod
     def from_pretrained(
@@ -74,35 +61,22 @@ class DynamicViT(Method):
         Raises:
             FoveateError: none can be loaded from there, or `keep` or `layers` do not fit them.
         """
-        made = cls(layers=layers, keep=keep, path=str(path))
-        if made.path != RANDOM:
-            made._trained()
-        return made
+        return cls(layers=layers, keep=keep, path=str(path))._ready()
 
     @classmethod
     def example(cls, config: Any = None) -> DynamicViT:
         """With untrained predictors, which take the width of the encoder that they meet."""
         return cls(path=RANDOM)
 
-    def _trained(self) -> Any:
-        """The predictors of `path`, read when they are first needed."""
-        if self.modules is None:
-            from foveate.modules.dynamicvit import load
+    def _load(self, path: str) -> Any:
+        from foveate.modules.dynamicvit import load
 
-            assert self.path is not None
-            modules = load(self.path)
-            trained = tuple(modules.config.layers)
-            if self.layers is not None and self.layers != trained:
-                raise FoveateError(
-                    f"DynamicViT: layers={self.layers}, but the predictors in {self.path} belong after {trained} "
-                    "blocks; leave layers out"
-                )
-            if len(self.keep) != len(trained):
-                raise FoveateError(
-                    f"DynamicViT: {len(self.keep)} budgets {self.keep} for the {len(trained)} predictors in {self.path}"
-                )
-            object.__setattr__(self, "modules", modules)
-        return self.modules
+        return load(path)
+
+    def _build(self, width: int) -> Any:
+        from foveate.modules.dynamicvit import DynamicViTConfig, build
+
+        return build(DynamicViTConfig(width=width, layers=list(range(1, len(self.keep) + 1))))
 
     def check_model(self, config: Any) -> None:
         """Refuse a model whose encoder the predictors were not trained for, and any where there are none.
@@ -110,21 +84,12 @@ class DynamicViT(Method):
         Raises:
             FoveateError: no predictors, or another width or number of blocks.
         """
-        if self.path is None:
-            raise FoveateError(_MISSING)
-        if self.path != RANDOM:
-            self._trained().check(config.vision_config)
+        if (trained := self._given()) is not None:
+            trained.check(config.vision_config)
 
     def depths(self, layers: int) -> tuple[int, ...]:
         """ENCODER blocks, of `layers`, that run before each stage."""
-        own = self.layers if self.path in (None, RANDOM) else tuple(self._trained().config.layers)
-        if own is None:
-            return scaled_layers(LAYERS, 12, layers)
-        check_depths(own, layers, "DynamicViT")
-        return own
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return rounded_down(self.keep, original)
+        return stage_depths("DynamicViT", self._own_layers(), LAYERS, 12, layers)
 
     def select(self, signals: Signals) -> Selection:
         counts = self.count(signals.original)
@@ -138,29 +103,6 @@ class DynamicViT(Method):
     @torch.no_grad()
     def _score(self, stage: int, hidden: Tensor) -> Tensor:
         """(B, N, E) -> (B, N) how much more likely keeping is than dropping, as a logarithm."""
-        if self.path is None:
-            raise FoveateError(_MISSING)
-        width = hidden.shape[-1]
-        modules = self._untrained(width) if self.path == RANDOM else self._trained()
-        if modules.config.width != width:
-            raise FoveateError(
-                f"DynamicViT: the predictors in {self.path} read patches of {modules.config.width} values, the encoder "
-                f"has {width}; load predictors trained for this encoder"
-            )
-        scores: Tensor = modules(stage, hidden)
+        scores: Tensor = self._modules_for(hidden.shape[-1])(stage, hidden)
         # Ranks as the log-probability of keeping alone does, but does not round to 0 where a predictor is sure.
         return scores[..., 0] - scores[..., 1]
-
-    def _untrained(self, width: int) -> Any:
-        if self.modules is None or self.modules.config.width != width:
-            from foveate.modules.dynamicvit import DynamicViTConfig, build
-
-            stages = list(range(1, len(self.keep) + 1))
-            object.__setattr__(self, "modules", build(DynamicViTConfig(width=width, layers=stages)))
-        return self.modules
-
-
-_MISSING = (
-    "DynamicViT chooses by trained predictors and was given none; write dynamicvit:from=FOLDER, or "
-    "DynamicViT.from_pretrained(FOLDER); dynamicvit:from=random measures speed alone"
-)

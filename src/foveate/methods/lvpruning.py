@@ -9,19 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, tokens_to_keep
-from foveate.methods._stages import check_stages, rounded_down, stage_depths
+from foveate.core import Keep, Selection, Signals, Site, tokens_to_keep
+from foveate.methods._stages import stage_depths
+from foveate.methods._trained import RANDOM, TrainedStages, Words
 from foveate.ops.subsets import top_k
 
 LAYERS = (1, 8, 16)
 """The paper's depths in a decoder of 32 blocks."""
 
-RANDOM = "random"
-"""The path of untrained modules, built when first used: to measure speed, never answers."""
-
 
 @dataclass(frozen=True)
-class LVPruning(Method):
+class LVPruning(TrainedStages):
     """LVPruning: keeps the visual tokens that trained cross-attention to the text scores highest, stage by stage.
 
     After each of some decoder blocks a small module lets every visual token that is left attend to the hidden states
@@ -41,17 +39,17 @@ class LVPruning(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.13652"
     site: ClassVar[Site] = "layer"
     needs = ("decoder.hidden", "decoder.text_hidden", "text_mask")
+    paper_layers: ClassVar[tuple[int, ...]] = LAYERS
+    words: ClassVar[Words] = Words("modules", read="hidden states", of="decoder", trained_for="model")
+    missing: ClassVar[str] = (
+        "LVPruning chooses by trained modules and was given none; write lvpruning:from=FOLDER (from=mini for those of "
+        "the model that ships with Foveate) or LVPruning.from_pretrained(FOLDER); `foveate train lvpruning` makes them"
+    )
 
     layers: tuple[int, ...] | None = None
     keep: tuple[Keep, ...] = (0.5, 0.3, 0.1)
     path: str | None = None
     modules: Any = field(default=None, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.path is None or self.path == RANDOM:
-            check_stages("LVPruning", self.keep, self.layers, LAYERS)
-        else:  # how many stages there are is known once the modules are read
-            check_stages("LVPruning", self.keep, self.layers, tuple(range(1, len(self.keep) + 1)))
 
     @classmethod
     def from_pretrained(
@@ -62,30 +60,20 @@ class LVPruning(Method):
         Raises:
             FoveateError: no modules can be loaded from there, or `keep` or `layers` do not fit them.
         """
-        made = cls(layers=layers, keep=keep, path=str(path))
-        if made.path != RANDOM:
-            made._trained()
-        return made
+        return cls(layers=layers, keep=keep, path=str(path))._ready()
 
-    def _trained(self) -> Any:
-        """The modules of `path`, read when they are first needed."""
-        if self.modules is None:
-            from foveate.modules.lvpruning import load
+    def _load(self, path: str) -> Any:
+        from foveate.modules.lvpruning import load
 
-            assert self.path is not None
-            modules = load(self.path)
-            trained = tuple(modules.config.layers)
-            if self.layers is not None and self.layers != trained:
-                raise FoveateError(
-                    f"LVPruning: layers={self.layers}, but the modules in {self.path} belong after {trained}; leave "
-                    "layers out"
-                )
-            if len(self.keep) != len(trained):
-                raise FoveateError(
-                    f"LVPruning: {len(self.keep)} budgets {self.keep} for the {len(trained)} modules in {self.path}"
-                )
-            object.__setattr__(self, "modules", modules)
-        return self.modules
+        return load(path)
+
+    def _build(self, width: int) -> Any:
+        from foveate.modules.lvpruning import LVPruningConfig, build
+
+        stages, heads = len(self.keep), math.gcd(width, 8)
+        return build(
+            LVPruningConfig(width=width, heads=heads, layers=list(range(1, stages + 1)), ratios=[0.5] * stages)
+        )
 
     @classmethod
     def example(cls, config: Any = None) -> LVPruning:
@@ -98,17 +86,11 @@ class LVPruning(Method):
         Raises:
             FoveateError: no modules, or another type, width or number of blocks.
         """
-        if self.path is None:
-            raise FoveateError(_MISSING)
-        if self.path != RANDOM:
-            self._trained().check(config)
+        if (trained := self._given()) is not None:
+            trained.check(config)
 
     def depths(self, layers: int) -> tuple[int, ...]:
-        own = self.layers if self.path in (None, RANDOM) else tuple(self._trained().config.layers)
-        return stage_depths("LVPruning", own, LAYERS, 32, layers)
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return rounded_down(self.keep, original)
+        return stage_depths("LVPruning", self._own_layers(), LAYERS, 32, layers)
 
     def flops(self, visual: int, text: int) -> int:
         """Two operations for each weight of a module's matrices and token, as the paper counts."""
@@ -130,35 +112,6 @@ class LVPruning(Method):
         assert signals.decoder is not None and signals.text_mask is not None
         visual, text = signals.decoder.hidden, signals.decoder.text_hidden
         assert visual is not None and text is not None
-        modules = self._placed(visual)
+        modules = self._modules_for(visual.shape[-1]).placed(visual.device, visual.dtype)
         scores: Tensor = modules(signals.stage, visual, text, signals.text_mask.to(visual.device))
         return scores[..., 0] - scores[..., 1]
-
-    def _placed(self, visual: Tensor) -> Any:
-        """The modules where the hidden states (B, N, C) are, in their dtype."""
-        if self.path is None:
-            raise FoveateError(_MISSING)
-        width = visual.shape[-1]
-        modules = self._untrained(width) if self.path == RANDOM else self._trained()
-        if modules.config.width != width:
-            raise FoveateError(
-                f"LVPruning: the modules in {self.path} read hidden states of {modules.config.width} values, the "
-                f"decoder has {width}; load modules trained for this model"
-            )
-        return modules.placed(visual.device, visual.dtype)
-
-    def _untrained(self, width: int) -> Any:
-        if self.modules is None or self.modules.config.width != width:
-            from foveate.modules.lvpruning import LVPruningConfig, build
-
-            stages = len(self.keep)
-            heads = math.gcd(width, 8)
-            config = LVPruningConfig(width=width, heads=heads, layers=list(range(1, stages + 1)), ratios=[0.5] * stages)
-            object.__setattr__(self, "modules", build(config))
-        return self.modules
-
-
-_MISSING = (
-    "LVPruning chooses by trained modules and was given none; write lvpruning:from=FOLDER (from=mini for those of the "
-    "model that ships with Foveate) or LVPruning.from_pretrained(FOLDER); `foveate train lvpruning` makes them"
-)
