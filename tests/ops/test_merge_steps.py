@@ -7,7 +7,7 @@ import math
 import merging_by_hand
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from merging_by_hand import Token
 from torch import Tensor
@@ -197,6 +197,7 @@ def test_equal_importance_is_the_mean_weighted_by_size() -> None:
     assert merged.features.flatten().tolist() == [6, (12 + 10) / 4]
 
 
+@example(count=10, share=1.0, seed=0)  # whose products round differently on both sides of the diagonal
 @given(count=st.integers(2, 12), share=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_an_ensemble_equals_loops_over_tokens(count: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

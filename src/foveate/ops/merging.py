@@ -178,6 +178,8 @@ def _others(metric: Tensor) -> Tensor:
     """(B, N, N) cosine similarities, -inf on the diagonal."""
     unit = torch.nn.functional.normalize(metric.float(), dim=-1)
     similarity = unit @ unit.transpose(-1, -2)
+    # Products may round differently on both sides of the diagonal; two nearest neighbours are exactly as near.
+    similarity = torch.maximum(similarity, similarity.transpose(-1, -2))
     itself = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
     return similarity.masked_fill(itself, -torch.inf)
 
