@@ -98,6 +98,7 @@ class Family:
         first_position: position of the first token where the model is called directly.
         deepstack: the decoder's method that adds visual features to the output of its first blocks.
         typed_past: token types are read by position, from the start of what the cache holds.
+        two_way: tokens of a prompt attend to later ones of it, those of a picture or all, so it must come whole.
         check: refuses configurations whose decoder tokens are not the tower's patches.
     """
 
@@ -123,6 +124,7 @@ class Family:
     first_position: int = 0
     deepstack: str | None = None
     typed_past: bool = False
+    two_way: bool = False
     check: Callable[[Any, Tower], None] | None = None
 
     def image_token_id(self, config: Any) -> int:
@@ -403,6 +405,7 @@ FAMILIES = (
         layouts=lambda encoded: square(_pool(encoded.model.config), encoded),
         inside=_MERGED,
         typed_past=True,
+        two_way=True,
     ),
     Family(
         name="paligemma",
@@ -413,6 +416,7 @@ FAMILIES = (
         grid=_grid,
         norm="vision_tower.post_layernorm",
         first_position=1,
+        two_way=True,
     ),
     Family(
         name="idefics3",

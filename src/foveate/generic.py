@@ -92,6 +92,7 @@ def generic_family(model: Any) -> GenericFamily:
         inside="its type has no row, so what its projector needs of the encoder is not known",
         positions=three_axes if hasattr(base, "get_rope_index") else None,
         deepstack="_deepstack_process" if hasattr(decoder, "_deepstack_process") else None,
+        two_way=_two_way(model),
         row=row,
         assumed=tuple(assumed),
     )
@@ -140,6 +141,13 @@ def _described(model: Any, path: str) -> Tower | None:
     if stated != height * width or not 0 <= _read(model.config)(model.config, len(blocks)) < len(blocks):
         return None
     return row
+
+
+def _two_way(model: Any) -> bool:
+    """Whether tokens of a prompt may attend to later ones of it: as Gemma's say, or by token types, as PaliGemma's."""
+    text = model.config.get_text_config(decoder=True)
+    stated = getattr(text, "use_bidirectional_attention", None)
+    return bool(stated) or "token_type_ids" in inspect.signature(type(model).forward).parameters
 
 
 def _raster(config: Any) -> tuple[int, int]:

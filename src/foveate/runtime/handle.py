@@ -245,6 +245,11 @@ class Handle:
                 f"prefill_chunk_size={chunk}: transformers {transformers.__version__} hands every chunk the features "
                 "of all images, pruned or not; use 5.23 or newer, or leave it out"
             )
+        if chunk is not None and self.family.two_way:
+            raise FoveateError(
+                f"prefill_chunk_size={chunk}: the prompt's tokens of {self.family.name} attend to later ones too, "
+                "which a chunk cuts off, pruned or not; leave it out"
+            )
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
         ids = given.get("input_ids", given.get("inputs"))
