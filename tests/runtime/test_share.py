@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from untouched import untouched
 
 import foveate
 from foveate.core import FoveateError
+from foveate.families import family_of
 from foveate.prune import share_encoding
 
-RIVALS = ("fopru:keep=9", "random:keep=9", "fopru:keep=12+fastv:layer=2,keep=5")
+RIVALS = ("fopru:keep=4", "random:keep=4", "fopru:keep=6+fastv:layer=2,keep=3")
 NEEDS = {need for rival in RIVALS for stage in foveate.spec.parse_stages(rival) for need in stage.needs}
 
 
@@ -62,6 +64,86 @@ def test_the_encoder_runs_once_for_the_same_pictures() -> None:
         assert counter.runs == 3
     assert kept == answers(model, RIVALS[0], second)[1]
     assert counter.runs == 4
+
+
+WITH_VIDEOS = tuple(name for name, kind in tiny_families.KINDS.items() if kind.video is not None)
+
+
+def encoders(model: Any) -> tuple[Counter, Counter]:
+    """Runs of the encoder of pictures and of that of videos, which may be one."""
+    family = family_of(model)
+    pictures = Counter(family.blocks_of(model)[0])
+    return pictures, pictures if family.video_tower is None else Counter(family.blocks_of(model, "video")[0])
+
+
+@pytest.mark.parametrize("name", WITH_VIDEOS)
+def test_videos_are_encoded_once_and_each_answers_as_it_would_alone(name: str) -> None:
+    model = tiny.model(name, blocks=6)
+    first, second = tiny.inputs(model, "3v4", "2v1v5", "6"), tiny.inputs(model, "3v4", "6", seed=1)
+    alone = [answers(model, rival, given) for given in (first, second) for rival in RIVALS]
+    _, counter = encoders(model)
+    with untouched(model), share_encoding(model, NEEDS):
+        together = []
+        for runs, given in enumerate((first, second), start=1):
+            for rival in RIVALS:
+                together.append(answers(model, rival, dict(given)))
+                assert counter.runs == runs
+            again = {**given, "pixel_values_videos": given["pixel_values_videos"].clone()}
+            assert torch.equal(answers(model, RIVALS[0], again)[0], together[-3][0])
+            with foveate.prune(model, RIVALS[0]), torch.no_grad():
+                model(**again)
+            assert counter.runs == runs
+    assert len({tuple(map(tuple, kept)) for _, kept in alone}) > 2, "the rivals differ"
+    for (logits, kept), (logits_alone, kept_alone) in zip(together, alone, strict=True):
+        assert kept == kept_alone
+        assert torch.equal(logits, logits_alone)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEOS)
+def test_pictures_and_videos_are_remembered_side_by_side(name: str) -> None:
+    """Rivals hold one conversation each, with a picture in its first turn and a video in its second."""
+    model = tiny.model(name, blocks=6)
+    pictures, videos = tiny.inputs(model, "3i4"), tiny.inputs(model, "2v3", seed=1)
+
+    def talk(rival: str) -> list[Any]:
+        with foveate.prune(model, rival) as trace:
+            out = model.generate(**pictures, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
+            given, _ = pictures.continued(out.sequences, videos)
+            later = model.generate(
+                **given,
+                past_key_values=out.past_key_values,
+                max_new_tokens=3,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            kept = [image.kept for call in trace.history for image in call.images]
+        return [*out.logits, *later.logits, *kept]
+
+    alone = [talk(rival) for rival in RIVALS]
+    of_pictures, of_videos = encoders(model)
+    with untouched(model), share_encoding(model, NEEDS):
+        together = [talk(rival) for rival in RIVALS]
+    assert (of_pictures.runs, of_videos.runs) == ((2, 2) if of_pictures is of_videos else (1, 1))
+    for mine, own in zip(together, alone, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(mine, own, strict=True))
+
+
+def test_an_encoding_that_fails_leaves_nothing_behind() -> None:
+    model = tiny.model("qwen2-vl", blocks=6)
+    given = tiny.inputs(model, "3v4")
+    alone = answers(model, RIVALS[0], given)
+    with untouched(model), share_encoding(model, NEEDS):
+        hook = model.model.visual.blocks[-1].register_forward_hook(_explode)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="in the middle"):
+                answers(model, RIVALS[0], given)
+        hook.remove()
+        logits, kept = answers(model, RIVALS[0], given)
+    assert kept == alone[1] and torch.equal(logits, alone[0])
+
+
+def _explode(*_: Any) -> None:
+    raise RuntimeError("in the middle")
 
 
 def test_a_direct_call_shares_too() -> None:
