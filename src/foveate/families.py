@@ -99,6 +99,7 @@ class Family:
         deepstack: the decoder's method that adds visual features to the output of its first blocks.
         typed_past: token types are read by position, from the start of what the cache holds.
         two_way: tokens of a prompt attend to later ones of it, those of a picture or all, so it must come whole.
+        answers_typed: token types are 0 in a prompt and 1 in its answer, where tokens no longer look ahead.
         check: refuses configurations whose decoder tokens are not the tower's patches.
     """
 
@@ -125,6 +126,7 @@ class Family:
     deepstack: str | None = None
     typed_past: bool = False
     two_way: bool = False
+    answers_typed: bool = False
     check: Callable[[Any, Tower], None] | None = None
 
     def image_token_id(self, config: Any) -> int:
@@ -417,6 +419,7 @@ FAMILIES = (
         norm="vision_tower.post_layernorm",
         first_position=1,
         two_way=True,
+        answers_typed=True,
     ),
     Family(
         name="idefics3",

@@ -14,8 +14,9 @@ from untouched import untouched
 import foveate
 from foveate.core import FoveateError, Grid, Method, Selection, Signals, Site
 from foveate.modules.lvpruning import LVPruningModules, for_model
+from foveate.runtime.soften import Seen, look
 from foveate.train.losses import IGNORED
-from foveate.train.softened import Pass, Rows, Softened, encode, thinned
+from foveate.train.softened import Pass, Rows, Softened, thinned
 
 LAYERS = (1, 2, 3)
 ROWS = ("3i4", "2i9")
@@ -57,6 +58,11 @@ def softened(model: Any, **options: Any) -> Softened:
     return made
 
 
+def rows_of(model: Any, given: dict[str, Tensor]) -> Rows:
+    ids, mask, labels = given["input_ids"], given["attention_mask"], given["labels"]
+    return Rows(ids, mask, labels, look(model, ids, mask, {"pixel_values": given["pixel_values"]}))
+
+
 def passing(given: dict[str, Tensor]) -> Pass:
     visual = given["input_ids"] == tiny.IMAGE
     return Pass(given["attention_mask"].bool() & ~visual, visual)
@@ -93,7 +99,7 @@ def test_dropping_by_mask_equals_removing(attn: str, padding: str, decoder: str,
     with torch.no_grad(), untouched(model):
         run = passing(given)
         labels = torch.full_like(given["input_ids"], IGNORED)
-        rows = Rows(given["input_ids"], given["attention_mask"], labels, encode(model, given["pixel_values"]))
+        rows = rows_of(model, {**given, "labels": labels})
         soft = run.run(model, LAYERS, fixed, rows)
     positions = (given["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     with torch.no_grad(), foveate.prune(model, Few()):
@@ -154,11 +160,10 @@ def test_ready_features_stand_in_for_pictures() -> None:
 def test_thinning_leaves_some_tokens_out_as_if_they_had_been_pruned_before_the_decoder() -> None:
     model = tiny.model()
     given = given_rows(model)
-    rows = Rows(given["input_ids"], given["attention_mask"], given["labels"], encode(model, given["pixel_values"]))
-    thin = thinned(rows, tiny.IMAGE, 0.25, torch.Generator().manual_seed(1))
+    thin = thinned(rows_of(model, given), 0.25, torch.Generator().manual_seed(1))
     visual = thin.ids == tiny.IMAGE
-    assert visual.sum(dim=1).tolist() == [9, 9] and thin.positions is not None
-    left = [thin.positions[row][visual[row]] - begins for row, begins in enumerate((3, 2))]
+    assert visual.sum(dim=1).tolist() == [9, 9] and torch.equal(thin.seen.visual, visual)
+    left = [thin.seen.positions[row][visual[row]] - begins for row, begins in enumerate((3, 2))]
     assert left[0].tolist() != left[1].tolist()
 
     @dataclass(frozen=True)
@@ -184,9 +189,10 @@ def test_thinning_leaves_some_tokens_out_as_if_they_had_been_pruned_before_the_d
 
 def test_rows_of_different_pictures_are_not_thinned_together() -> None:
     ids = torch.tensor([[tiny.IMAGE, 3, 4], [tiny.IMAGE, tiny.IMAGE, 4]])
-    rows = Rows(ids, torch.ones_like(ids), ids, [torch.zeros(3, 2)])
+    visual = ids == tiny.IMAGE
+    rows = Rows(ids, torch.ones_like(ids), ids, Seen(visual, visual, ids))
     with pytest.raises(FoveateError, match=r"rows of \[1, 2\] visual tokens .* use visual_share=1.0"):
-        thinned(rows, tiny.IMAGE, 0.5, None)
+        thinned(rows, 0.5, None)
 
 
 def test_the_loss_is_the_weighted_sum_and_the_shares_are_those_of_the_decisions() -> None:

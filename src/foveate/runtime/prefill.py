@@ -29,7 +29,9 @@ from foveate.runtime.support import shape_of
 from foveate.runtime.tower import Encoded, TowerStages
 from foveate.spec import format as format_spec
 
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Arguments of a call that have a column for each token, beside ids and mask."""
+
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # What some processors still call an argument, and its name now.
 _FORMER = {"pixel_values_images": "pixel_values"}
@@ -462,7 +464,7 @@ class Prefill:
     def _aligned(self, options: dict[str, Any], made: Plan, new: _Input) -> dict[str, Any]:
         """Every tensor that has a column per token, gathered with the one index."""
         aligned: dict[str, Any] = {"position_ids": made.gather(new.positions, 0)}
-        for name in _TOKEN_TYPES:
+        for name in TOKEN_TYPES:
             if options.get(name) is not None:
                 types = made.gather(options[name][:, -new.ids.shape[1] :], 0)
                 # Those of the cache count for nothing: no new token is of the same picture as one there.

@@ -1,16 +1,26 @@
-"""Lets training reach between decoder layers: it is shown what enters a layer and may answer with a softer mask."""
+"""Lets training reach between decoder layers: it is shown what enters a layer and may answer with a softer mask.
+
+Shapes: B rows, L sequence, N visual tokens of a picture, D width, A axes of positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core import FoveateError
+from foveate.families import Family, family_of
+from foveate.layouts import Encoded, runs_of
+from foveate.runtime.prefill import TOKEN_TYPES
+from foveate.runtime.shorten import place_images
 
 Between = Callable[[int, Tensor, Tensor], "Tensor | None"]
 """(layer, hidden states (R, L, D), mask (R or 1, 1, L, L)) -> the mask that the layer is to use, or None for its own.
@@ -19,6 +29,115 @@ Masks are float32 and additive: 0 where a query may look, the lowest number of t
 """
 
 IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a model sees of a batch of prompts and answers, whose pictures its frozen encoder has encoded."""
+
+    visual: Tensor  # (B, L) bool; the newlines and separators among the placeholders are not visual
+    holders: Tensor  # (B, L) bool, every placeholder
+    positions: Tensor  # (B, L) or (A, B, L)
+    encoded: Any = None  # transformers' output for the pictures
+    types: dict[str, Tensor] = field(default_factory=dict)  # (B, L) each
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of a call beside ids and mask."""
+        outputs = {} if self.encoded is None else {"image": self.encoded}
+        return {"position_ids": self.positions, "mm_encoder_outputs": outputs, **self.types}
+
+    def gathered(self, columns: Tensor) -> Seen:
+        """The same of fewer tokens, at their positions.
+
+        Args:
+            columns: (B, L') which stay, ascending.
+        """
+        stays = torch.zeros_like(self.holders).scatter_(1, columns, True)[self.holders]
+        return Seen(
+            self.visual.gather(1, columns),
+            self.holders.gather(1, columns),
+            self.positions.gather(-1, columns.expand(*self.positions.shape[:-1], -1)),
+            None if self.encoded is None else _cut(self.encoded, stays),
+            {name: types.gather(1, columns) for name, types in self.types.items()},
+        )
+
+
+def look(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    given: Mapping[str, Tensor],
+    *,
+    answered: Tensor | None = None,
+    features: Tensor | None = None,
+) -> Seen:
+    """Encode the pictures of a batch without gradients, and find which of its tokens are visual, as inference does.
+
+    Args:
+        ids, mask: (B, L); 0 in padding.
+        given: what else the processor made: pixels, sizes, token types.
+        answered: (B, L) bool, tokens that the model is to predict.
+        features: (pictures, N, D), what the encoder makes of the pictures, where that is known.
+
+    Raises:
+        FoveateError: pictures and placeholders do not belong together, or token types are missing that positions
+            are made of.
+    """
+    family = family_of(model)
+    holders = ids == family.image_token_id(model.config)
+    encoded = _encoded(model, given, features)
+    if encoded is None and bool(holders.any()):
+        raise FoveateError(f"the rows have {int(holders.sum())} visual placeholders but no pixel_values were given")
+    visual = torch.zeros_like(holders)
+    if encoded is not None:
+        tower, token = family.tower_of(model)[0], family.image_token_id(model.config)
+        rows = list(encoded.pooler_output)
+        lengths = [one.shape[0] for one in rows]
+        layouts = family.layouts(Encoded(model, tower, given, lengths, lambda: runs_of(ids, token)))
+        images, _ = place_images(ids, token, torch.cat(rows), layouts)
+        for image in images:
+            visual[image.row, image.columns] = True
+    types = {name: given[name] for name in TOKEN_TYPES if name in given}
+    if family.answers_typed and answered is not None:
+        types["token_type_ids"] = answered.cumsum(dim=1).clamp(max=1)
+    return Seen(visual, holders, _positions(model, family, ids, mask, given), encoded, types)
+
+
+def _encoded(model: Any, given: Mapping[str, Tensor], features: Tensor | None) -> Any:
+    if features is not None:
+        return BaseModelOutputWithPooling(pooler_output=list(features.to(model.dtype)))
+    if given.get("pixel_values") is None:
+        return None
+    encode = model.base_model.get_image_features
+    names = [name for name in inspect.signature(encode).parameters if name in given]
+    arguments = {**{name: given[name] for name in names}, "pixel_values": given["pixel_values"].to(model.dtype)}
+    with torch.no_grad():
+        return encode(**arguments, return_dict=True)
+
+
+def _positions(model: Any, family: Family, ids: Tensor, mask: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    """(B, L) positions that count what is no padding, or (A, B, L), as generate() makes them."""
+    if family.positions is not None:
+        return family.positions(model, ids, mask.bool(), dict(given), ids.new_zeros(ids.shape[0]))
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + family.first_position
+
+
+def _cut(encoded: Any, stays: Tensor) -> Any:
+    """An encoder's output for fewer tokens, in the containers that models take.
+
+    Args:
+        stays: (placeholders,) bool.
+    """
+
+    def rows_of(features: Sequence[Tensor]) -> Any:
+        flat = torch.cat(list(features))[stays]
+        return flat[None] if isinstance(features, Tensor) else [flat]
+
+    made = {"pooler_output": rows_of(encoded.pooler_output)}
+    deep = getattr(encoded, "deepstack_features", None)
+    if deep is not None:
+        made["deepstack_features"] = [rows_of(of_block) for of_block in deep]
+    return type(encoded)(**made)
 
 
 @contextmanager

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core import FoveateError
 from foveate.families import family_of
 from foveate.modules.lvpruning import LVPruningModules
-from foveate.runtime.soften import soften
+from foveate.runtime.soften import Seen, look, soften
 from foveate.train.losses import IGNORED, RatioLoss, causal_loss, hint_loss, kept_shares, ratio_loss
 from foveate.train.masks import columns, decide, soft_mask
 
@@ -43,6 +42,9 @@ class Softened(nn.Module):
         answers: let the modules read the answers too, as they are given for teacher forcing.
         checkpointing: recompute each decoder layer in the backward pass instead of keeping what it computed.
     """
+
+    # By its open signature the Trainer would take it for a loss that is divided by the parts of a step already.
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -82,24 +84,30 @@ class Softened(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
-        pixel_values: Tensor | None = None,
         features: Tensor | None = None,
         wanted: Tensor | None = None,
+        **given: Tensor,
     ) -> dict[str, Tensor]:
         """The weighted loss, both losses, and the share kept at each stage.
 
         Args:
             input_ids, attention_mask, labels: (B, L); labels are -100 wherever no answer stands.
-            pixel_values: of the pictures, in the order of their placeholders.
             features: (pictures, N, D), what the frozen tower and projector make of them, where that is known.
             wanted: (B, N) bool, the visual tokens that each row is about, for `hint_weight`.
+            given: what else the processor makes: `pixel_values` of the pictures in the order of their placeholders,
+                their sizes, and token types (B, L).
+
+        Raises:
+            FoveateError: pictures and placeholders do not belong together, or token types are missing.
         """
         decisions: list[Tensor] = []
         gaps: list[Tensor] = []
-        rows = Rows(input_ids, attention_mask, labels, encode(self.base, pixel_values, features), wanted=wanted)
+        answered = labels != IGNORED
+        seen = look(self.base, input_ids, attention_mask, given, answered=answered, features=features)
+        rows = Rows(input_ids, attention_mask, labels, seen, wanted)
         if self.share < 1:
-            rows = thinned(rows, self.image_token, self.share, self.generator)
-        passing = Pass(self._text(rows), rows.ids == self.image_token)
+            rows = thinned(rows, self.share, self.generator)
+        passing = Pass(self._text(rows), rows.seen.visual)
 
         def choose(stage: int, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
             scores = self.gates(stage, visual, text, mask)
@@ -129,7 +137,7 @@ class Softened(nn.Module):
 
     def _text(self, rows: Rows) -> Tensor:
         """(B, L) which tokens the modules read."""
-        text = rows.mask.bool() & (rows.ids != self.image_token)
+        text = rows.mask.bool() & ~rows.seen.holders
         return text if self.answers else text & (rows.labels == IGNORED)
 
 
@@ -140,27 +148,17 @@ class Rows:
     ids: Tensor  # (B, L)
     mask: Tensor  # (B, L), 0 in padding
     labels: Tensor  # (B, L)
-    features: list[Tensor]  # (N, D) each, in the order of their placeholders
-    positions: Tensor | None = None  # (B, L); None counts what is no padding
+    seen: Seen
     wanted: Tensor | None = None  # (B, N) bool
 
 
-def encode(base: Any, pixels: Tensor | None, features: Tensor | None = None) -> list[Tensor]:
-    """What the frozen tower and projector make of pictures, or what they are known to make of them."""
-    if features is not None:
-        return list(features.to(base.dtype))
-    with torch.no_grad():
-        output = base.get_image_features(pixels.to(base.dtype), return_dict=True) if pixels is not None else None
-    return [] if output is None else list(output.pooler_output)
-
-
-def thinned(rows: Rows, image_token: int, share: float, generator: torch.Generator | None) -> Rows:
+def thinned(rows: Rows, share: float, generator: torch.Generator | None) -> Rows:
     """The rows with a random share of their visual tokens, at their original positions.
 
     Raises:
         FoveateError: the rows have different numbers of visual tokens.
     """
-    visual = rows.ids == image_token
+    visual = rows.seen.visual
     counts = visual.sum(dim=1)
     if bool((counts != counts[0]).any()):
         raise FoveateError(f"rows of {counts.tolist()} visual tokens cannot be thinned together; use visual_share=1.0")
@@ -174,15 +172,9 @@ def thinned(rows: Rows, image_token: int, share: float, generator: torch.Generat
         rows.ids.gather(1, columns),
         rows.mask.gather(1, columns),
         rows.labels.gather(1, columns),
-        [torch.cat(rows.features)[left.flatten()]],
-        positions_of(rows.mask).gather(1, columns),
+        rows.seen.gathered(columns),
         None if rows.wanted is None else rows.wanted[left].view(len(stays), -1),
     )
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """(B, L) positions that count what is no padding, as generate() does."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 class Pass:
@@ -215,10 +207,9 @@ class Pass:
             output = base(
                 input_ids=rows.ids,
                 attention_mask=rows.mask,
-                position_ids=positions_of(rows.mask) if rows.positions is None else rows.positions,
                 use_cache=False,
                 logits_to_keep=_answered(rows.labels),
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=rows.features)},
+                **rows.seen.options(),
             )
         logits: Tensor = output.logits
         return logits
