@@ -281,7 +281,9 @@ def processor(model: Any) -> Any:
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1 if config.vision_config.model_type == "clip_vision_model" else 0,
         chat_template=(
-            "{% for message in messages %}w3 {% for part in message['content'] %}"
-            "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}w4"
+            "{% for message in messages %}{{ 'w3' if message['role'] == 'user' else 'w4' }} "
+            "{% for part in message['content'] %}"
+            "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+            "{% if add_generation_prompt %}w4{% endif %}"
         ),
     )

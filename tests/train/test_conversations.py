@@ -159,8 +159,8 @@ def test_rows_are_what_the_processor_writes(folder: Path) -> None:
     row = rows[0]
     assert (row.ids == tiny.IMAGE).sum() == tiny.TOKENS
     assert row.ids[row.ids != tiny.IMAGE].tolist() == [3, 10, 11, 4, 30, 3, 12, 4, 31, 32, tiny.EOS]
-    assert row.pixels is not None and row.pixels.shape == (1, 3, 24, 24)
-    short = rows_of(folder, ENTRIES, longest=tiny.TOKENS + 5)[0]
+    assert row.given["pixel_values"].shape == (1, 3, 24, 24)
+    short = rows_of(folder, ENTRIES, longest=5)[0]
     assert short.ids.numel() == tiny.TOKENS + 5 and (short.labels != IGNORED).sum() == 1
 
 

@@ -258,3 +258,10 @@ def test_modules_of_another_model_are_refused() -> None:
     other.config.text_config.hidden_size = 64
     with pytest.raises(FoveateError, match="hidden_size=32, not 64"):
         Softened(other, for_model(model.config, layers=LAYERS), (0.5, 0.3, 0.1))
+
+
+def test_a_model_that_takes_no_soft_masks_is_refused_at_once() -> None:
+    model = tiny.model()
+    gates = for_model(model.config, layers=LAYERS)
+    with pytest.raises(FoveateError, match="use bfloat16 or float32"):
+        Softened(model.half(), gates, (0.5, 0.3, 0.1))

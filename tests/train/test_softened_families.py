@@ -10,43 +10,21 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from halving import LAYERS, TOLERANCE, Halving, stays
 from torch import Tensor
 from untouched import untouched
 
 import foveate
-from foveate.core import FoveateError, Grid, Method, Selection, Signals, Site
+from foveate.core import FoveateError, Grid, Method, Selection, Signals
 from foveate.modules.lvpruning import for_model, load, save
 from foveate.runtime.soften import look
 from foveate.train.losses import IGNORED
 from foveate.train.softened import Pass, Rows, Softened, thinned
 
 EVERY = (*tiny.FAMILIES, *(name for name in tiny_families.KINDS if "/" in name))
-LAYERS = (1, 2, 3)
 ROWS = ("3i4", "2i1i5")
 ANSWER = 3  # last tokens of a row
-TOLERANCE = 1e-4
 each_family = pytest.mark.parametrize("name", EVERY)
-
-
-def stays(index: Tensor, stage: int) -> Tensor:
-    """Of the tokens of a picture, every second, then every fourth, then every eighth."""
-    return index % 2 ** (stage + 1) == 0
-
-
-@dataclass(frozen=True)
-class Halving(Method):
-    """Halving: keeps every second token after the first block, and every second of those after each of two others."""
-
-    site: ClassVar[Site] = "layer"
-
-    def depths(self, layers: int) -> tuple[int, ...]:
-        return LAYERS
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return tuple(-(-original // 2 ** (stage + 1)) for stage in range(3))
-
-    def select(self, signals: Signals) -> Selection:
-        return Selection([row[stays(row, signals.stage)] for row in signals.index])
 
 
 @dataclass(eq=False)

@@ -50,7 +50,7 @@ class Few:
         ids = given["input_ids"][0]
         labels = torch.full_like(ids, IGNORED)
         labels[-1] = ids[-1]
-        return Row(ids, labels, given["pixel_values"])
+        return Row(ids, labels, {"pixel_values": given["pixel_values"]})
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -266,6 +266,6 @@ def test_noise_depends_on_the_step_and_not_on_the_random_state() -> None:
     kept = []
     for seed in (1, 1, 2):
         made.generator = torch.Generator().manual_seed(seed)
-        kept.append(made(**batch, pixel_values=row.pixels)["kept"].tolist())
+        kept.append(made(**batch, **row.given)["kept"].tolist())
         torch.rand(7)
     assert kept[0] == kept[1] != kept[2]

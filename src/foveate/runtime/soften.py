@@ -140,6 +140,24 @@ def _cut(encoded: Any, stays: Tensor) -> Any:
     return type(encoded)(**made)
 
 
+def check_softens(model: Any) -> None:
+    """Refuse a model whose decoder takes no soft masks.
+
+    Raises:
+        FoveateError: another attention implementation than SDPA and eager, float16, or a model that is being pruned.
+    """
+    if getattr(model, "_foveate_handle", None) is not None:
+        raise FoveateError("this model is being pruned, so it cannot be trained with; stop() the handle first")
+    kind = model.get_decoder().config._attn_implementation
+    if kind not in IMPLEMENTATIONS:
+        raise FoveateError(
+            f"attn_implementation={kind!r} takes no mask with gradients; load the model with "
+            f"{' or '.join(IMPLEMENTATIONS)}"
+        )
+    if model.dtype == torch.float16:
+        raise FoveateError("dtype=float16 cannot hold the gradients of masked tokens; use bfloat16 or float32")
+
+
 @contextmanager
 def soften(model: Any, between: Between) -> Iterator[None]:
     """Ask `between` before every decoder layer of `model`, until the context is left; gradients pass through.
@@ -150,17 +168,8 @@ def soften(model: Any, between: Between) -> Iterator[None]:
     Raises:
         FoveateError: another attention implementation, float16, or a model that is being pruned.
     """
-    if getattr(model, "_foveate_handle", None) is not None:
-        raise FoveateError("this model is being pruned, so it cannot be trained with; stop() the handle first")
+    check_softens(model)
     decoder = model.get_decoder()
-    kind = decoder.config._attn_implementation
-    if kind not in IMPLEMENTATIONS:
-        raise FoveateError(
-            f"attn_implementation={kind!r} takes no mask with gradients; load the model with "
-            f"{' or '.join(IMPLEMENTATIONS)}"
-        )
-    if model.dtype == torch.float16:
-        raise FoveateError("dtype=float16 cannot hold the gradients of masked tokens; use bfloat16 or float32")
     masks = _Masks()
     hooks = [
         layer.register_forward_pre_hook(partial(_before, number, between, masks), with_kwargs=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from torch.utils.data import Dataset
 
 from foveate.core import FoveateError
 from foveate.images import load_image
+from foveate.runtime.prefill import TOKEN_TYPES
 from foveate.train.losses import IGNORED
 
-LONGEST = 2048
-"""Tokens of a row, visual ones included; LLaVA-1.5 was tuned with as many."""
+LONGEST = 1472
+"""Tokens of a row beside the placeholders of its picture; LLaVA-1.5 was tuned with 2048, 576 of them visual."""
+
+_TOKENS = ("input_ids", "attention_mask")
 
 Turns = tuple[tuple[str, str], ...]
 """Questions and answers, in order."""
@@ -31,7 +34,7 @@ class Row:
 
     ids: Tensor  # (L,) int64
     labels: Tensor  # (L,) int64, -100 wherever no answer stands
-    pixels: Tensor | None = None  # (pictures, channels, height, width)
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, their sizes, token types (1, L), by their names
     features: Tensor | None = None  # (pictures, N, D), in place of pixels
     wanted: Tensor | None = None  # (pictures, N) bool, the tokens that the question is about, where that is known
 
@@ -181,6 +184,25 @@ def expand(ids: Tensor, labels: Tensor, image_token: int, visual: int) -> tuple[
     return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
 
+def carried(ids: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
+    """Labels (L,) of what a processor made of a conversation, from those of the conversation as it was tokenized.
+
+    Processors write other tokens where a picture stands; from the first answer on, all is the same.
+
+    Args:
+        ids, labels: of the conversation, (T,), with a placeholder for the picture.
+        whole: (L,) the processor's ids.
+
+    Raises:
+        FoveateError: the processor wrote other tokens behind the picture, so answers cannot be found.
+    """
+    answers = ids.numel() - int((labels != IGNORED).long().argmax())
+    if not torch.equal(whole[-answers:], ids[-answers:]):
+        raise FoveateError("the processor wrote other tokens than its tokenizer, so answers cannot be found")
+    before = labels.new_full((whole.numel() - answers,), IGNORED)
+    return torch.cat([before, labels[-answers:]])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data sets
 
@@ -195,8 +217,12 @@ class Conversations(Dataset[Row]):
         file, folder: as `read_entries`.
         processor: the model's.
         image_token: id of its placeholder.
-        longest: tokens at which a row is cut.
+        longest: tokens, placeholders not counted, at which a row is cut.
         report: told of each broken picture.
+
+    Raises:
+        FoveateError: as `read_entries`; no entry can be used, or the processor writes no conversations that answers
+            can be found in.
     """
 
     def __init__(
@@ -213,6 +239,7 @@ class Conversations(Dataset[Row]):
         self.processor, self.image_token, self.longest = processor, image_token, longest
         self.report = report or (lambda message: None)
         self._digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        self[0]  # what a processor cannot do is found here, not in the middle of a run
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -241,12 +268,22 @@ class Conversations(Dataset[Row]):
         made = self.processor(
             images=[image], text=[text], add_special_tokens=_special(self.processor, text), return_tensors="pt"
         )
-        whole = made["input_ids"][0]
-        ids, labels = tokens(self.processor, entry.turns)
-        ids, labels = expand(ids, labels, self.image_token, int((whole == self.image_token).sum()))
-        if not torch.equal(ids, whole):
-            raise FoveateError(f"{entry.image}: the processor wrote other tokens than its tokenizer")
-        return Row(ids[: self.longest], labels[: self.longest], made["pixel_values"])
+        ids = made["input_ids"][0]
+        labels = carried(*tokens(self.processor, entry.turns), ids)
+        end = self._end(ids)
+        given = {
+            name: value[:, :end] if name in TOKEN_TYPES else value
+            for name, value in made.items()
+            if isinstance(value, Tensor) and name not in _TOKENS
+        }
+        return Row(ids[:end], labels[:end], given)
+
+    def _end(self, ids: Tensor) -> int:
+        """Where a row is cut; placeholders are no part of its length, and none is cut off."""
+        text = (ids != self.image_token).nonzero()[:, 0]
+        held = (ids == self.image_token).nonzero()[:, 0]
+        end = ids.numel() if text.numel() <= self.longest else int(text[self.longest])
+        return max(end, int(held[-1]) + 1) if held.numel() else end
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
@@ -256,13 +293,26 @@ def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     def padded(values: Tensor, filler: int) -> Tensor:
         return torch.nn.functional.pad(values, (longest - values.numel(), 0), value=filler)
 
-    batch = {
+    batch: dict[str, Tensor] = {
         "input_ids": torch.stack([padded(row.ids, pad) for row in rows]),
         "attention_mask": torch.stack([padded(torch.ones_like(row.ids), 0) for row in rows]),
         "labels": torch.stack([padded(row.labels, IGNORED) for row in rows]),
     }
-    for name, key in (("pixels", "pixel_values"), ("features", "features"), ("wanted", "wanted")):
-        values = [getattr(row, name) for row in rows]
-        if values[0] is not None:
-            batch[key] = torch.cat(values)
+    for name in rows[0].given:
+        values = [row.given[name] for row in rows]
+        typed = name in TOKEN_TYPES
+        batch[name] = torch.stack([padded(value[0], 0) for value in values]) if typed else _joined(values)
+    for name in ("features", "wanted"):
+        if getattr(rows[0], name) is not None:
+            batch[name] = torch.cat([getattr(row, name) for row in rows])
     return batch
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """What rows bring for their pictures, behind each other; smaller pictures, or fewer tiles, are filled up with 0."""
+    shape = torch.tensor([value.shape[1:] for value in values]).amax(dim=0).tolist()
+    filled = []
+    for value in values:
+        missing = [most - mine for most, mine in zip(shape, value.shape[1:], strict=True)]
+        filled.append(torch.nn.functional.pad(value, [side for more in reversed(missing) for side in (0, more)]))
+    return torch.cat(filled)

@@ -297,7 +297,8 @@ class _Trainer(Trainer):
 
     def __init__(self, softened: Softened, arguments: TrainingArguments, rows: Rows, settings: Settings) -> None:
         pad = getattr(softened.base.config.get_text_config(decoder=True), "pad_token_id", None) or 0
-        pad = pad if pad != softened.image_token else int(softened.image_token == 0)
+        visual = {softened.image_token, getattr(softened.base.config, "video_token_id", None)}
+        pad = pad if pad not in visual else next(other for other in range(3) if other not in visual)
         super().__init__(softened, arguments, data_collator=partial(collate, pad=pad), train_dataset=rows)
         self.softened, self.settings = softened, settings
         self._drawn = (-1, 0)  # step, rows drawn for in it

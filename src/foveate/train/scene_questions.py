@@ -48,12 +48,17 @@ class SceneQuestions(Dataset[Row]):
         for name, value in (("samples", samples), ("pool", pool)):
             if value < 1:
                 raise FoveateError(f"{name}={value} is below 1; the smallest is {name}=1")
-        side = base.config.vision_config.image_size
+        family, side = family_of(base), getattr(base.config.vision_config, "image_size", None)
+        if not family.fixed or not family.pointwise:
+            raise FoveateError(
+                f"scenes are one tile of {generator.SIZE} x {generator.SIZE} pixels, which {family.name} does not take "
+                "as it is; give --data and --images"
+            )
         if side != generator.SIZE:
             raise FoveateError(f"scenes are {generator.SIZE} x {generator.SIZE} pixels, the model sees {side} x {side}")
         self.base, self.processor, self.samples = base, processor, samples
         self.pool, self.seed, self.mix = min(pool, samples), seed, dict(mix)
-        self.image_token = family_of(base).image_token_id(base.config)
+        self.image_token = family.image_token_id(base.config)
         self._chunks: dict[int, tuple[generator.Scenes, Tensor]] = {}
 
     def __len__(self) -> int:

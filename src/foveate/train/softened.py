@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.core import FoveateError
 from foveate.families import family_of
 from foveate.modules.lvpruning import LVPruningModules
-from foveate.runtime.soften import Seen, look, soften
+from foveate.runtime.soften import Seen, check_softens, look, soften
 from foveate.train.losses import IGNORED, RatioLoss, causal_loss, hint_loss, kept_shares, ratio_loss
 from foveate.train.masks import columns, decide, soft_mask
 
@@ -41,6 +41,9 @@ class Softened(nn.Module):
             modules score every token by itself, so what they learn of some holds for all.
         answers: let the modules read the answers too, as they are given for teacher forcing.
         checkpointing: recompute each decoder layer in the backward pass instead of keeping what it computed.
+
+    Raises:
+        FoveateError: modules of another model, or a model that takes no soft masks.
     """
 
     # By its open signature the Trainer would take it for a loss that is divided by the parts of a step already.
@@ -64,6 +67,7 @@ class Softened(nn.Module):
     ) -> None:
         super().__init__()
         modules.check(base.config)
+        check_softens(base)
         self.gates = modules
         self._base = [base.eval().requires_grad_(False)]  # in a list, so that it is no submodule
         self.ratios, self.ratio_kind, self.temperature = tuple(ratios), ratio_kind, temperature
@@ -161,7 +165,9 @@ def thinned(rows: Rows, share: float, generator: torch.Generator | None) -> Rows
     visual = rows.seen.visual
     counts = visual.sum(dim=1)
     if bool((counts != counts[0]).any()):
-        raise FoveateError(f"rows of {counts.tolist()} visual tokens cannot be thinned together; use visual_share=1.0")
+        raise FoveateError(
+            f"rows of {counts.tolist()} visual tokens cannot be thinned together; use visual_share=1.0, or micro=1"
+        )
     keep = max(1, round(share * int(counts[0])))
     lot = torch.rand(visual.shape, generator=generator, device=visual.device).where(visual, -1.0)
     stays = ~visual

@@ -1,0 +1,132 @@
+"""Stock processors for the tiny models: words and pictures to their inputs, each with a chat template of its kind.
+
+Those that also take videos are built without what does, since transformers needs torchvision for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import tiny
+import transformers
+from tiny_families import EOS, IMAGE, PAD, VIDEO
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ 'w3' if message['role'] == 'user' else 'w4' }} "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}HOLDER {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
+)
+_TILES = [[16, 32], [32, 16], [32, 32]]
+
+
+def _tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, ...] = (), **names: str) -> Any:
+    """Words to the ids of the tiny models: w2 ..., and a special token of its own for each of `more`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    first = IMAGE - len(more)
+    words = {"<pad>": PAD, "</s>": EOS, image: IMAGE, video: VIDEO}
+    words |= {word: first + number for number, word in enumerate(more)}
+    words |= {f"w{number}": number for number in range(2, first)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="w2", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": [image, video, *more]})
+    assert len(fast) == VIDEO + 1, "no word was added"
+    for name, token in {"image": image, "video": video, **names}.items():
+        setattr(fast, f"{name}_token", token)
+        setattr(fast, f"{name}_token_id", fast.convert_tokens_to_ids(token))
+    return fast
+
+
+def _made(kind: str, holder: str, **parts: Any) -> Any:
+    """A processor whose videos nobody asks for."""
+    with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
+        return getattr(transformers, kind)(**parts, chat_template=_TEMPLATE.replace("HOLDER", holder))
+
+
+def _llava_next() -> Any:
+    pictures = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
+    )
+    more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return _made("LlavaNextProcessor", "<image>", image_processor=pictures, tokenizer=_tokenizer(), **more)
+
+
+def _onevision() -> Any:
+    pictures = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
+    )
+    more = dict(num_image_tokens=16, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2")
+    more["video_processor"] = SimpleNamespace(model_input_names=[])
+    return _made("LlavaOnevisionProcessor", "<image>", image_processor=pictures, tokenizer=_tokenizer(), **more)
+
+
+def _qwen(kind: str) -> Callable[[], Any]:
+    def build() -> Any:
+        pictures = transformers.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=512, max_pixels=1536
+        )
+        image, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+        tokens = _tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
+        videos = SimpleNamespace(model_input_names=[])
+        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos)
+        return _made(kind, f"{start}{image}{end}", **parts)
+
+    return build
+
+
+def _internvl() -> Any:
+    pictures = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    context, start, end = "<IMG_CONTEXT>", "<img>", "</img>"
+    tokens = _tokenizer(context, "<video>", (start, end), start_image=start, end_image=end, context_image=context)
+    videos = SimpleNamespace(model_input_names=[])
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos, image_seq_length=9)
+    return _made("InternVLProcessor", context, **parts)
+
+
+def _gemma3() -> Any:
+    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    start, end = "<start_of_image>", "<end_of_image>"
+    tokens = _tokenizer("<image_soft_token>", "<video>", (start, end), boi=start, eoi=end)
+    return _made("Gemma3Processor", start, image_processor=pictures, tokenizer=tokens, image_seq_length=16)
+
+
+def _idefics3() -> Any:
+    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    places = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+    tokens = _tokenizer(more=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places))
+    return _made("Idefics3Processor", "<image>", image_processor=pictures, tokenizer=tokens, image_seq_len=16)
+
+
+def _aya() -> Any:
+    pictures = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    tiles = tuple(f"TILE_{number}" for number in range(1, 5))
+    marks = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *tiles)
+    tokens = _tokenizer("<|IMG_PATCH|>", "<video>", (*marks, "<image>"))
+    more = dict(patch_size=4, img_size=32, downsample_factor=2)
+    return _made("AyaVisionProcessor", "<image>", image_processor=pictures, tokenizer=tokens, **more)
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "llava-1.5": lambda: tiny.processor(tiny.model()),
+    "llava-next": _llava_next,
+    "llava-onevision": _onevision,
+    "qwen2-vl": _qwen("Qwen2VLProcessor"),
+    "qwen2.5-vl": _qwen("Qwen2_5_VLProcessor"),
+    "qwen3-vl": _qwen("Qwen3VLProcessor"),
+    "internvl": _internvl,
+    "gemma3": _gemma3,
+    "idefics3": _idefics3,
+    "aya-vision": _aya,
+}
