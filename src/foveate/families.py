@@ -398,6 +398,7 @@ FAMILIES = (
     Family(
         name="gemma3",
         types=("gemma3",),
+        transformers="5.23",  # older ones let no token of a picture in a later turn look ahead
         hub_ids=("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it"),
         towers=("siglip_vision_model",),
         image="a picture, or a crop of one",
