@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 from untouched import untouched
 
 import foveate
@@ -41,6 +43,11 @@ class Staged(Method):
 
     def select(self, signals: Signals) -> Selection:
         return Selection([torch.tensor(row[signals.stage]) for row in KEPT])
+
+
+recomputes = pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="older versions recompute hooks as well"
+)
 
 
 def given_rows(model: Any, padding: str = "left") -> dict[str, Tensor]:
@@ -135,6 +142,7 @@ def test_the_base_is_no_part_of_what_is_trained_and_saved() -> None:
     assert not made.train().base.training
 
 
+@recomputes
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_recomputed_layers_give_the_same_gradients(attn: str) -> None:
     found = []
@@ -265,3 +273,13 @@ def test_a_model_that_takes_no_soft_masks_is_refused_at_once() -> None:
     gates = for_model(model.config, layers=LAYERS)
     with pytest.raises(FoveateError, match="use bfloat16 or float32"):
         Softened(model.half(), gates, (0.5, 0.3, 0.1))
+
+
+def test_recomputing_is_refused_where_decisions_would_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+        monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable")
+    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    with pytest.raises(
+        FoveateError, match=r"checkpointing=True: transformers 5\.22\.2 .* use 5\.23 or newer, or leave"
+    ):
+        softened(tiny.model(), checkpointing=True)

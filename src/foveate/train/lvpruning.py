@@ -20,7 +20,7 @@ from foveate.modules import lvpruning as modules
 from foveate.train import runs
 from foveate.train.conversations import Row, collate
 from foveate.train.losses import RatioLoss
-from foveate.train.softened import Softened
+from foveate.train.softened import Softened, check_trains
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -160,10 +160,11 @@ def train_lvpruning(
         card: text of the README beside the modules; by default it says what they were trained on and how.
 
     Raises:
-        FoveateError: settings that cannot be met, a run in `out` and no `resume`, none and `resume`, or another model,
-            other data or settings than it was begun with.
+        FoveateError: a model that cannot be trained for, settings that cannot be met, a run in `out` and no `resume`,
+            none and `resume`, or another model, other data or settings than it was begun with.
     """
     settings, out = settings or Settings(), Path(out)
+    check_trains(base, settings.checkpointing)
     before = runs.fingerprint(base)
     arguments = _arguments(settings, out, len(rows), base.device)
     first = arguments.process_index == 0

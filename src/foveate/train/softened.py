@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from foveate.core import FoveateError
@@ -67,7 +68,7 @@ class Softened(nn.Module):
     ) -> None:
         super().__init__()
         modules.check(base.config)
-        check_softens(base)
+        check_trains(base, checkpointing)
         self.gates = modules
         self._base = [base.eval().requires_grad_(False)]  # in a list, so that it is no submodule
         self.ratios, self.ratio_kind, self.temperature = tuple(ratios), ratio_kind, temperature
@@ -231,6 +232,21 @@ class Pass:
         if id(original) not in self._masks:
             self._masks[id(original)] = (original, soft_mask(original, self._keys))
         return self._masks[id(original)][1]
+
+
+def check_trains(base: Any, checkpointing: bool = False) -> None:
+    """Refuse a model that modules cannot be trained for.
+
+    Raises:
+        FoveateError: as `check_softens`; or layers are to be recomputed, which older versions of transformers do with
+            what is hooked to them, so that decisions would be made anew.
+    """
+    check_softens(base)
+    if checkpointing and not hasattr(base, "activation_checkpointing_enable"):
+        raise FoveateError(
+            f"checkpointing=True: transformers {transformers.__version__} recomputes decisions along with a layer; use "
+            "5.23 or newer, or leave it out"
+        )
 
 
 def checkpoint_layers(base: Any) -> None:
