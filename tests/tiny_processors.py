@@ -1,10 +1,12 @@
 """Stock processors for the tiny models: words and pictures to their inputs, each with a chat template of its kind.
 
-Those that also take videos are built without what does, since transformers needs torchvision for that.
+Those that also take videos are built without what does, since transformers needs torchvision for that. Pixtral's and
+Cohere's need it for pictures too, and SmolVLM's needs num2words.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,25 @@ _TEMPLATE = (
     "{% if part['type'] == 'image' %}HOLDER {% else %}{{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
 )
+_NO_VIDEOS = SimpleNamespace(model_input_names=[])
 _TILES = [[16, 32], [32, 16], [32, 32]]
+
+
+# Where a processor is defined: the one that transformers itself hands out may ask for torchvision.
+_MODULES = {
+    "LlavaNextProcessor": "llava_next",
+    "LlavaNextVideoProcessor": "llava_next_video",
+    "LlavaOnevisionProcessor": "llava_onevision",
+    "VideoLlavaProcessor": "video_llava",
+    "Glm4vProcessor": "glm4v",
+    "Qwen2VLProcessor": "qwen2_vl",
+    "Qwen2_5_VLProcessor": "qwen2_5_vl",
+    "Qwen3VLProcessor": "qwen3_vl",
+    "InternVLProcessor": "internvl",
+    "Gemma3Processor": "gemma3",
+    "Idefics3Processor": "idefics3",
+    "AyaVisionProcessor": "aya_vision",
+}
 
 
 def _tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, ...] = (), **names: str) -> Any:
@@ -47,8 +67,11 @@ def _tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, 
 
 def _made(kind: str, holder: str, **parts: Any) -> Any:
     """A processor whose videos nobody asks for."""
+    module = f"transformers.models.{_MODULES[kind]}.processing_{_MODULES[kind]}"
     with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
-        return getattr(transformers, kind)(**parts, chat_template=_TEMPLATE.replace("HOLDER", holder))
+        return getattr(importlib.import_module(module), kind)(
+            **parts, chat_template=_TEMPLATE.replace("HOLDER", holder)
+        )
 
 
 def _llava_next() -> Any:
@@ -59,12 +82,35 @@ def _llava_next() -> Any:
     return _made("LlavaNextProcessor", "<image>", image_processor=pictures, tokenizer=_tokenizer(), **more)
 
 
+def _llava_next_video() -> Any:
+    next_ = _llava_next()
+    parts = dict(image_processor=next_.image_processor, tokenizer=next_.tokenizer, video_processor=_NO_VIDEOS)
+    more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return _made("LlavaNextVideoProcessor", "<image>", **parts, **more)
+
+
+def _video_llava() -> Any:
+    pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    parts = dict(image_processor=pictures, tokenizer=_tokenizer(), video_processor=_NO_VIDEOS)
+    return _made("VideoLlavaProcessor", "<image>", **parts, patch_size=4)
+
+
+def _glm4v() -> Any:
+    pictures = transformers.Glm4vImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 512, "longest_edge": 3072}
+    )
+    start, end = "<|begin_of_image|>", "<|end_of_image|>"
+    tokens = _tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+    return _made("Glm4vProcessor", f"{start}<|image|>{end}", **parts)
+
+
 def _onevision() -> Any:
     pictures = transformers.LlavaOnevisionImageProcessorPil(
         size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
     )
     more = dict(num_image_tokens=16, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2")
-    more["video_processor"] = SimpleNamespace(model_input_names=[])
+    more["video_processor"] = _NO_VIDEOS
     return _made("LlavaOnevisionProcessor", "<image>", image_processor=pictures, tokenizer=_tokenizer(), **more)
 
 
@@ -75,8 +121,7 @@ def _qwen(kind: str) -> Callable[[], Any]:
         )
         image, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
         tokens = _tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
-        videos = SimpleNamespace(model_input_names=[])
-        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos)
+        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
         return _made(kind, f"{start}{image}{end}", **parts)
 
     return build
@@ -88,8 +133,7 @@ def _internvl() -> Any:
     )
     context, start, end = "<IMG_CONTEXT>", "<img>", "</img>"
     tokens = _tokenizer(context, "<video>", (start, end), start_image=start, end_image=end, context_image=context)
-    videos = SimpleNamespace(model_input_names=[])
-    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos, image_seq_length=9)
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS, image_seq_length=9)
     return _made("InternVLProcessor", context, **parts)
 
 
@@ -122,11 +166,15 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava-1.5": lambda: tiny.processor(tiny.model()),
     "llava-next": _llava_next,
     "llava-onevision": _onevision,
+    "llava-next-video": _llava_next_video,
     "qwen2-vl": _qwen("Qwen2VLProcessor"),
     "qwen2.5-vl": _qwen("Qwen2_5_VLProcessor"),
     "qwen3-vl": _qwen("Qwen3VLProcessor"),
+    "glm4v": _glm4v,
     "internvl": _internvl,
     "gemma3": _gemma3,
     "idefics3": _idefics3,
     "aya-vision": _aya,
+    "vipllava": lambda: tiny.processor(tiny.model()),
+    "video-llava": _video_llava,
 }

@@ -18,7 +18,6 @@ from untouched import untouched
 import foveate
 from foveate.cli import main
 from foveate.core import FoveateError
-from foveate.families import family_of
 from foveate.modules.lvpruning import for_model, load
 from foveate.runtime.soften import look
 from foveate.train.conversations import Conversations, Row, collate
@@ -27,8 +26,13 @@ from foveate.train.lvpruning import Settings, train_lvpruning
 from foveate.train.scene_questions import SceneQuestions
 from foveate.train.softened import Pass, Rows, Softened
 
+# numpy's word on how stock GLM-4V reads a tensor
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SIZES = ((60, 40), (30, 62), (33, 33), (16, 48))  # in pixels: several tiles, another number, or one
 TURNS = ((("w10 w11", "w30"), ("w12", "w31 w32")), (("w13", "w33"),), (("w14 w15 w16", "w34"),), (("w17", "w35"),))
+ONE_TILE = ("llava-1.5", "gemma3", "vipllava", "video-llava")
+"""Families whose pictures all have as many tokens."""
+
 each_processor = pytest.mark.parametrize("name", tiny_processors.PROCESSORS)
 
 
@@ -83,8 +87,7 @@ def test_every_answer_is_labelled_and_nothing_else(name: str, data: Any) -> None
         assert words == asked
         assert all(value.ndim > 1 or key == "batch_num_images" for key, value in row.given.items())
     counts = [int((rows[number].ids == tiny.IMAGE).sum()) for number in range(4)]
-    fixed = family_of(tiny.model(name)).fixed and name not in ("idefics3", "aya-vision")
-    assert len(set(counts)) == 1 if fixed else len(set(counts)) > 1
+    assert len(set(counts)) == 1 if name in ONE_TILE else len(set(counts)) > 1
 
 
 @each_processor
@@ -122,11 +125,13 @@ def test_dropping_by_mask_equals_removing(name: str, data: Any) -> None:
 def test_a_step_of_training_reaches_every_module(name: str, data: Any) -> None:
     model, rows = tiny.model(name), rows_of(name, data)
     made = Softened(model, for_model(model.config, layers=LAYERS).train(), (0.5, 0.3, 0.1))
+    made.generator = torch.Generator().manual_seed(5)
     with untouched(model):
         out = made(**collate([rows[0], rows[1]], pad=0))
         out["loss"].backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in made.parameters())
-    assert all(0 < share < 1 for share in out["kept"].tolist())
+    kept = out["kept"].tolist()
+    assert 1 > kept[0] > kept[1] >= kept[2] >= 0 < kept[1]
 
 
 @each_processor

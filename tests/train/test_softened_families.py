@@ -230,3 +230,14 @@ def test_training_and_inference_choose_the_same_tokens(name: str, tmp_path: Any)
         assert int(kept.sum()) == 5
         assert mine[kept].min() > mine[~kept].max() - 1e-5
         assert mine[kept].mean() > mine[~kept].mean() + 0.01
+
+
+def test_pixels_by_their_former_name() -> None:
+    """As processors of older versions call them."""
+    model = tiny.model("video-llava")
+    call = dict(tiny.inputs(model, "3i4"))
+    ids, mask = call.pop("input_ids"), call.pop("attention_mask")
+    seen = look(model, ids, mask, {"pixel_values_images": call["pixel_values"]})
+    wanted = look(model, ids, mask, call)
+    assert torch.equal(seen.encoded.pooler_output, wanted.encoded.pooler_output)
+    assert int(seen.visual.sum()) == 16

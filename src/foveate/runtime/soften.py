@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.core import FoveateError
 from foveate.families import Family, family_of
 from foveate.layouts import Encoded, runs_of
-from foveate.runtime.prefill import TOKEN_TYPES
+from foveate.runtime.prefill import TOKEN_TYPES, renamed
 from foveate.runtime.shorten import place_images
 
 Between = Callable[[int, Tensor, Tensor], "Tensor | None"]
@@ -83,7 +83,7 @@ def look(
         FoveateError: pictures and placeholders do not belong together, or token types are missing that positions
             are made of.
     """
-    family = family_of(model)
+    family, given = family_of(model), renamed(given)
     holders = ids == family.image_token_id(model.config)
     encoded = _encoded(model, given, features)
     if encoded is None and bool(holders.any()):
