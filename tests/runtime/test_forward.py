@@ -119,7 +119,7 @@ def test_arguments_may_be_given_by_position() -> None:
         last = model(**given, logits_to_keep=2).logits
     assert torch.equal(by_position, by_name)
     assert torch.equal(as_tuple[0], by_name)
-    assert torch.equal(last, by_name[:, -2:])
+    torch.testing.assert_close(last, by_name[:, -2:], atol=1e-5, rtol=0)  # fewer rows may be multiplied otherwise
 
 
 @torch.no_grad()
