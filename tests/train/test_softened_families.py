@@ -198,6 +198,9 @@ def test_rows_that_cannot_be_are_refused() -> None:
     del call["mm_token_type_ids"]
     with pytest.raises(FoveateError, match="mm_token_type_ids is missing; pass what the processor made"):
         look(model, ids, mask, call)
+    call = tiny.inputs(model, "3v4")
+    with pytest.raises(FoveateError, match="videos cannot be trained on; give rows with pictures alone"):
+        look(model, call.pop("input_ids"), call.pop("attention_mask"), call)
     model = tiny.model("internvl")
     call = tiny.inputs(model, "3i4")
     ids, mask = call.pop("input_ids"), call.pop("attention_mask")

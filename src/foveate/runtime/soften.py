@@ -80,10 +80,12 @@ def look(
         features: (pictures, N, D), what the encoder makes of the pictures, where that is known.
 
     Raises:
-        FoveateError: pictures and placeholders do not belong together, or token types are missing that positions
-            are made of.
+        FoveateError: videos, pictures and placeholders that do not belong together, or token types are missing that
+            positions are made of.
     """
     family, given = family_of(model), renamed(given)
+    if given.get("pixel_values_videos") is not None:
+        raise FoveateError("videos cannot be trained on; give rows with pictures alone")
     holders = ids == family.image_token_id(model.config)
     encoded = _encoded(model, given, features)
     if encoded is None and bool(holders.any()):
