@@ -50,13 +50,8 @@ def prompts(
         if merged is not None:
             stand_in = [None if (of_turn := merged[turn]) is None else of_turn[number] for turn, number in mine]
         if isinstance(one, tiny_families.Call):
-            kept = [_kept_before_the_decoder(image) for image in images]
-            seen = family_reference.pictures(model, one)
-            drops = _drops(family_reference.visual_columns(ids, seen), ids.numel(), images)
             first = None if prefix is None else prefix[row]
-            made.append(
-                family_reference.shorten(model, one, seen, kept, stand_in, drops=drops, renumber=renumber, prefix=first)
-            )
+            made.append(_of_family(model, one, images, stand_in, renumber, first))
             continue
         made.append(
             reference.shorten(
@@ -72,9 +67,37 @@ def prompts(
     return made
 
 
+def _of_family(
+    model: Any,
+    given: tiny_families.Call,
+    images: Sequence[ImageRecord],
+    stand_in: Sequence[Tensor | None] | None,
+    renumber: bool,
+    prefix: int | None,
+) -> reference.Prompt:
+    """One row of a family beside LLaVA-1.5."""
+    ids, seen = given["input_ids"][0], family_reference.pictures(model, given)
+    return family_reference.shorten(
+        model,
+        given,
+        seen,
+        [_kept_before_the_decoder(image) for image in images],
+        stand_in,
+        extra=[_extra_before_the_decoder(image) for image in images],
+        drops=_drops(family_reference.visual_columns(ids, seen), ids.numel(), images),
+        renumber=renumber,
+        prefix=prefix,
+    )
+
+
 def _kept_before_the_decoder(image: ImageRecord) -> Tensor:
     before = [stage for stage in image.stages if stage.layer is None]
     return before[-1].kept if before else torch.arange(image.original)
+
+
+def _extra_before_the_decoder(image: ImageRecord) -> Tensor | None:
+    before = [stage for stage in image.stages if stage.layer is None]
+    return before[-1].extra if before else None
 
 
 def _columns(visual: Tensor) -> list[Tensor]:

@@ -99,6 +99,7 @@ def shorten(
     kept: Sequence[Tensor],
     merged: Sequence[Tensor | None] | None,
     *,
+    extra: Sequence[Tensor | None],
     drops: Sequence[reference.Drop],
     renumber: bool,
     prefix: int | None,
@@ -120,6 +121,10 @@ def shorten(
         stays[visual[chosen]] = True
         # In the order that the method wants, in the places of the kept ones.
         source[visual[chosen].sort().values] = visual[chosen]
+        of_no_patch = extra[number]
+        if of_no_patch is not None:
+            for block in deep:
+                block[visual[chosen][of_no_patch]] = 0.0
         stand_in = None if merged is None else merged[number]
         if stand_in is not None:
             table[visual[chosen]] = stand_in

@@ -134,32 +134,38 @@ def step(tokens: list[Token], metric: Tensor, r: int, cls: int) -> list[Token]:
 
 @torch.no_grad()
 def crossget(
-    model: Any, pixels: Tensor, rs: Sequence[int], learned: Tensor | None = None, proportional: bool = True
+    model: Any,
+    pixels: Tensor,
+    rs: Sequence[int],
+    learned: Tensor | None = None,
+    proportional: bool = True,
+    patches: int = 36,
 ) -> Run:
     """CrossGET with rs[b] merges in block b; the cross token stands last. learned: (blocks, E)."""
-    (cls,), patches, blocks = start(model, pixels)
+    every = set(range(patches))
+    (cls,), left, blocks = start(model, pixels)
     cross = Token(cls.row, None)
     lengths = []
     for number, (block, r) in enumerate(zip(blocks, rs, strict=False)):
-        lengths.append(len(patches))
+        lengths.append(len(left))
         if learned is not None:
             cross.row = cross.row + learned[number]
-        tokens = [cls, *patches, cross]
+        tokens = [cls, *left, cross]
         mixed, weights, metric = attend(block, tokens, proportional)
         seen = [token.index for token in tokens]
         add(block, tokens, mixed)
-        before = {token.index for token in patches}
+        before = {token.index for token in left}
         if r:
             mean = weights.mean(dim=0)
             importance = mean[:-1].mean(dim=0) + mean[-1]
-            patches = ensemble(patches, metric[1:-1], importance[1:-1].tolist(), r)
-        mlp(block, [cls, *patches, cross])
+            left = ensemble(left, metric[1:-1], importance[1:-1].tolist(), r)
+        mlp(block, [cls, *left, cross])
     # It takes the largest index that the last merge set free.
-    kept = {token.index for token in patches}
-    freed = (before - kept) or (set(range(36)) - kept)
+    kept = {token.index for token in left}
+    freed = (before - kept) or (every - kept)
     cross.index = max(index for index in freed if index is not None)
-    patches = sorted([*patches, cross], key=lambda token: token.index or 0)
-    return Run(patches, lengths, weights, seen)
+    left = sorted([*left, cross], key=lambda token: token.index or 0)
+    return Run(left, lengths, weights, seen)
 
 
 def ensemble(patches: list[Token], metric: Tensor, importance: list[float], r: int) -> list[Token]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.core import FoveateError
 from foveate.families import family_of
-from foveate.layouts import Encoded, Layout, merged, runs_of
+from foveate.layouts import Encoded, Layout, merged, runs_of, tiles_of
 
 OTHERS = tuple(name for name in tiny.FAMILIES if name != "llava-1.5")
 ROWS = ("3i4", "2i1i5", "6", "1i")
@@ -159,3 +159,39 @@ def test_a_run_that_is_no_number_of_tiles() -> None:
     given["input_ids"][0, 5] = 3
     with pytest.raises(FoveateError, match="a run of 4 visual placeholders is no number of whole tiles of 9 tokens"):
         layouts(model, given, features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiles
+
+
+def test_tiles_of_pictures_by_hand() -> None:
+    """Two tiles of 4 patches, whose tokens stand side by side, one patch of padding; then a picture of its own."""
+    first = Layout(5, torch.arange(5), torch.tensor([[0], [1], [4], [2], [5]]), (4, 4))
+    second = Layout(2, torch.arange(2), torch.tensor([[8, 9], [10, 11]]), (4,), grid=(2, 1))
+    tiles = tiles_of([first, second])
+    assert [tile.picture for tile in tiles] == [0, 0, 1]
+    assert [tile.tokens.tolist() for tile in tiles] == [[0, 1, 3], [2, 4], [0, 1]]
+    assert [tile.patches.tolist() for tile in tiles] == [[[0], [1], [2]], [[0], [1]], [[0, 1], [2, 3]]]
+    assert [tile.rest.tolist() for tile in tiles] == [[3], [2, 3], []]
+    assert [tile.share for tile in tiles] == [(0, (3, 2)), (1, (3, 2)), None]
+    assert [tile.grid for tile in tiles] == [None, None, (2, 1)]
+    assert not any(tile.plain for tile in tiles)
+
+
+def test_a_tile_without_tokens_has_no_share() -> None:
+    tiles = tiles_of([Layout(2, torch.arange(2), torch.tensor([[0], [5]]), (2, 2, 2))])
+    assert [tile.tokens.tolist() for tile in tiles] == [[0], [], [1]]
+    assert [tile.share for tile in tiles] == [(0, (1, 1)), (1, (1, 1)), (1, (1, 1))]
+    assert tiles[1].rest.tolist() == [0, 1]
+
+
+def test_a_token_between_two_tiles_belongs_to_that_of_its_largest_share() -> None:
+    weights = torch.tensor([[0.6, 0.4], [0.3, 0.7]])
+    (left, right) = tiles_of([Layout(2, torch.arange(2), torch.tensor([[1, 2], [1, 3]]), (2, 2), weights)])
+    assert (left.tokens.tolist(), right.tokens.tolist()) == ([0], [1])
+    assert left.patches.tolist() == [[1, 1]]
+    assert right.patches.tolist() == [[1, 1]]
+    assert left.weights is not None and left.weights.tolist() == [[1.0, 0.0]]
+    assert right.weights is not None and right.weights.tolist() == [[0.0, 1.0]]
+    assert (left.rest.tolist(), right.rest.tolist()) == ([0], [0])

@@ -82,6 +82,8 @@ def test_counts() -> None:
     assert Beside(r=(3, 2)).count(36) == (32,)
     assert Beside(r=(0, 0)).count(36) == (36,)
     assert Plain(r=(30, 30)).count(36) == (9,), "no block merges more than half"
+    assert Plain(r=(3, 2)).count(36, None, 3) is None, "each tile merges as many, and how many it has is not known"
+    assert Plain(keep=9).count(36, None, 3) == (9,)
     assert not Plain(keep=3).adaptive
     with pytest.raises(FoveateError, match="the most is keep=36"):
         Plain(keep=37).count(36)

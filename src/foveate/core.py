@@ -421,7 +421,7 @@ class Merger(Method):
             count = tokens_to_keep(self.keep, original)
             self._patches(count, original)
             return (count,)
-        if isinstance(self.r, int):
+        if isinstance(self.r, int) or tiles > 1:  # every tile merges as many, and how many each has is not known here
             return None
         left = original - sum(self.schedule(original, len(self.r or ())))
         return (left + self.beside if left < original else left,)

@@ -37,6 +37,8 @@ class Tower:
     joint: bool = False  # a CLIPModel's head maps its patches into a space shared with texts
     # A block's first norm, second norm and MLP where it runs as x + attention(norm(x)), then x + mlp(norm(x)).
     children: tuple[str, str, str] | None = None
+    scales: tuple[str, str] | None = None  # ... and what attention and MLP are multiplied with before they are added
+    masked: bool = True  # its blocks take a mask
     packed: bool = False  # the patches of all pictures run as one sequence, each picture attending to itself
     # Blocks that see a whole picture where the others see windows, from the tower's configuration; None: all do.
     whole: Callable[[Any], list[int]] | None = None
@@ -48,26 +50,42 @@ class Tower:
 
 
 _PRE_NORM = ("layer_norm1", "layer_norm2", "mlp")
+_NUMBERED = ("norm1", "norm2", "mlp")
 
 TOWERS = (
     Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True, children=_PRE_NORM),
     Tower("siglip_vision_model", summary=0, blocks="encoder.layers", children=_PRE_NORM),
     Tower("idefics3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
     Tower("smolvlm_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
-    # Its blocks scale what attention and MLP add, so no method can merge between the two.
-    Tower("internvl_vision", summary=1, blocks="encoder.layer", attention="attention"),
-    Tower("pixtral", summary=0, blocks="transformer.layers", attention="attention", packed=True),
-    Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", packed=True),
+    Tower(
+        "internvl_vision",
+        summary=1,
+        blocks="encoder.layer",
+        attention="attention",
+        children=("layernorm_before", "layernorm_after", "mlp"),
+        scales=("lambda_1", "lambda_2"),
+        masked=False,
+    ),
+    Tower(
+        "pixtral",
+        summary=0,
+        blocks="transformer.layers",
+        attention="attention",
+        children=("attention_norm", "ffn_norm", "feed_forward"),
+        packed=True,
+    ),
+    Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower(
         "qwen2_5_vl_vision",
         summary=0,
         blocks="blocks",
         attention="attn",
+        children=_NUMBERED,
         packed=True,
         whole=lambda config: list(config.fullatt_block_indexes),
     ),
-    Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", packed=True),
-    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", packed=True),
+    Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
 )
 
 
@@ -82,17 +100,21 @@ class Family:
         towers: kinds of vision encoder that they have, the usual one first.
         image: what one image is to a method, and so what `keep` counts tokens of.
         transformers: the lowest version that its seams are in.
+        later_turns: the lowest version that masks a picture rightly which comes when the cache is filled; None for the
+            same one.
         image_token: attribute of the configuration that holds the id of the visual placeholder.
         tower: attribute path from the base model to the vision encoder.
         projector: attribute path from the base model to the projector.
         norm: attribute path from the base model to a norm between the block that is read and the projector.
         pointwise: the projector maps each token by itself.
+        gathered: what makes tokens of the encoder's patches needs all of them at their places, though it merges none.
         read: the encoder block (0-based, of how many) whose output the projector reads.
         grid: raster shape of one image's tokens, from the configuration: of one tile, or of a picture of usual size.
         fixed: every image has that raster.
         layouts: how the pictures of one call come from the encoder's patches.
         videos: how its videos do; None where videos are not described.
         video_tower: attribute path to the encoder of videos, of the same kind; None where one sees both.
+        reads: further encoder blocks whose output is read beside that of the usual one, by number of how many.
         inside: why no method can act inside the encoder; None where they can.
         positions: position ids (3, B, S) of new tokens that follow `start`, where they have several axes.
         first_position: position of the first token where the model is called directly.
@@ -111,15 +133,18 @@ class Family:
     grid: Callable[[Any], Grid]
     image: str = "a picture"
     transformers: str = "5.18"
+    later_turns: str | None = None
     image_token: str = "image_token_id"
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
     norm: str | None = None
     pointwise: bool = True
+    gathered: bool = False
     fixed: bool = True
     layouts: Callable[[Encoded], list[Layout]] = plain
     videos: Callable[[Encoded], list[Layout]] | None = None
     video_tower: str | None = None
+    reads: Callable[[Any, int], list[int]] | None = None
     inside: str | None = None
     positions: Callable[[Any, Tensor, Tensor, dict[str, Any], Tensor], Tensor] | None = None
     first_position: int = 0
@@ -197,11 +222,16 @@ def _llava_read(config: Any, blocks: int) -> int:
     return (layer if layer >= 0 else layer + blocks + 1) - 1
 
 
-def _deepest_read(config: Any, blocks: int) -> int:
-    """Of several layers that are joined, the one nearest to the end."""
+def _all_read(config: Any, blocks: int) -> list[int]:
+    """Several layers are joined; the embeddings that the first block takes are none of its outputs."""
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else layers
-    return max(layer if layer >= 0 else layer + blocks + 1 for layer in layers) - 1
+    return [(layer if layer >= 0 else layer + blocks + 1) - 1 for layer in layers]
+
+
+def _deepest_read(config: Any, blocks: int) -> int:
+    """Of several layers that are joined, the one nearest to the end."""
+    return max(_all_read(config, blocks))
 
 
 def _last_read(config: Any, blocks: int) -> int:
@@ -258,10 +288,6 @@ def three_axes(model: Any, ids: Tensor, mask: Tensor, given: dict[str, Any], sta
     return torch.where(mask, found + start[:, None], 0)
 
 
-PACKED = "its encoder runs the patches of all pictures as one sequence, from which none can be taken"
-_MERGED = "its projector joins neighbouring patches, so a patch that leaves would take others along"
-_TILES = "the tokens of a picture come from several tiles, which are put together after the encoder"
-
 _WITH_TILES = "a picture with all its tiles; the newlines behind its rows stay"
 _ONE_TILE = "a tile of a picture, since text stands between tiles"
 
@@ -275,7 +301,6 @@ _QWEN: dict[str, Any] = dict(
     fixed=False,
     layouts=packed_blocks,
     videos=lambda encoded: packed_blocks(encoded, "video_grid_thw"),
-    inside=PACKED,
     positions=three_axes,
 )
 _IDEFICS: dict[str, Any] = dict(
@@ -286,7 +311,6 @@ _IDEFICS: dict[str, Any] = dict(
     projector="connector",
     pointwise=False,
     layouts=lambda encoded: square(encoded.model.config.scale_factor, encoded),
-    inside=_MERGED,
 )
 
 FAMILIES = (
@@ -320,7 +344,7 @@ FAMILIES = (
         grid=_grid,
         fixed=False,
         layouts=anyres,
-        inside=_TILES,
+        gathered=True,
         check=_llava_check,
     ),
     Family(
@@ -334,7 +358,7 @@ FAMILIES = (
         fixed=False,
         layouts=anyres,
         videos=halved_frames,
-        inside=_TILES,
+        gathered=True,
         check=_llava_check,
     ),
     Family(
@@ -349,7 +373,7 @@ FAMILIES = (
         fixed=False,
         layouts=anyres,
         videos=lambda encoded: pooled_frames(encoded.model.config.spatial_pool_stride, encoded),
-        inside=_TILES,
+        gathered=True,
         check=_llava_check,
     ),
     Family(
@@ -372,6 +396,7 @@ FAMILIES = (
         hub_ids=("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
         towers=("qwen3_vl_vision",),
         deepstack="_deepstack_process",
+        reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
         **_QWEN,
     ),
     Family(
@@ -392,13 +417,12 @@ FAMILIES = (
         pointwise=False,
         fixed=False,
         layouts=lambda encoded: tiled_runs(_shuffle(encoded.model.config), encoded),
-        inside=_MERGED,
         check=_llava_check,
     ),
     Family(
         name="gemma3",
         types=("gemma3",),
-        transformers="5.23",  # older ones let no token of a picture in a later turn look ahead
+        later_turns="5.23",  # older ones let no token of such a picture look ahead
         hub_ids=("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it"),
         towers=("siglip_vision_model",),
         image="a picture, or a crop of one",
@@ -406,7 +430,6 @@ FAMILIES = (
         grid=lambda config: _grid(config, _pool(config)),
         pointwise=False,
         layouts=lambda encoded: square(_pool(encoded.model.config), encoded),
-        inside=_MERGED,
         typed_past=True,
         two_way=True,
     ),
@@ -447,7 +470,6 @@ FAMILIES = (
         pointwise=False,
         fixed=False,
         layouts=lambda encoded: packed_rasters(encoded.model.config.spatial_merge_size, encoded),
-        inside=PACKED,
     ),
     Family(
         name="aya-vision",
@@ -459,7 +481,6 @@ FAMILIES = (
         grid=lambda config: _grid(config, config.downsample_factor),
         pointwise=False,
         layouts=lambda encoded: square(encoded.model.config.downsample_factor, encoded),
-        inside=_MERGED,
         check=_llava_check,
     ),
     Family(
@@ -472,7 +493,6 @@ FAMILIES = (
         grid=lambda config: _grid(config, config.downsample_factor),
         pointwise=False,
         layouts=lambda encoded: square(encoded.model.config.downsample_factor, encoded),
-        inside=_MERGED,
     ),
     Family(
         name="vipllava",
@@ -483,7 +503,7 @@ FAMILIES = (
         read=_deepest_read,
         grid=_grid,
         pointwise=False,
-        inside="its projector reads the output of several blocks",
+        reads=_all_read,
     ),
     Family(
         name="video-llava",

@@ -83,6 +83,83 @@ class Layout:
         return len(self.lengths) == 1 and self.patches.shape == (self.lengths[0], 1) == (self.placeholders, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What the encoder sees as one sequence: a picture, a tile of one, or a frame of a video.
+
+    Attributes:
+        picture: number of its picture.
+        tokens: (n,) which of that picture's N tokens come from it.
+        patches: (n, G) patches behind each, numbered within the tile.
+        weights: (n, G) share of each patch; None for their mean, where no patch is behind two tokens.
+        length: its patches.
+        grid: raster of its tokens, where it is all of its picture.
+        share: its place among the tiles of the picture that have tokens, and how many each of them has; None where it
+            is the only one.
+    """
+
+    picture: int
+    tokens: Tensor
+    patches: Tensor
+    length: int
+    weights: Tensor | None = None
+    grid: Grid | None = None
+    share: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Its tokens are its patches."""
+        return self.weights is None and self.patches.shape == (self.length, 1)
+
+    @property
+    def rest(self) -> Tensor:
+        """(R,) patches of no token, such as padding."""
+        bound = torch.zeros(self.length, dtype=torch.bool).index_fill(0, self.patches.flatten(), True)
+        return (~bound).nonzero().squeeze(-1)
+
+    def layout(self, number: int, first: int) -> Layout:
+        """It as a picture of its own: tile `number` of an encoding, with `first` patches before it."""
+        count = self.tokens.numel()
+        everything = torch.arange(count)
+        return Layout(count, everything, self.patches + first, (self.length,), self.weights, self.grid, None, number)
+
+
+def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
+    """The tiles of some pictures, in the order in which the encoder sees them.
+
+    A token that is interpolated between patches of two tiles counts for the one of its largest share, and of that
+    tile's patches only.
+    """
+    made: list[Tile] = []
+    first = 0
+    for picture, layout in enumerate(layouts):
+        patches, weights = layout.patches - first, layout.weights
+        main = patches[:, :1] if weights is None else patches.gather(1, weights.argmax(dim=1, keepdim=True))
+        ends = torch.tensor(layout.lengths).cumsum(0)
+        tile = torch.bucketize(main[:, 0].contiguous(), ends, right=True)
+        if weights is not None:
+            here = torch.bucketize(patches.contiguous(), ends, right=True) == tile[:, None]
+            patches, weights = patches.where(here, main), weights * here
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        counts = tile.bincount(minlength=len(layout.lengths)).tolist()
+        sizes = tuple(count for count in counts if count)
+        for number, length in enumerate(layout.lengths):
+            tokens = (tile == number).nonzero().squeeze(-1)
+            made.append(
+                Tile(
+                    picture=picture,
+                    tokens=tokens,
+                    patches=patches[tokens] - (int(ends[number]) - length),
+                    length=length,
+                    weights=None if weights is None else weights[tokens],
+                    grid=layout.grid if len(layout.lengths) == 1 else None,
+                    share=(sum(count > 0 for count in counts[:number]), sizes) if len(sizes) > 1 else None,
+                )
+            )
+        first += sum(layout.lengths)
+    return made
+
+
 def merged(height: int, width: int, side: int) -> Tensor:
     """(h/side * w/side, side * side) patches of a raster (h, w) in each square of `side` x `side`, row by row."""
     numbers = torch.arange(height * width).view(height // side, side, width // side, side)

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.core import FoveateError
-from foveate.ops.subsets import best_of_tiles, descending, each_tile, split_budget, split_in_proportion, top_k_by_tile
+from foveate.ops.subsets import (
+    best_of_tiles,
+    descending,
+    each_tile,
+    split_budget,
+    split_by_size,
+    split_in_proportion,
+    top_k_by_tile,
+)
 
 
 def test_the_best_of_each_tile_by_hand() -> None:
@@ -110,3 +118,39 @@ def test_tiles_of_one_size_and_share_are_asked_about_together() -> None:
     chosen = each_tile(tile, 7, choose)
     assert asked == [([0, 1], [0, 0], 3), ([0, 0, 1, 1], [3, 6, 3, 6], 2)]
     assert [row.tolist() for row in chosen] == [[0, 1, 2, 3, 4, 6, 7]] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# by size
+
+
+@pytest.mark.parametrize(
+    ("total", "sizes", "least", "shares"),
+    [
+        (3, [4, 2, 2], 1, [1, 1, 1]),
+        (4, [4, 2, 2], 1, [2, 1, 1]),
+        (5, [4, 2, 2], 1, [3, 1, 1]),  # 4/2, 2/1 and 2/1 are equally high: the lowest place
+        (6, [4, 2, 2], 1, [3, 2, 1]),  # 4/3, 2/1, 2/1
+        (7, [4, 2, 2], 1, [3, 2, 2]),
+        (8, [4, 2, 2], 1, [4, 2, 2]),
+        (6, [16, 1, 16], 2, [3, 1, 2]),
+        (9, [9], 1, [9]),
+    ],
+)
+def test_shares_by_size_by_hand(total: int, sizes: list[int], least: int, shares: list[int]) -> None:
+    assert split_by_size(total, sizes, least) == shares
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.data())
+def test_shares_by_size_add_up_and_never_fall_with_the_total(sizes: list[int], data: st.DataObject) -> None:
+    total = data.draw(st.integers(len(sizes), sum(sizes)))
+    shares = split_by_size(total, sizes)
+    assert sum(shares) == total
+    assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    if total < sum(sizes):
+        more = split_by_size(total + 1, sizes)
+        assert all(later >= earlier for later, earlier in zip(more, shares, strict=True))
+    # A tile of more tokens has no fewer, and equal ones differ by one at most.
+    for one, size in zip(shares, sizes, strict=True):
+        for other, other_size in zip(shares, sizes, strict=True):
+            assert size < other_size or one >= other - (size == other_size)

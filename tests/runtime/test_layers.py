@@ -405,7 +405,8 @@ def test_logits_and_loss_of_a_direct_call_keep_their_places(name: str, padding: 
         last = model(**given, logits_to_keep=1).logits
         call = trace.latest
     torch.testing.assert_close(out.loss, without_cache.loss)
-    assert torch.equal(last, out.logits[:, -1:])
+    # One row through the output head may be rounded in another way than many.
+    torch.testing.assert_close(last, out.logits[:, -1:], atol=1e-5, rtol=1e-5)
     assert out.logits.shape[1] == call.index.shape[1], "of what entered the decoder, nothing is missing"
     total, count = 0.0, 0
     for row in range(3):

@@ -6,7 +6,7 @@ Shapes: B images, N tokens, K kept. Indices are positions on the N axis, int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,23 @@ def split_budget(total: int, capacity: list[int]) -> list[int]:
         # The remainder is what is left once all that have room are level.
         for tile in room if each else room[:1]:
             shares[tile] = min(capacity[tile], shares[tile] + (each or missing))
+    return shares
+
+
+def split_by_size(total: int, sizes: Sequence[int], least: int = 1) -> list[int]:
+    """Share `total` tokens over tiles in proportion to their sizes, `least` to each, the lowest place on a tie.
+
+    Each token goes where a tile's size over what it already has is highest (the method of highest averages, Adams'
+    divisors), so that a larger total never takes a token from a tile, and a total of all is each tile's all.
+
+    Args:
+        total: from `least` per tile to the sum of the sizes.
+    """
+    seats = [(tile, size / (seat - 1)) for tile, size in enumerate(sizes) for seat in range(least + 1, size + 1)]
+    seats.sort(key=lambda seat: -seat[1])
+    shares = [min(least, size) for size in sizes]
+    for tile, _ in seats[: total - sum(shares)]:
+        shares[tile] += 1
     return shares
 
 

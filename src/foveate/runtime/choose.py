@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Grid, Merger, Method, Selection, Signals, StageRecord
+from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Image:
     merged: bool = False  # its features, or inside a model its stream, are no longer those it came with
     adapted: bool = False  # an adaptive stage has acted
     stages: list[StageRecord] = field(default_factory=list)
-    encoded: list[int] | None = None  # patches that each encoder block ran on; None where that is all of them
+    # Of each tile, the patches that each encoder block ran on; None where that is all of them.
+    encoded: list[list[int]] | None = None
     projected: int | None = None  # tokens that the projector mapped; None where that is all of them
     size: Tensor | None = None  # (K,) patches in each token, inside the encoder; None while it is one
     group: Tensor | None = None  # (N,) place of the token that a patch is in, -1 once dropped; None where nobody asks
@@ -54,6 +56,9 @@ class Image:
     patches: tuple[int, ...] | None = (
         None  # that the encoder saw of it, tile by tile; None where all images have as many
     )
+    # Inside the encoder, where a picture's tiles are images of their own: its place among those that have tokens, and
+    # how many each has; None for a picture that is one tile.
+    share: tuple[int, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         self.index = torch.arange(self.original, device=self.features.device)
@@ -106,21 +111,22 @@ def choose(
         at: the stage inside the decoder or the encoder; None between them.
     """
     for part in parts:
-        for group in _groups(images):
-            _ask(_fit(part, images[group[0]]), images, group, _Sources(blocks, prompt, project, at))
+        ready = [fitted(part, image) for image in images]
+        for group in _groups(images, ready):
+            _ask(ready[group[0]], images, group, _Sources(blocks, prompt, project, at), format_spec(part))
         for image in images:
             image.adapted = image.adapted or part.adaptive
 
 
-def _groups(images: Sequence[Image]) -> list[list[int]]:
-    """Numbers of the images that share original count, grid, tiles and what each stage left: one Signals each.
+def _groups(images: Sequence[Image], parts: Sequence[Method]) -> list[list[int]]:
+    """Numbers of the images that share original count, grid, tiles, budget and what each stage left: one Signals each.
 
     Images that parted at one stage stay apart, even where a later one leaves as many of both: they have other memories.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for number, image in enumerate(images):
-        history = tuple(stage.after for stage in image.stages)
-        key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.whole)
+    for number, (image, part) in enumerate(zip(images, parts, strict=True)):
+        history, keep = tuple(stage.after for stage in image.stages), getattr(part, "keep", None)
+        key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.whole, keep)
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
@@ -135,9 +141,15 @@ class _Sources:
     at: Depth | None
 
 
-def _fit(part: Method, image: Image) -> Method:
-    """After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave."""
+def fitted(part: Method, image: Image) -> Method:
+    """The method with the budget of this image.
+
+    After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave. A tile of a
+    picture has its part of the picture's.
+    """
     left = image.index.numel()
+    if image.share is not None:
+        part = _of_tile(part, image.share)
     if not image.adapted or part.adaptive or getattr(part, "keep", None) is None:
         return part
     counts = part.count(image.original, image.grid, max(1, len(image.tiling)))
@@ -146,6 +158,26 @@ def _fit(part: Method, image: Image) -> Method:
     if len(counts) == 1:
         return part if counts[0] <= left else _with_keep(part, left)
     return _with_keep(part, tuple(min(count, left) for count in counts))
+
+
+def _of_tile(part: Method, share: tuple[int, tuple[int, ...]]) -> Method:
+    """The method with the part of a picture's budget that falls to one of its tiles, in proportion to their tokens."""
+    place, sizes = share
+    if part.adaptive or getattr(part, "keep", None) is None:
+        return part
+    counts = part.count(sum(sizes), None, len(sizes))
+    if counts is None:
+        return part
+    least = 1 + (part.beside if isinstance(part, Merger) else 0)
+    own = []
+    for count in counts:
+        if count < least * len(sizes):
+            raise FoveateError(
+                f"{format_spec(part)} asks for {count} tokens of a picture whose {len(sizes)} tiles keep {least} each "
+                f"inside the encoder; the least is keep={least * len(sizes)}"
+            )
+        own.append(split_by_size(count, sizes, least)[place])
+    return _with_keep(part, tuple(own) if isinstance(getattr(part, "keep", None), tuple) else own[0])
 
 
 def _with_keep(part: Method, keep: Any) -> Method:
@@ -157,13 +189,13 @@ def _with_keep(part: Method, keep: Any) -> Method:
     return made
 
 
-def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources: _Sources) -> None:
+def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources: _Sources, name: str) -> None:
+    """Let a method, fitted to these images, choose; `name` is its spec as it was given."""
     group = [images[number] for number in numbers]
     signals = _signals(part, group, numbers, sources)
     # A caller's autocast is for the model: scores and greedy loops need the float32 that they ask for.
     with torch.autocast(signals.index.device.type, enabled=False):
         selection = part.select(signals)
-    name = format_spec(part)
     if not isinstance(selection, Selection):
         raise FoveateError(f"{name} answered with {type(selection).__name__} where a Selection is needed")
     selection.check(signals.original, len(group), name)
@@ -178,7 +210,7 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
     more: dict[str, Any] = {}
     if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
         more = _text(sources.prompt, group)
-    blocks = {name: _narrow(block, rows, index) for name, block in sources.blocks.items()}
+    blocks = {name: narrow(block, rows, index) for name, block in sources.blocks.items()}
     if any(need in JOINT for need in part.needs):
         more.update(_joint(sources.prompt, group, blocks["read"]))
     if sources.at is not None:
@@ -212,7 +244,7 @@ def _size(image: Image) -> Tensor:
     return torch.ones(image.index.shape, device=image.index.device) if image.size is None else image.size
 
 
-def _narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
+def narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
     """The block's values for some images, and of those the tokens that are still there."""
     fields = {}
     for name, value in vars(block).items():

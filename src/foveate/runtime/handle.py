@@ -185,6 +185,7 @@ class Handle:
             given = renamed({**bound, **bound.pop("kwargs", {})})
             self._check_generate(given)
             self._run = _Run(contains_past=_contains_past(given), given=given)
+            self._prefill.expect(given.get("input_ids", given.get("inputs")), given, self._run.contains_past)
             if given.get("streamer") is not None:
                 given["streamer"] = _PromptStreamer(given["streamer"], self._run)
             return self._restore_prompt(self._stock["generate"](**given), self._run)

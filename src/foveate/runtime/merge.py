@@ -1,6 +1,7 @@
-"""Runs encoder blocks whose tokens merge between attention and MLP, from the blocks' own children.
+"""Runs encoder blocks from the blocks' own children, so that tokens can merge between attention and MLP.
 
-Shapes: B images, K patches left (padded to the longest of the batch), H heads, d head width, E encoder width.
+Shapes: T rows (tiles, or 1 where all run as one sequence), L patches of a row, padded to the longest, H heads, d head
+width, E encoder width.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from foveate.core import Block, FoveateError, Merger
 from foveate.families import Tower
 from foveate.ops.scores import attention_sums, row_attention
-from foveate.runtime.probe import Probe, key_mask
+from foveate.runtime.probe import PackedWatch, Probe, key_mask
 from foveate.spec import format as format_spec
 
 
@@ -24,16 +25,16 @@ from foveate.spec import format as format_spec
 class Attended:
     """One block's attention over [CLS, companion, patches], each of the first two where there is one."""
 
-    queries: Tensor  # (B, H, lead + K, d)
-    keys: Tensor  # (B, H, lead + K, d)
+    queries: Tensor  # (T, H, lead + L, d)
+    keys: Tensor  # (T, H, lead + L, d)
     mask: Tensor | None
     scale: float
 
     def block(self, hidden: Tensor, lead: int, summary: int, wanted: set[str]) -> Block:
-        """What a method may see of the block in which it merges; gradients reach the stream, not the attention.
+        """What is to be seen of the block in which tokens merge; gradients reach the stream, not the attention.
 
         Args:
-            hidden: (B, lead + K, E), the stream between attention and MLP.
+            hidden: (T, lead + L, E), the stream between attention and MLP.
             lead: leading tokens that are no patches; one more than `summary` where a companion runs.
             wanted: fields of Block; `hidden`, `cls` and `cross` are there in any case.
         """
@@ -59,7 +60,7 @@ class Attended:
         return found
 
     def _row(self, number: int) -> Tensor:
-        """(B, H, lead + K) probabilities of one query."""
+        """(T, H, lead + L) probabilities of one query."""
         valid, bias = key_mask(self.mask, self.keys.shape[0])
         return row_attention(self.queries[:, :, number : number + 1], self.keys, self.scale, valid, bias)[:, :, 0]
 
@@ -77,18 +78,61 @@ class Attended:
 
 
 @dataclass(eq=False)
-class MergingBlocks:
-    """The blocks in which one method merges, from install() to remove()."""
+class OpenBlocks:
+    """Blocks that run from their own children, from install() to remove().
 
-    part: Merger
+    Attributes:
+        working: pictures whose tokens a method takes are being encoded; else the blocks run as they are.
+        between: number of a block, its stream between attention and MLP -> what is left of it.
+    """
+
     blocks: Sequence[Any]
     row: Tower
-    probe: Probe
-    working: Callable[[], bool]  # a picture whose tokens merge is being encoded
-    merge: Callable[[int, Tensor], Tensor]  # block, its stream (B, lead + K, E) -> what is left of it
-    any: bool = True  # some merge
-    attended: Attended | None = None  # of the block at work
+    working: Callable[[], bool]
+    between: Callable[[int, Tensor], Tensor] | None = None
     _stock: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        """Put this forward in the place of the blocks' own."""
+        for number, block in enumerate(self.blocks):
+            self._stock[number] = vars(block).get("forward")
+            block.forward = partial(self._forward, number, block, block.forward)
+
+    def remove(self) -> None:
+        """The blocks are as they were."""
+        for number, stock in self._stock.items():
+            if stock is None:
+                del self.blocks[number].forward
+            else:
+                self.blocks[number].forward = stock
+        self._stock.clear()
+
+    def _forward(self, number: int, block: Any, stock: Any, *arguments: Any, **options: Any) -> Any:
+        if not self.working():
+            return stock(*arguments, **options)
+        assert self.row.children is not None
+        (hidden,) = arguments
+        first, second, mlp = (getattr(block, name) for name in self.row.children)
+        mixed = getattr(block, self.row.attention)(first(hidden), **options)
+        hidden = hidden + self._scaled(block, 0, mixed[0] if isinstance(mixed, tuple) else mixed)
+        if self.between is not None:
+            hidden = self.between(number, hidden)
+        return hidden + self._scaled(block, 1, mlp(second(hidden)))
+
+    def _scaled(self, block: Any, place: int, added: Tensor) -> Tensor:
+        """What attention (0) or MLP (1) adds to the stream."""
+        return added if self.row.scales is None else getattr(block, self.row.scales[place]) * added
+
+
+@dataclass(eq=False, kw_only=True)
+class MergingBlocks(OpenBlocks):
+    """The blocks in which one method merges."""
+
+    part: Merger
+    probe: Probe
+    bias: Callable[[], Tensor | None]  # what weighs the keys, where all patches run as one sequence
+    any: bool = True  # some merge
+    _attended: list[Attended] = field(default_factory=list)  # by the block at work, in as many calls as it made
 
     def check(self, kind: str) -> None:
         """Refuse an encoder whose blocks or attention cannot do this.
@@ -110,37 +154,36 @@ class MergingBlocks:
     def watch(self) -> None:
         """Let the probe hand over queries and keys of every block; before it is installed."""
         for number in range(len(self.blocks)):
-            self.probe.watch(number, ()).listener = self._listen
+            watch = self.probe.watch(number, ())
+            watch.listener = self._listen
+            if isinstance(watch, PackedWatch):
+                watch.bias = lambda: self.bias() if self.working() else None
 
     def _listen(self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> None:
         if self.working():
-            self.attended = Attended(queries, keys, mask, scale)
+            self._attended.append(Attended(queries, keys, mask, scale))
 
-    def install(self) -> None:
-        """Put this forward in the place of the blocks' own."""
-        for number, block in enumerate(self.blocks):
-            self._stock[number] = vars(block).get("forward")
-            block.forward = partial(self._forward, number, block, block.forward)
+    def shown(self, hidden: Tensor, lead: int, wanted: set[str]) -> Block:
+        """What is to be seen of the block at work; `hidden` is the stream between attention and MLP.
+
+        Raises:
+            FoveateError: of an encoder that runs all pictures as one sequence, more than its keys.
+        """
+        if not self.row.packed:
+            return self._attended[-1].block(hidden, lead, self.row.summary, wanted)
+        more = wanted - {"hidden", "keys"}
+        if more:
+            raise FoveateError(
+                f"{format_spec(self.part)} reads {', '.join(sorted(more))} of the block in which it merges, and of an "
+                "encoder that runs all pictures as one sequence only hidden and keys can be read there"
+            )
+        keys = torch.cat([one.keys for one in self._attended], dim=2)
+        return Block(hidden=hidden.reshape(1, -1, hidden.shape[-1]), keys=keys)
+
+    def forget(self) -> None:
+        """The block at work is done."""
+        self._attended.clear()
 
     def remove(self) -> None:
-        """The blocks are as they were."""
-        for number, stock in self._stock.items():
-            if stock is None:
-                del self.blocks[number].forward
-            else:
-                self.blocks[number].forward = stock
-        self._stock.clear()
-        self.attended = None
-
-    def _forward(
-        self, number: int, block: Any, stock: Any, hidden: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Any:
-        if not self.working():
-            return stock(hidden, attention_mask, **options)
-        assert self.row.children is not None
-        first, second, mlp = (getattr(block, name) for name in self.row.children)
-        attention = getattr(block, self.row.attention)
-        mixed = attention(hidden_states=first(hidden), attention_mask=attention_mask, **options)
-        left = self.merge(number, hidden + (mixed[0] if isinstance(mixed, tuple) else mixed))
-        self.attended = None
-        return left + mlp(second(left))
+        super().remove()
+        self.forget()

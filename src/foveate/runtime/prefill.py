@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from foveate.core import Block, Call, FoveateError, Method
@@ -21,12 +23,13 @@ from foveate.layouts import runs_of
 from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.choose import Image, Prompt, choose
 from foveate.runtime.joint_space import JointSpace
+from foveate.runtime.lanes import Lanes, settle
 from foveate.runtime.packing import Apart, to_tokens
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
 from foveate.runtime.shorten import Plan, Side, find_images, padding_side, place_images, plan
 from foveate.runtime.support import shape_of
-from foveate.runtime.tower import Encoded, TowerStages
+from foveate.runtime.tower import Brought, TowerStages
 from foveate.spec import format as format_spec
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -132,7 +135,7 @@ class Prefill:
     ) -> None:
         self.model, self.family, self.probe, self.stages, self.owner = model, family, probe, stages, owner
         self.joint_space = joint_space
-        self.encoded: Encoded | None = None  # of the prefill in progress
+        self.encoded: Lanes | None = None  # of the prefill in progress
         self.evicting = any(part.site == "cache" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
@@ -160,6 +163,7 @@ class Prefill:
         placeholders = int(self._is_visual(ids).sum())
         pictures = any(given.get(name) is not None for name in _PIXELS.values())
         if timeline_of(cache) is not None:
+            self._check_later_turn(pictures)
             return
         if not placeholders:
             has = "pixel_values were given but the prompt has" if pictures else "the prompt has"
@@ -169,6 +173,15 @@ class Prefill:
             )
         if not pictures:
             raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
+
+    def _check_later_turn(self, pictures: bool) -> None:
+        """Refuse pictures that follow a filled cache where transformers masks them wrongly, pruned or not."""
+        needed, found = self.family.later_turns, transformers.__version__
+        if pictures and needed is not None and Version(found) < Version(needed):
+            raise FoveateError(
+                f"transformers {found} masks a {self.family.name} picture wrongly that comes in a later turn, pruned "
+                f"or not; use {needed} or newer, or give the whole conversation without past_key_values"
+            )
 
     def _check_kinds(self, given: dict[str, Any]) -> None:
         """Refuse videos where they are not described, and videos beside pictures."""
@@ -194,6 +207,17 @@ class Prefill:
         visual = ids == self.image_token
         video = self.tokens["video"]
         return visual if video is None else visual | (ids == video)
+
+    def expect(self, ids: Any, given: dict[str, Any], contains_past: bool) -> None:
+        """Pictures of a prompt are about to be encoded: the stages inside the encoder must know how they lie."""
+        if not isinstance(ids, Tensor):
+            return
+        cache: Any = given.get("past_key_values")
+        timeline = timeline_of(cache)
+        if timeline is not None and contains_past:
+            ids = ids[:, timeline.reached(int(cache.get_seq_length())) :]
+        kind = "image" if given.get("pixel_values_videos") is None else "video"
+        self.stages.expect(Brought(given, lambda: runs_of(ids, self.tokens[kind]), kind))
 
     # -- generate() -----------------------------------------------------------------------------------------------
 
@@ -247,6 +271,7 @@ class Prefill:
             options["position_ids"] = options["position_ids"] - first
         new = self._input(ids, options, cache, contains_past=False, given=given)
         kind = "image" if given.get("pixel_values_videos") is None else "video"
+        self.expect(ids, given, contains_past=False)
         encoded = self._encode(options, kind)
         side = padding_side(new.mask)
         shortened = self._shorten(new, kind, encoded, side, 1, given)
@@ -412,30 +437,32 @@ class Prefill:
         """The call's images at their placeholders, what of them is not visual, and what the probe saw of them."""
         # A device map may have the encoder elsewhere than the decoder's first block.
         features = [] if encoded is None else [one.to(ids.device) for one in encoded.pooler_output]
-        blocks = {name: _moved(block, ids.device) for name, block in self.probe.take().items()}
         grid = self.family.grid(self.model.config)
         self.encoded = left = self.stages.take()
+        seen = self.probe.take(None if left is None else left.full)
+        blocks = {name: _moved(block, ids.device) for name, block in seen.items()}
         if left is None and not features:
             return find_images(ids, self.image_token, features, grid), [], blocks
-        if left is None:
-            token = self.tokens[kind]
-            tower, row = self.family.tower_of(self.model)
-            rows = [one.shape[0] for one in features]
-            describe = self.family.layouts if kind == "image" else self.family.videos
-            assert describe is not None, "videos of other families were refused before"
-            layouts = describe(Pictures(self.model, tower, given, rows, lambda: runs_of(ids, token)))
-            images, aparts = place_images(ids, token, torch.cat(features), layouts)
-            return images, aparts, to_tokens(blocks, layouts, row.packed)
-        counts = [image.original for image in left.images]
-        features = [left.features(number, rows) for number, rows in enumerate(features)]
-        images = find_images(ids, self.image_token, features, grid, counts)
-        for number, (image, inside) in enumerate(zip(images, left.images, strict=True)):
-            image.index, image.whole, image.adapted = inside.index, inside.whole, inside.adapted
-            image.extra, image.stages, image.encoded = inside.extra, list(inside.stages), left.lengths(number)
-            image.projected = image.original if left.put_back else image.index.numel()
-        numbers = self.probe.numbers()
-        blocks = {name: left.full(block, numbers[name]) for name, block in blocks.items()}
-        return images, [None] * len(images), blocks
+        if left is not None and not left.put_back:
+            tiles = left.pictures()
+            counts = [tile.tile.length for (tile,) in tiles]
+            kept = [rows[: tile.present.numel()] for rows, (tile,) in zip(features, tiles, strict=True)]
+            images = find_images(ids, self.image_token, kept, grid, counts)
+            for image, of_image in zip(images, tiles, strict=True):
+                settle(image, of_image, put_back=False)
+            return images, [None] * len(images), blocks
+        token = self.tokens[kind]
+        tower, row = self.family.tower_of(self.model)
+        rows = [one.shape[0] for one in features]
+        describe = self.family.layouts if kind == "image" else self.family.videos
+        assert describe is not None, "videos of other families were refused before"
+        layouts = describe(Pictures(self.model, tower, given, rows, lambda: runs_of(ids, token)))
+        images, aparts = place_images(ids, token, torch.cat(features), layouts)
+        if left is not None:
+            for image, of_image in zip(images, left.pictures(), strict=True):
+                settle(image, of_image, put_back=True)
+                image.features = image.features[image.index]
+        return images, aparts, to_tokens(blocks, layouts, row.packed)
 
     def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
         kept, valid = made.index + new.reached, made.valid

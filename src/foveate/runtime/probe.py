@@ -185,17 +185,44 @@ class PackedWatch(Watch):
     """
 
     bounds: list[int] | None = None  # of the pictures, in the call at hand
+    bias: Callable[[], Tensor | None] | None = None  # asks for what is added to the logits of each key, (N,)
+    _begun: int = 0  # keys of the calls that the block has made since its attention began
+    _added: Tensor | None = None  # that of the call at hand
+
+    def __init__(self, block: nn.Module, attention: Any, fields: set[str], summary: int) -> None:
+        super().__init__(block, attention, fields, summary)
+        self._run: dict[str, slice] = {}  # what the latest run of the block has shown, in as many calls as it made
+
+    def weighed(self, mask: Tensor | None, keys: Tensor) -> Tensor | None:
+        """The mask of a call on some of the patches, (1, H, n, d), with what weighs them."""
+        bias = None if self.bias is None else self.bias()
+        self._added = None
+        if bias is None:
+            self._begun = 0
+            return mask
+        count = keys.shape[2]
+        self._added = bias[self._begun : self._begun + count][None]
+        self._begun = (self._begun + count) % bias.numel()
+        added = self._added[:, None, None]
+        if mask is None:
+            return added
+        if mask.dtype == torch.bool:
+            return added.expand(mask.shape).masked_fill(~mask, torch.finfo(added.dtype).min)
+        return (mask + added).clamp(min=torch.finfo(added.dtype).min)
 
     @torch.no_grad()
     def read_attention(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
     ) -> None:
         """Note what this call's queries and keys (1, H, N, d) say about each patch."""
+        if self.listener is not None:
+            self.listener(queries, keys, mask, scale)
         bounds = _segments(mask) if self.bounds is None else self.bounds
         bounds = [0, keys.shape[2]] if bounds is None else bounds
         for start, end in pairwise(bounds):
             if self.fields.intersection(_SUMS):
-                sums = attention_sums(queries[:, :, start:end], keys[:, :, start:end], scale)
+                added = None if self._added is None else self._added[:, start:end].float()
+                sums = attention_sums(queries[:, :, start:end], keys[:, :, start:end], scale, 0, None, added)
                 for name in self.fields.intersection(_SUMS):
                     self.seen[name].append(getattr(sums, name))
         if "keys" in self.fields:
@@ -205,12 +232,19 @@ class PackedWatch(Watch):
         hidden = (output[0] if isinstance(output, tuple) else output).detach()
         if "hidden" in self.fields:
             self.seen["hidden"].append(hidden if hidden.ndim == 3 else hidden[None])
+        before = {name: self._run[name].stop if name in self._run else 0 for name in self.seen}
+        self._run = {name: slice(before[name], len(values)) for name, values in self.seen.items()}
 
     def take(self) -> Block:
         """What was seen since the last call, in one row, and forget it."""
         taken = {name: torch.cat(values, dim=TOKEN_AXIS[name]) for name, values in self.seen.items() if values}
-        self.seen = {name: [] for name in self.fields}
+        self.seen, self._run = {name: [] for name in self.fields}, {}
         return Block(**taken)
+
+    def latest(self) -> Block:
+        """What was seen in the latest encoding, in one row."""
+        found = {name: self.seen[name][run] for name, run in self._run.items()}
+        return Block(**{name: torch.cat(values, dim=TOKEN_AXIS[name]) for name, values in found.items() if values})
 
 
 def _segments(mask: Tensor | None) -> list[int] | None:
@@ -320,9 +354,18 @@ class Probe:
     def _all(self) -> list[Watch]:
         return [*self._watches.values(), *self._of_videos.values()]
 
-    def peek(self) -> dict[int | str, Block]:
-        """Blocks by number and by name as the encoding in progress has shown them so far."""
-        return self._named({number: watch.latest() for number, watch in self._watches.items()})
+    def peek(self, depth: int, at: Callable[[Block, int], Block]) -> dict[int | str, Block]:
+        """Blocks before block `depth`, by number and by name, as the encoding in progress has shown them.
+
+        Args:
+            at: what to make of a block, given its number.
+        """
+        seen: dict[int | str, Block] = {
+            number: at(watch.latest(), number) if number < depth else Block() for number, watch in self._watches.items()
+        }
+        numbers: dict[int | str, int] = {number: number for number in self._watches}
+        numbers.update(self._names)
+        return {name: block for name, block in self._named(seen).items() if numbers[name] < depth}
 
     def _named(self, seen: dict[int | str, Block]) -> dict[int | str, Block]:
         """Blocks by number, and by the names that methods have for them."""
@@ -330,19 +373,27 @@ class Probe:
         for name, number in self._whole.items():
             sums = {field: getattr(seen[number], field) for field in _SUMS}
             named[name] = dataclasses.replace(named[name], **sums)
+            if name.isdigit():  # a method may write the block's number as a number, too
+                seen = {**seen, int(name): named[name]}
         return {**seen, **named}
 
-    def numbers(self) -> dict[int | str, int]:
-        """Block number of every key that `take` returns."""
-        numbers: dict[int | str, int] = {number: number for number in self._watches}
-        numbers.update(self._names)
-        return numbers
+    def runs(self, name: str) -> int:
+        """The last block that has to run before everything wanted of a named one is known."""
+        return max(self._names[name], self._whole.get(name, 0))
 
-    def take(self) -> dict[int | str, Block]:
-        """Blocks by number and by name, B = the images encoded since the last call, in order."""
+    def take(self, at: Callable[[Block, int], Block] | None = None) -> dict[int | str, Block]:
+        """Blocks by number and by name, B = the images encoded since the last call, in order.
+
+        Args:
+            at: what to make of a block, given its number.
+        """
         if self._shared is not None:
             return self._of(self._shared.take())
-        return self._named({number: self._taken(number) for number in self._watches})
+        seen: dict[int | str, Block] = {}
+        for number in self._watches:
+            block = self._taken(number)
+            seen[number] = block if at is None else at(block, number)
+        return self._named(seen)
 
     def _taken(self, number: int) -> Block:
         """What was seen of a block, in the encoder of videos where pictures did not come."""
@@ -378,7 +429,8 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
     watch: Observed = module._foveate_watch
-    output = watch.attend(query, key, value, attention_mask, **options)
+    mask = watch.weighed(attention_mask, key) if isinstance(watch, PackedWatch) else attention_mask
+    output = watch.attend(query, key, value, mask, **options)
     scale = options.get("scaling")
     more = {"softcap": options["softcap"]} if options.get("softcap") else {}
     if isinstance(watch, PackedWatch):

@@ -110,15 +110,17 @@ def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) ->
     modules by which methods chose."""
     flops = sum(stage.flops for image in images for stage in image.stages) if pruned else 0
     for image in images:
+        tiles = [None] if image.patches is None else list(image.patches)
+        encoded = image.encoded if pruned and image.encoded is not None else [None] * len(tiles)
+        for patches, blocks in zip(tiles, encoded, strict=True):
+            lengths = None if blocks is None else [length + shape.tower.cls for length in blocks]
+            flops += tower_flops(shape.tower, convention="roofline", lengths=lengths, patches=patches)
         if image.patches is not None:
-            flops += sum(tower_flops(shape.tower, convention="roofline", patches=tile) for tile in image.patches)
-            flops += projector_flops(shape.projector, tokens=sum(image.patches) // shape.projector.merge)
-            continue
-        lengths, tokens = None, image.original
-        if pruned and image.encoded is not None:
-            lengths = [length + (shape.tower.length - shape.tower.tokens) for length in image.encoded]
-            tokens = image.original if image.projected is None else image.projected
-        flops += tower_flops(shape.tower, convention="roofline", lengths=lengths)
+            tokens = sum(image.patches) // shape.projector.merge
+        elif pruned and image.projected is not None:
+            tokens = image.projected
+        else:
+            tokens = image.original
         flops += projector_flops(shape.projector, tokens=tokens)
     return flops
 

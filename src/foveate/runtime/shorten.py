@@ -84,6 +84,11 @@ def place_images(
         FoveateError: as `find_images`.
     """
     counts = [layout.placeholders for layout in layouts]
+    if features.shape[0] != sum(counts):
+        raise FoveateError(
+            f"the prompt has {sum(counts)} visual placeholders but its pictures give {features.shape[0]} tokens; pass "
+            "what the processor made"
+        )
     images: list[Image] = []
     aparts: list[Apart | None] = []
     start = 0
