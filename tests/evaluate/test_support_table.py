@@ -18,15 +18,20 @@ def test_what_runs_and_what_does_not() -> None:
     assert set(found["fastv"].values()) == {None}
     assert found["tome"]["llava-1.5"] is None
     assert found["tome"]["paligemma"] is None
-    assert found["tome"]["qwen2-vl"] == (
-        "acts inside the encoder, which qwen2-vl does not allow: its encoder runs the patches of all pictures as one "
-        "sequence, from which none can be taken"
+    assert set(found["tome"].values()) == {None}
+    assert found["crossget"]["qwen2-vl"] == (
+        "needs tower.latest.cross, tower.latest.cross_attention, which qwen2-vl with qwen2_vl_vision does not have"
     )
     assert found["fastervlm"]["internvl"] is None
     assert found["fastervlm"]["gemma3"] == (
-        "needs tower.read.cls_attention, which gemma3 with siglip_vision_model does not have (attention=received reads "
-        "what patches receive from each other in its place)"
+        "needs tower.read.cls_attention, which gemma3 with siglip_vision_model does not have (with attention=received "
+        "it runs)"
     )
+    settings = {row.method: row.settings for row in support()}
+    assert settings["fastervlm"]["gemma3"] == "attention=received"
+    assert settings["visionzip"]["internvl"] == "attention=received,space=projected"
+    assert settings["prumerge"]["internvl"] == "space=projected"
+    assert settings["trim"]["vipllava"] is None
 
 
 def test_the_families() -> None:
@@ -40,7 +45,7 @@ def test_the_families() -> None:
 
 def test_the_table_names_each_reason_once() -> None:
     text = markdown()
-    table, reasons = text.split("\n\n", 1)
+    table, settings, reasons = text.split("\n\n", 2)
     lines = table.splitlines()
     assert len(lines) == 2 + len(methods.names())
     assert lines[0].startswith("| method | llava-1.5 | llava-next |")
@@ -49,3 +54,6 @@ def test_the_table_names_each_reason_once() -> None:
     assert [line.split(".")[0] for line in numbered] == [str(number + 1) for number in range(len(numbered))]
     assert len(set(numbered)) == len(numbered)
     assert all(f"no ({number + 1})" in table for number in range(len(numbered)))
+    lettered = settings.splitlines()
+    assert [line[:3] for line in lettered] == ["a) ", "b) ", "c) "]
+    assert all(f"| {line[:2]} |" in table for line in lettered)

@@ -75,7 +75,7 @@ def test_it_runs_on_an_encoder_without_cls(name: str) -> None:
 
 @each_name
 def test_the_refusal_names_the_way_out(name: str) -> None:
-    with pytest.raises(FoveateError, match=r"needs tower\.\S+cls.*attention=received reads what patches"):
+    with pytest.raises(FoveateError, match=r"needs tower\.\S+cls.*with attention=received it runs"):
         foveate.prune(tiny.model(tower="siglip"), methods.get(name)(keep=9))
 
 

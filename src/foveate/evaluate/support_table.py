@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from foveate import methods
 from foveate.families import FAMILIES, Family
-from foveate.runtime.support import why_not
+from foveate.runtime.support import other_form, why_not
 
 
 @dataclass(frozen=True)
@@ -15,39 +15,58 @@ class Row:
 
     Attributes:
         method: its name.
-        reasons: by family, why it cannot run there; None where it can.
+        reasons: by family, why it cannot run there as it is; None where it can.
+        settings: by family, with which settings it can all the same; None where there are none or none are needed.
     """
 
     method: str
     reasons: dict[str, str | None]
+    settings: dict[str, str | None]
 
 
 def support() -> list[Row]:
     """Every method on every family, with the encoder that the family usually has."""
-    return [Row(name, {family.name: _reason(name, family) for family in FAMILIES}) for name in methods.names()]
+    found = []
+    for name in methods.names():
+        both = {family.name: _reason(name, family) for family in FAMILIES}
+        reasons, settings = ({key: pair[place] for key, pair in both.items()} for place in (0, 1))
+        found.append(Row(name, reasons, settings))
+    return found
 
 
-def _reason(name: str, family: Family) -> str | None:
-    """The first reason that one of the method's parts meets."""
-    tower = family.described(family.towers[0])
-    reasons = [why_not(part, family, tower) for part in methods.get(name).example().parts()]
-    return next((reason for reason in reasons if reason is not None), None)
+def _reason(name: str, family: Family) -> tuple[str | None, str | None]:
+    """The first reason that one of the method's parts meets, and the settings that avoid it."""
+    tower, method = family.described(family.towers[0]), methods.get(name).example()
+    reasons = [why_not(part, family, tower) for part in method.parts()]
+    reason = next((reason for reason in reasons if reason is not None), None)
+    return reason, None if reason is None else other_form(method, family, tower)
 
 
 def markdown() -> str:
-    """The table for the documentation: yes, or the number of the reason below."""
+    """The table for the documentation: yes, a letter for the settings that it takes, or the number of the reason."""
     rows = support()
     numbers: dict[str, int] = {}
+    letters: dict[str, str] = {}
     for row in rows:
-        for reason in filter(None, row.reasons.values()):
-            numbers.setdefault(_general(reason), len(numbers) + 1)
+        for family, reason in row.reasons.items():
+            settings = row.settings[family]
+            if settings is not None:
+                letters.setdefault(settings, "abcdefgh"[len(letters)])
+            elif reason is not None:
+                numbers.setdefault(_general(reason), len(numbers) + 1)
+
+    def cell(row: Row, family: str) -> str:
+        reason, settings = row.reasons[family], row.settings[family]
+        if settings is not None:
+            return f"{letters[settings]})"
+        return "yes" if reason is None else f"no ({numbers[_general(reason)]})"
+
     names = [family.name for family in FAMILIES]
     lines = [f"| method | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for row in rows:
-        cells = ["yes" if why is None else f"no ({numbers[_general(why)]})" for why in row.reasons.values()]
-        lines.append(f"| `{row.method}` | {' | '.join(cells)} |")
+    lines += [f"| `{row.method}` | {' | '.join(cell(row, name) for name in names)} |" for row in rows]
+    conditions = [f"{letter}) It runs with `{text}`." for text, letter in letters.items()]
     reasons = [f"{number}. The method {reason}." for reason, number in numbers.items()]
-    return "\n".join([*lines, "", *reasons, ""])
+    return "\n".join([*lines, "", "  \n".join(conditions), "", *reasons, ""])
 
 
 def families_markdown() -> str:

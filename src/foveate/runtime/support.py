@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from foveate.core import FoveateError, Method, check_depths
 from foveate.cost.configs import assume_model
 from foveate.cost.plan import visual_per_layer
 from foveate.cost.shapes import ModelShape
-from foveate.families import PACKED, Family, Tower, family_of
+from foveate.families import Family, Tower, family_of
 from foveate.generic import GenericFamily
 from foveate.runtime.choose import JOINT
 from foveate.runtime.probe import LATEST, missing_signals
@@ -33,6 +35,9 @@ _DECODER = (
     "normed",
     "text_normed",
 )
+_FORMS = {"attention": "received", "space": "projected"}
+"""Fields whose second choice asks less of an encoder, and that choice."""
+
 _CACHE = ("scores", "age", "keys", "window_queries")
 
 
@@ -81,18 +86,35 @@ def shape_of(model: Any, family: Family) -> ModelShape:
 
 
 def why_not(part: Method, family: Family, tower: Tower) -> str | None:
-    """Why a method cannot run on a family with this encoder; None where it can."""
-    inside = PACKED if tower.packed else family.inside
-    if part.site == "tower" and inside is not None:
-        return f"acts inside the encoder, which {family.name} does not allow: {inside}"
+    """Why a method cannot run on a family with this encoder, and with which settings it can; None where it can."""
+    reason = _reason(part, family, tower)
+    settings = None if reason is None else other_form(part, family, tower)
+    return reason if not settings else f"{reason} (with {settings} it runs)"
+
+
+def _reason(part: Method, family: Family, tower: Tower) -> str | None:
+    if part.site == "tower" and family.inside is not None:
+        return f"acts inside the encoder, which {family.name} does not allow: {family.inside}"
     missing = unavailable(part, tower)
     if missing:
-        instead = ""
-        if getattr(part, "attention", None) == "cls":
-            instead = " (attention=received reads what patches receive from each other in its place)"
-        return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have{instead}"
+        return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have"
     if part.encoded and not family.pointwise:
         return f"merges tokens of the encoder, and the projector of {family.name} takes no single ones"
+    return None
+
+
+def other_form(method: Method, family: Family, tower: Tower) -> str | None:
+    """The fewest settings with which a method could run that cannot as it is, as a spec has them; None without."""
+    there = {field.name for field in dataclasses.fields(method)}
+    choices = {name: value for name, value in _FORMS.items() if name in there}
+    for many in range(1, len(choices) + 1):
+        for names in itertools.combinations(choices, many):
+            try:
+                made = dataclasses.replace(method, **{name: choices[name] for name in names})
+            except FoveateError:
+                continue
+            if all(_reason(part, family, tower) is None for part in made.parts()):
+                return ",".join(f"{name}={choices[name]}" for name in names)
     return None
 
 
