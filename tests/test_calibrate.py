@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from untouched import untouched
 import foveate
 from foveate import FoPru, FoveateError, ImageTextInteraction
 from foveate.core import Block, Signals
+from foveate.runtime.observe import signals_of
 
 
 @cache
@@ -220,3 +222,44 @@ def test_pictures_with_the_models_own_processor() -> None:
             counts.append(trace.images[0].after)
     assert len(set(counts)) > 1
     assert sum(counts) / 3 == pytest.approx(100, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [
+        *((name, 3) for name in ("llava-next", "llava-onevision", "internvl", "qwen2-vl", "gemma3", "mistral3")),
+        # Which tiles of InternVL are one picture a prompt says; without one each stands for itself.
+        *((name, "output") for name in ("llava-next", "llava-onevision", "qwen2-vl", "gemma3", "mistral3")),
+    ],
+)
+def test_families_are_fitted_by_what_they_see_of_a_prompt(where: Any, family: str) -> None:
+    """The average over tiles inside the encoder, over pictures behind it, is the one that pruning then has."""
+    made = tiny.model(family, blocks=6)
+    given = tiny.inputs(made, "3i4", "2i2", "1i1")
+    pictures = {name: value for name, value in given.items() if "ids" not in name and name != "attention_mask"}
+    method = ImageTextInteraction(where=where, attention="received", visual_only=True)
+    seen: list[Signals] = []
+    with tiny.prune(made, spying(method, seen)) as trace:
+        made.generate(**given, max_new_tokens=1)
+    read = [(signals.original, curve) for signals in seen for curve in method.similarity(signals)]
+    fitted = foveate.calibrate(made, method, pictures, 0.3)
+    assert isinstance(fitted, ImageTextInteraction)
+    mine = [
+        (batch.original, curve) for batch in signals_of(made, method, pictures) for curve in method.similarity(batch)
+    ]
+    assert sorted(count for count, _ in mine) == sorted(count for count, _ in read)
+    for count, curve in mine:
+        assert any(count == other and torch.allclose(curve, theirs, atol=1e-5) for other, theirs in read)
+    with tiny.prune(made, fitted) as trace:
+        made.generate(**given, max_new_tokens=1)
+    kept = sum(image.after for image in trace.images) / sum(image.original for image in trace.images)
+    assert abs(kept - 0.3) < 0.25
+
+
+def spying(method: ImageTextInteraction, seen: list[Signals]) -> ImageTextInteraction:
+    class Spy(ImageTextInteraction):
+        def select(self, signals: Signals) -> Any:
+            seen.append(signals)
+            return super().select(signals)
+
+    return Spy(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from foveate.core import FoveateError, Keep, Method, Signals, check_keep
@@ -13,7 +14,8 @@ def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processo
 
     Args:
         model: a loaded vision-language model.
-        images: pixel values, (B, C, height, width) or several such batches; or PIL images, which need `processor`.
+        images: pixel values, (B, C, height, width) or several such batches; what a processor made of pictures, sizes
+            among it, or several of these; or PIL images, which need `processor`.
         target: tokens per image on average, or a share of them.
 
     Returns:
@@ -32,40 +34,35 @@ def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processo
     if not batches:
         raise FoveateError("calibration needs at least one picture")
     # The method checks its own fields before it asks for the first picture.
-    fitted: Method = fit((_signals(model, method, pixels) for pixels in batches), target)
+    fitted: Method = fit((signals for batch in batches for signals in _signals(model, method, batch)), target)
     return fitted
 
 
 def _batches(images: Any, processor: Any) -> list[Any]:
     from torch import Tensor
 
-    given = [images] if isinstance(images, Tensor) else list(images)
-    tensors = [one for one in given if isinstance(one, Tensor)]
-    for pixels in tensors:
-        if pixels.ndim != 4:
+    given = [images] if isinstance(images, Tensor | Mapping) else list(images)
+    ready = [one for one in given if isinstance(one, Tensor | Mapping)]
+    for pixels in ready:
+        if isinstance(pixels, Tensor) and pixels.ndim != 4:
             raise FoveateError(
-                f"pixel values have shape {tuple(pixels.shape)}; a batch of (B, C, height, width) is needed"
+                f"pixel values have shape {tuple(pixels.shape)}; a batch of (B, C, height, width) is needed, or all "
+                "that the processor made"
             )
-    if len(tensors) == len(given):
-        return [pixels for pixels in given if pixels.shape[0]]
-    if tensors:
-        raise FoveateError(f"{len(tensors)} of {len(given)} pictures are pixel values; give one kind")
+    if len(ready) == len(given):
+        return [batch for batch in given if isinstance(batch, Mapping) or batch.shape[0]]
+    if ready:
+        raise FoveateError(f"{len(ready)} of {len(given)} pictures are pixel values; give one kind")
     if processor is None:
         raise FoveateError("pictures that are no pixel values need processor=, the model's own")
+    return [processor.image_processor(image, return_tensors="pt") for image in given]
+
+
+def _signals(model: Any, method: Method, batch: Any) -> list[Signals]:
+    """What the method would see of the pictures of a batch."""
+    from torch import Tensor
+
+    from foveate.runtime.observe import signals_of
     from foveate.runtime.prefill import renamed
 
-    return [renamed(processor.image_processor(image, return_tensors="pt"))["pixel_values"] for image in given]
-
-
-def _signals(model: Any, method: Method, pixels: Any) -> Signals:
-    """What the method would see of (B, C, height, width) pictures inside the encoder."""
-    import torch
-
-    from foveate.families import family_of
-    from foveate.runtime.observe import observe
-
-    blocks = observe(model, pixels, method.parts()[0].needs)
-    grid = family_of(model).grid(model.config)
-    tokens = grid[0] * grid[1]
-    index = torch.arange(tokens, device=model.device).expand(pixels.shape[0], -1)
-    return Signals(original=tokens, index=index, grid=grid, tower=blocks)
+    return signals_of(model, method.parts()[0], batch if isinstance(batch, Tensor) else renamed(batch))

@@ -261,6 +261,9 @@ def analyze(
 ) -> Analysis:
     """Measure attention, prompt and similarity of a model on pictures, one by one, each with its question.
 
+    Of a picture in tiles attention is the mean over them, and similarity that of the first. Where a block sees windows,
+    attention is that of the nearest block which sees whole pictures.
+
     Args:
         model: a loaded vision-language model.
         processor: its own.
@@ -287,7 +290,7 @@ def analyze(
     measured = []
     for name, image, question in zip(names, images, questions, strict=True):
         inputs = encode(model, processor, [[image]], [question])
-        seen = observe(model, renamed(inputs)["pixel_values"], needs)
+        seen = observe(model, renamed(inputs), needs)
         found = similarity(seen, method)[0] if has_cls else None
         special = processor.tokenizer.all_special_ids
         tokens = token_counts(inputs["input_ids"][0], family.image_token_id(model.config), special)
@@ -298,9 +301,10 @@ def analyze(
 
 
 def _attention(seen: Mapping[int | str, Block], blocks: int) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    """Curve of each block and share of tokens that hold 80 %, of the one picture that was seen."""
-    received = torch.cat([_received(seen[block]) for block in range(blocks)])
-    return tuple(map(tuple, attention_curve(received).tolist())), tuple(tokens_holding(received).tolist())
+    """Curve of each block and share of patches that hold 80 %, of the one picture that was seen: mean of its tiles."""
+    received = [_received(seen[block]) for block in range(blocks)]
+    curves = [tuple(attention_curve(of_tiles).mean(dim=0).tolist()) for of_tiles in received]
+    return tuple(curves), tuple(float(tokens_holding(of_tiles).mean()) for of_tiles in received)
 
 
 def _received(block: Block) -> Tensor:
