@@ -244,6 +244,44 @@ def test_what_a_trace_counts(spec: str) -> None:
     assert plain.first_token.flops == trace.unpruned.prefill_flops
 
 
+@pytest.mark.parametrize("spec", ["tome:keep=6", "tome:r=1", "dynamicvit:from=random,layers=1/2,keep=9/6"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava-1.5/pixtral",
+        "qwen2-vl",
+        "qwen2.5-vl",
+        "qwen3-vl",
+        "glm4v",
+        "internvl",
+        "gemma3",
+        "paligemma",
+        "idefics3",
+        "mistral3",
+        "aya-vision",
+        "vipllava",
+        "video-llava",
+    ],
+)
+def test_what_a_trace_counts_inside_the_encoders_of_families(family: str, spec: str) -> None:
+    """Patches of a token leave together; tiles of one size share a budget evenly."""
+    import tiny as models
+    import torch
+
+    model = models.model(family, blocks=6)
+    inputs = models.inputs(model, "3i4")
+    with torch.no_grad(), foveate.prune(model, spec) as trace:
+        model(**inputs)
+    (image,) = trace.images
+    text = inputs["input_ids"].shape[1] - image.original
+    tiles = 3 if family == "internvl" else None
+    cost = estimate(model.config, image.original, text, spec, dtype="fp32", tiles=tiles)
+    assert cost.tower.flops + cost.projector.flops + cost.prefill.flops == trace.budget.prefill_flops
+    plain = estimate(model.config, image.original, text, dtype="fp32", tiles=tiles)
+    assert cost.tower.flops < plain.tower.flops
+    assert plain.first_token.flops == trace.unpruned.prefill_flops
+
+
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize(("preset", "visual"), [("llava-1.5-7b", 576), ("llava-1.6-7b", 2880), ("internvl3-8b", 1280)])
 def test_every_method_that_states_its_count_saves(name: str, preset: str, visual: int) -> None:

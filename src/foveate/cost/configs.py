@@ -129,11 +129,18 @@ def _llava(top: Entries, decoder: DecoderShape, select: str = "default") -> tupl
     # The strategy "default" cuts the first token off whether or not it is a CLS.
     tokens = tower.length - (top.get("vision_feature_select_strategy", select) == "default")
     linears = ((len(layers) * tower.width, decoder.width), (decoder.width, decoder.width))
-    return _reading(tower, layers[-1]), ProjectorShape(linears, tokens)
+    deepest = max(layers, key=lambda layer: layer if layer >= 0 else tower.layers + 1 + layer)
+    return _reading(tower, deepest), ProjectorShape(linears, tokens)
+
+
+def _tiled(top: Entries, decoder: DecoderShape, select: str = "default") -> tuple[TowerShape, ProjectorShape]:
+    """The same, where what the tower gives is put together behind it: tiles of a picture, or outputs of blocks."""
+    tower, projector = _llava(top, decoder, select)
+    return dataclasses.replace(tower, put_back=True), projector
 
 
 def _onevision(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
-    return _llava(top, decoder, select="full")
+    return _tiled(top, decoder, select="full")
 
 
 def _internvl(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
@@ -235,11 +242,11 @@ def _glm(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShap
 
 _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, ProjectorShape]]] = {
     "llava": _llava,
-    "llava_next": _llava,
-    "llava_next_video": _llava,
+    "llava_next": _tiled,
+    "llava_next_video": _tiled,
     "llava_onevision": _onevision,
     "video_llava": _llava,
-    "vipllava": _onevision,
+    "vipllava": _tiled,
     "idefics3": _idefics,
     "smolvlm": _idefics,
     "mistral3": _mistral3,
@@ -274,6 +281,7 @@ def _plain_tower(top: Entries) -> TowerShape:
         channels=_size({"num_channels": 3, **vision}, "num_channels", where),
         gated=kind == "pixtral",
         own_size=kind == "pixtral",
+        put_back=kind == "pixtral",
     )
 
 

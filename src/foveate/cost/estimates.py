@@ -255,7 +255,8 @@ class _Account:
         )
 
         def operators(fused: bool) -> list[tuple[Operator, int]]:
-            rows = Counter((length, tower.keys(block, length)) for block, length in enumerate(self.plan.tower))
+            lengths = enumerate(self.plan.tower)
+            rows = Counter((length, tower.keys(block, length, self.plan.patches)) for block, length in lengths)
             found = [(one, 1) for one in patch_embedding(tower, patches=self.plan.patches, batch=pictures)]
             for (length, keys), times in rows.items():
                 block = tower_block(tower, tokens=length, keys=keys, batch=pictures, fused=fused)

@@ -124,7 +124,7 @@ def tower_flops(
     patches = tower.tokens if patches is None else patches
     lengths = (patches + tower.cls,) * tower.layers if lengths is None else lengths
     _check_layers(tower.layers, lengths, smallest=1)
-    pairs = [length * tower.keys(block, length) for block, length in enumerate(lengths)]
+    pairs = [length * tower.keys(block, length, patches) for block, length in enumerate(lengths)]
     blocks = sum(_block(tower, length, seen, convention) for length, seen in zip(lengths, pairs, strict=True))
     return batch * tiles * (blocks + 2 * patches * tower.patch_weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def token_plan(
     patches = shape.patches_of(visual)
     tower, left = _tower(shape, [part for part in parts if part.site == "tower"], visual, patches, tiles, grid)
     whole = visual if shape.tower.own_size else tiles * shape.projector.tokens
-    projected = left * tiles if shape.projector.merge == 1 and left < patches else whole
+    projected = left * tiles if not _put_back(shape) and left < patches else whole
     return Plan(seen, tower, tiles, patches, projected, parts)
 
 
@@ -82,7 +83,7 @@ def _tower(
     left, beside = [patches] * (blocks + 1), [0] * (blocks + 1)  # before each block, and at the end
     for part in parts:
         if isinstance(part, Merger):
-            merged = _merged(part, visual, patches, tiles, reads)
+            merged = _merged(shape, part, visual, patches, reads)
             for block in range(blocks + 1):
                 left[block] -= sum(merged[:block])
             if any(merged) and part.beside:
@@ -96,20 +97,31 @@ def _tower(
                     f"{type(part).__name__} acts after {depth} encoder blocks, outside 1..{reads - 1}: tokens leave "
                     f"before the block that the projector reads; the nearest is {min(max(depth, 1), reads - 1)}"
                 )
-            share = math.ceil(count * patches / visual) if visual != patches * tiles else math.ceil(count / tiles)
-            left[depth:] = [min(share, before) for before in left[depth:]]
-    if shape.projector.merge > 1:
+            left[depth:] = [min(_of_tile(shape, count, visual, patches), before) for before in left[depth:]]
+    if _put_back(shape):
         left[reads:] = [patches] * (blocks + 1 - reads)  # tokens are back at their places when they are merged
     return tuple(left[block] + beside[block] + shape.tower.cls for block in range(blocks)), left[blocks]
 
 
-def _merged(part: Merger, visual: int, patches: int, tiles: int, blocks: int) -> tuple[int, ...]:
-    """How many of one tile's patches each block merges away; where a budget spans tiles or squares, evenly."""
-    if visual == patches or part.keep is None:
-        return part.schedule(patches, blocks)
-    (count,) = part.count(visual) or (visual,)
-    gone = patches - math.ceil(count * patches * tiles / visual / tiles)
-    return tuple(gone * (block + 1) // blocks - gone * block // blocks for block in range(blocks))
+def _put_back(shape: ModelShape) -> bool:
+    """All patches are there again behind the block that the projector reads."""
+    return shape.projector.merge > 1 or shape.tower.put_back
+
+
+def _of_tile(shape: ModelShape, count: int, visual: int, patches: int) -> int:
+    """Of one tile's `patches`, those behind its even part of `count` among `visual` tokens."""
+    merge = shape.projector.merge
+    return merge * -(-count * (patches // merge) // visual)
+
+
+def _merged(shape: ModelShape, part: Merger, visual: int, patches: int, blocks: int) -> tuple[int, ...]:
+    """How many of one tile's patches each block merges away; those of a token go together."""
+    merge = shape.projector.merge
+    tokens = patches // merge
+    if part.keep is not None:
+        (count,) = part.count(visual) or (visual,)
+        part = dataclasses.replace(part, keep=min(tokens, _of_tile(shape, count, visual, patches) // merge))
+    return tuple(merge * number for number in part.schedule(tokens, blocks))
 
 
 def visual_per_layer(
@@ -187,9 +199,10 @@ def _counts(part: Method, original: int, grid: Grid | None, tiles: int, blocks: 
         FoveateError: the part decides its own count from the image.
     """
     counts = part.count(original, grid, tiles)
-    if counts is None and isinstance(part, Merger) and blocks is not None:
-        left = original - sum(part.schedule(original, blocks))  # known once the blocks are
-        counts = (left + part.beside if left < original else left,)
+    if counts is None and isinstance(part, Merger) and blocks is not None:  # known once the blocks are
+        each, over = divmod(original, tiles)
+        left = [(size, size - sum(part.schedule(size, blocks))) for size in [each + 1] * over + [each] * (tiles - over)]
+        counts = (sum(count + part.beside if count < size else count for size, count in left),)
     if counts is None:
         raise FoveateError(
             f"{type(part).__name__} decides its own count from the image, so nothing can be planned with it; "

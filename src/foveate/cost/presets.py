@@ -23,6 +23,7 @@ def _merger(name: str, decoder: DecoderShape, tower: TowerShape, maps: int = 1) 
 
 
 _CLIP_L_336 = TowerShape(layers=24, width=1024, ffn=4096, heads=16, tokens=576, cls=True, patch=14, reads=23)
+_CLIP_TILES = dataclasses.replace(_CLIP_L_336, put_back=True)
 _CLIP_MINI = TowerShape(layers=6, width=256, ffn=1024, heads=4, tokens=576, cls=True, patch=14, reads=5)
 _INTERN_300M = TowerShape(layers=24, width=1024, ffn=4096, heads=16, tokens=1024, cls=True, patch=14)
 _QWEN_2_5 = TowerShape(
@@ -43,9 +44,9 @@ _QWEN_2_5_7B = DecoderShape(28, 3584, 18944, 28, 4, 128, 152064)
 _ROWS = (
     _two_maps("llava-1.5-7b", _VICUNA_7B, _CLIP_L_336),
     _two_maps("llava-1.5-13b", _VICUNA_13B, _CLIP_L_336),
-    _two_maps("llava-1.6-7b", _VICUNA_7B, _CLIP_L_336),
-    _two_maps("llava-1.6-13b", _VICUNA_13B, _CLIP_L_336),
-    _two_maps("llava-next-8b", _LLAMA3_8B, _CLIP_L_336),
+    _two_maps("llava-1.6-7b", _VICUNA_7B, _CLIP_TILES),
+    _two_maps("llava-1.6-13b", _VICUNA_13B, _CLIP_TILES),
+    _two_maps("llava-next-8b", _LLAMA3_8B, _CLIP_TILES),
     _merger("qwen2.5-vl-3b", DecoderShape(36, 2048, 11008, 16, 2, 128, 151936, tied=True), _QWEN_2_5),
     _merger("qwen2.5-vl-7b", _QWEN_2_5_7B, _QWEN_2_5),
     _merger("qwen3-vl-8b", DecoderShape(36, 4096, 12288, 32, 8, 128, 151936), _QWEN_3, maps=4),

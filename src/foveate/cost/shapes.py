@@ -85,6 +85,8 @@ class TowerShape:
         window: patches that a patch attends to in the blocks that are not in `wide`; None is all.
         wide: 0-based blocks of an encoder with windows in which every patch attends to all.
         own_size: pictures are not brought to one size, so that their patches follow from their tokens.
+        put_back: patches that leave inside are there again behind the block that is read, though the projector merges
+            none: tiles or blocks are put together there.
     """
 
     layers: int
@@ -101,6 +103,7 @@ class TowerShape:
     window: int | None = None
     wide: tuple[int, ...] = ()
     own_size: bool = False
+    put_back: bool = False
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -127,9 +130,16 @@ class TowerShape:
         """Weights of the convolution that turns a patch's pixels into a token."""
         return self.channels * self.frames * self.patch**2 * self.width
 
-    def keys(self, block: int, length: int) -> int:
-        """Tokens that each of `length` attends to in 0-based `block`."""
-        return length if self.window is None or block in self.wide else min(length, self.window)
+    def keys(self, block: int, length: int, patches: int | None = None) -> int:
+        """Tokens that each of `length` attends to in 0-based `block`.
+
+        Args:
+            patches: of the picture before any left; windows lose as many as the picture. None: none has left.
+        """
+        if self.window is None or block in self.wide:
+            return length
+        whole = length if patches is None else max(length, patches)
+        return max(1, round(min(whole, self.window) * length / whole))
 
 
 @dataclass(frozen=True)
