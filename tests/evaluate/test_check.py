@@ -36,7 +36,10 @@ def test_each_family_holds_the_contract(name: str) -> None:
     placeholders = int((tiny.inputs(model, "3i4")["input_ids"] == tiny.IMAGE).sum())
     assert (found.tokens == (placeholders,)) == ("next" not in name and "onevision" not in name), "newlines stay apart"
     halves = [outcome for outcome in found.outcomes if "keeps exactly" in outcome.name]
-    assert len(halves) == 3
+    # The picture of this family is scaled down, so that its tokens share patches and cannot merge.
+    refused = [outcome for outcome in found.outcomes if "says why" in outcome.name]
+    assert ["interpolated" in outcome.detail for outcome in refused] == ([True] if name == "llava-onevision" else [])
+    assert len(halves) == 4 - len(refused)
     for outcome in halves:
         half = found.tokens[0] // 2
         assert outcome.detail == f"{found.tokens[0]} -> {half} tokens, {half} asked for"

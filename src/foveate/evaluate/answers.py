@@ -57,7 +57,7 @@ def encode(
     texts = [prompt(processor, question, len(pictures)) for pictures, question in zip(images, questions, strict=True)]
     start = processor.tokenizer.bos_token
     inputs = processor(
-        images=[picture for pictures in images for picture in pictures],
+        images=[list(pictures) for pictures in images],  # some must be told which row a picture belongs to
         text=texts,
         padding=True,
         padding_side="left",

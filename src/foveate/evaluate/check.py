@@ -23,8 +23,11 @@ from foveate.spec import parse
 STEPS = 8
 """Tokens of an answer that are compared."""
 
-_HALVES = ("random", "fopru", "fastv")
-"""One that sees nothing, one that reads the encoder, one inside the decoder."""
+_HALVES = ("tome", "random", "fopru", "fastv")
+"""One inside the encoder, one that sees nothing, one that reads the encoder, one inside the decoder."""
+
+_ANY_ATTENTION = "proportional=false,"
+"""Setting with which tokens merge whatever the encoder's attention is."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def check(model: Any, inputs: Mapping[str, Any]) -> Found:
             outcomes.append(_held(f"{method} changes nothing", statement))
         tokens = tuple(image.original for image in calls[0].images) if calls else ()
         for method in _halves(found, max(1, min(tokens) // 2)) if tokens else ():
-            outcomes += _half(model, inputs, method, plain)
+            outcomes += _refused(model, inputs, method) or _half(model, inputs, method, plain)
     changed = [name for name, value in _state(unwrapped(model)).items() if before.get(name) != value]
     detail = f"changed: {', '.join(changed[:3])}" if changed else f"{len(before)} tensors, settings and hooks"
     outcomes.append(Outcome("the model is untouched", not changed, detail))
@@ -203,8 +206,8 @@ def _identities(found: Found) -> Iterator[Method]:
 def _halves(found: Found, keep: int) -> Iterator[Method]:
     for name in _HALVES:
         if found.methods[name] is None and (name != "fastv" or found.decoder_layers > 1):
-            layer = f"layer={max(1, found.decoder_layers // 2)}," if name == "fastv" else ""
-            yield parse(f"{name}:{layer}keep={keep}")
+            more = {"fastv": f"layer={max(1, found.decoder_layers // 2)},", "tome": _ANY_ATTENTION}.get(name, "")
+            yield parse(f"{name}:{more}keep={keep}")
 
 
 def _identity(
@@ -242,6 +245,20 @@ def _half(model: Any, inputs: Mapping[str, Any], method: Method, plain: _Run) ->
     equal = torch.equal(runs[0].answer, runs[1].answer) and torch.equal(runs[0].logits, runs[1].logits)
     yield Outcome(f"{method} repeats itself", equal, "the second run equals the first" if equal else "two runs differ")
     yield _held(f"{method} answers a direct call as generate() does", lambda: _direct(model, inputs, method, runs[0]))
+
+
+def _refused(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Outcome]:
+    """That a method inside the encoder cannot act on these very pictures, and says so; nothing where it can."""
+    if method.site != "tower":
+        return []
+    try:
+        with prune(model, method):
+            _Run.of(model, inputs)
+    except FoveateError as error:
+        return [Outcome(f"{method} says why it cannot run", True, str(error))]
+    except Exception:
+        return []  # what this is will be said of each statement
+    return []
 
 
 def _positions(run: _Run, plain: _Run, call: Call) -> tuple[bool, str]:
