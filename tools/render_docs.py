@@ -58,9 +58,25 @@ what works on any model, and tries it.
 
 ## Methods and families
 
-`no` has its reason below the table. Where a family takes several encoders, the column is about its usual one.
+`no` has its reason below the table, and a letter the settings with which a method runs all the same. Where a family
+takes several encoders, the column is about its usual one.
 
 {methods}
+
+## Inside the encoder
+
+A method that acts inside the encoder (`tome`, `crossget`, `dynamicvit`, `image_text_interaction`) drops and merges
+tokens as the decoder would get them, on every family:
+
+- Where a projector joins neighbouring patches (2 x 2 merging, pixel shuffle, pooling), the patches of one token stay or
+  leave together, and two tokens merge patch by patch. So `keep` is exact. What such a method reads of a token is the
+  mean of its patches.
+- Each tile of a picture, and each frame of a video, is encoded by itself. It gets its part of the picture's `keep` in
+  proportion to its tokens, and keeps at least one. Patches of no token, such as padding, run along.
+- What the projector needs in one piece is put back after the last block that it reads: a patch that left with its last
+  hidden state, a merged one with its token's. Only then are the tokens that left taken out.
+- Tokens that are interpolated between patches (pictures that LLaVA-OneVision scales down, and its videos) can leave,
+  but not merge. Videos of Video-LLaVA have an encoder of their own, in which no method acts.
 """
 
 SEES = {
