@@ -194,6 +194,18 @@ def test_offloaded_weights(method: str) -> None:
     assert_same(pruned(model, method, given), wanted)
 
 
+@pytest.mark.parametrize("method", ["tome:keep=0.5", "crossget:keep=0.5", "image_text_interaction:where=2,keep=0.5"])
+@pytest.mark.parametrize("family", ["internvl", "qwen2.5-vl", "gemma3"])
+def test_offloaded_encoders_of_families(family: str, method: str) -> None:
+    """Blocks that run from their own children need what is the block's own, too."""
+    if family != "internvl":
+        method = method.replace("crossget", "tome").replace("where=2", "attention=received,where=3")
+    given = tiny.inputs(tiny.model(family, blocks=6), *ROWS)
+    wanted = pruned(tiny.model(family, blocks=6), method, given)
+    model = cpu_offload(tiny.model(family, blocks=6), execution_device=torch.device("cpu"))
+    assert_same(pruned(model, method, given), wanted)
+
+
 @each_method
 def test_a_map_of_devices(method: str, tmp_path: Any) -> None:
     given = tiny.inputs(tiny.model(), *ROWS)

@@ -90,21 +90,23 @@ class OpenBlocks:
     row: Tower
     working: Callable[[], bool]
     between: Callable[[int, Tensor], Tensor] | None = None
-    _stock: dict[int, Any] = field(default_factory=dict)
+    _stock: dict[int, tuple[str, Any]] = field(default_factory=dict)
 
     def install(self) -> None:
         """Put this forward in the place of the blocks' own."""
         for number, block in enumerate(self.blocks):
-            self._stock[number] = vars(block).get("forward")
-            block.forward = partial(self._forward, number, block, block.forward)
+            # Where accelerate brings a block's weights for each call, inside of what does that.
+            name = "_old_forward" if hasattr(block, "_hf_hook") else "forward"
+            self._stock[number] = name, vars(block).get(name)
+            setattr(block, name, partial(self._forward, number, block, getattr(block, name)))
 
     def remove(self) -> None:
         """The blocks are as they were."""
-        for number, stock in self._stock.items():
+        for number, (name, stock) in self._stock.items():
             if stock is None:
-                del self.blocks[number].forward
+                delattr(self.blocks[number], name)
             else:
-                self.blocks[number].forward = stock
+                setattr(self.blocks[number], name, stock)
         self._stock.clear()
 
     def _forward(self, number: int, block: Any, stock: Any, *arguments: Any, **options: Any) -> Any:
