@@ -7,6 +7,7 @@ say why.
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,10 +49,13 @@ TILED = (
     "internvl",
 )  # pictures in tiles of several sizes form no single raster
 NEED_A_RASTER = ("hiprune", "pool", "vscan")
-# Methods that rank by CLS and can take what patches receive from each other instead.
-RECEIVED = tuple(
-    name for name in RUNNABLE if "attention" in {field.name for field in dataclasses.fields(methods.get(name))}
-)
+
+
+def fields_of(name: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(methods.get(name))}
+
+
+FORMS = tuple(name for name in RUNNABLE if fields_of(name) & {"attention", "space"})
 each_family = pytest.mark.parametrize("family", OTHERS)
 each_attention = pytest.mark.parametrize("attn", ATTENTION)
 
@@ -217,15 +221,23 @@ def equals_the_reference(
 
 
 @each_family
-@pytest.mark.parametrize("name", RECEIVED)
-def test_each_method_that_can_do_without_cls_equals_the_reference(
+@pytest.mark.parametrize("name", FORMS)
+def test_each_other_form_of_a_method_equals_the_reference(
     name: str, family: str, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that merge tokens of the encoder do it behind the projector where it takes no single ones."""
+    """A method that is refused with the settings that the refusal names, another one without CLS."""
     model = model_of(family)
-    settings: dict[str, Any] = {"attention": "received"}
-    if "space" in {field.name for field in dataclasses.fields(methods.get(name))} and not family_of(model).pointwise:
-        settings["space"] = "projected"
+    row = family_of(model)
+    method, tower = methods.get(name).example(model.config), row.tower_of(model)[1]
+    settings: dict[str, Any] = {"attention": "received"} if "attention" in fields_of(name) else {}
+    if any(support.why_not(part, row, tower) is not None for part in method.parts()):
+        form = support.other_form(method, row, tower)
+        assert form is not None
+        settings = dict(pair.split("=") for pair in form.split(","))
+        with pytest.raises(FoveateError, match=re.escape(f"(with {form} it runs)")):
+            tiny.prune(model, method)
+    if not settings:
+        pytest.skip("the method runs as it is")
     equals_the_reference(model, name, family, "sdpa", asked, monkeypatch, **settings)
 
 

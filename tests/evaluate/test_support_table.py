@@ -31,7 +31,8 @@ def test_what_runs_and_what_does_not() -> None:
     assert settings["fastervlm"]["gemma3"] == "attention=received"
     assert settings["visionzip"]["internvl"] == "attention=received,space=projected"
     assert settings["prumerge"]["internvl"] == "space=projected"
-    assert settings["trim"]["vipllava"] is None
+    assert settings["trim"]["vipllava"] == settings["eadp"]["qwen3-vl"] == "space=decoder"
+    assert settings["crossget"]["qwen2-vl"] is None
 
 
 def test_the_families() -> None:
@@ -55,5 +56,5 @@ def test_the_table_names_each_reason_once() -> None:
     assert len(set(numbered)) == len(numbered)
     assert all(f"no ({number + 1})" in table for number in range(len(numbered)))
     lettered = settings.splitlines()
-    assert [line[:3] for line in lettered] == ["a) ", "b) ", "c) "]
+    assert [line[:3] for line in lettered] == ["a) ", "b) ", "c) ", "d) "]
     assert all(f"| {line[:2]} |" in table for line in lettered)

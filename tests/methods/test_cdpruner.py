@@ -122,3 +122,29 @@ def test_what_cannot_be_is_refused() -> None:
     broken = dataclasses.replace(RANDOM, image_clip=RANDOM.image_clip * torch.nan)
     with pytest.raises(FoveateError, match="scores are NaN or infinite"):
         CDPruner(keep=4).select(broken)
+
+
+def test_in_the_decoders_space_the_question_is_the_mean_of_the_text_after_the_image() -> None:
+    """Words (9, 9) before it and (4, 0), (2, 0) behind: cosines 1, 0, -1 and 0.6 to (1, 0)."""
+    text = torch.tensor([[[9.0, 9.0], [4.0, 0.0], [2.0, 0.0], [7.0, 7.0]]])
+    shown = seen(
+        1,
+        4,
+        features=CORNERS,
+        text=text,
+        text_mask=torch.tensor([[True, True, True, False]]),
+        after_image=torch.tensor([[False, True, True, True]]),
+    )
+    method = CDPruner(space="decoder")
+    assert method.needs == ("features", "text", "text_mask", "after_image")
+    torch.testing.assert_close(method.relevances(shown), torch.tensor([[1.0, 0.5, 0.0, 0.8]]), atol=1e-5, rtol=0)
+    clip = signals(CORNERS, CORNERS, QUESTION)
+    assert method.select(shown).indices[0].tolist() == CDPruner().select(clip).indices[0].tolist()
+    silent = dataclasses.replace(shown, after_image=torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(FoveateError, match="CDPruner reads the text after the image, but image 0 is followed by none"):
+        method.select(silent)
+
+
+def test_the_authors_code_knows_clips_space_alone() -> None:
+    with pytest.raises(FoveateError, match="compares in CLIP's joint space, not in space='decoder'; leave out one"):
+        CDPruner(space="decoder", official=True)

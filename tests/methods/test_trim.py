@@ -175,3 +175,28 @@ def test_what_is_refused() -> None:
 def test_a_method_is_written_as_it_is_read(text: str) -> None:
     assert format_spec(parse(text)) == text
     assert parse(str(TRIM())) == TRIM()
+
+
+def test_in_the_decoders_space_projected_tokens_meet_the_text_after_the_image() -> None:
+    """The same cosines among what the decoder gets: 0.6, 1, 0, -1 and 0.8 to the mean of (4, 0) and (2, 0)."""
+    features = torch.tensor([[3.0, 4.0], [1, 0], [0, 7], [-2, 0], [0.8, 0.6]])
+    shown = Signals(
+        5,
+        torch.arange(5)[None],
+        features=features[None],
+        text=torch.tensor([[[0.0, 9.0], [4.0, 0.0], [2.0, 0.0]]]),
+        text_mask=torch.ones(1, 3, dtype=torch.bool),
+        after_image=torch.tensor([[False, True, True]]),
+    )
+    method = TRIM(keep=3, space="decoder")
+    assert method.needs == ("features", "text", "text_mask", "after_image")
+    assert not method.encoded
+    assert TRIM(keep=3).encoded
+    selection = method.select(shown)
+    assert (selection.indices[0].tolist(), selection.space) == ([1, 3, 4], "projected")
+    assert selection.features is not None
+    torch.testing.assert_close(
+        selection.features[0], torch.stack([features[1], features[[0, 2, 3]].mean(0), features[4]])
+    )
+    with pytest.raises(FoveateError, match="compares in CLIP's joint space, not in space='decoder'"):
+        TRIM(space="decoder", official=True)

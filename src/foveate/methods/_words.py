@@ -1,10 +1,50 @@
-"""What methods share that read the text after an image in the decoder's prompt."""
+"""What methods share that meet words: in CLIP's joint space, or those after an image among what the decoder gets."""
 
 from __future__ import annotations
+
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from foveate.core import FoveateError, Signals
+
+WordSpace: TypeAlias = Literal["clip", "decoder"]
+"""Where tokens meet words: in CLIP's joint space, or among the embeddings that the decoder gets."""
+
+
+def question_signals(space: WordSpace) -> tuple[str, ...]:
+    """What `question_in` and the tokens beside it need."""
+    return ("image_clip", "text_clip") if space == "clip" else ("features", "text", "text_mask", "after_image")
+
+
+def check_word_space(space: WordSpace, official: bool) -> None:
+    """Refuse the decoder's space where the authors' code is asked for, which knows CLIP's alone.
+
+    Raises:
+        FoveateError: both are.
+    """
+    if official and space == "decoder":
+        raise FoveateError(
+            "official=True is the authors' code, which compares in CLIP's joint space, not in space='decoder'; leave "
+            "out one of the two"
+        )
+
+
+def tokens_and_question(signals: Signals, space: WordSpace, name: str) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N, C) and pieces of the question (B, Q, C) in one space.
+
+    Among the embeddings that the decoder gets, the question is one piece: the mean of the text after the image.
+
+    Raises:
+        FoveateError: an image is followed by no text.
+    """
+    if space == "clip":
+        assert signals.image_clip is not None and signals.text_clip is not None
+        return signals.image_clip, signals.text_clip
+    assert signals.features is not None and signals.text is not None
+    mask = words_after(signals, f"{name} reads the text after the image")
+    # Its length does not matter to a cosine.
+    return signals.features, signals.text.float().masked_fill(~mask[..., None], 0.0).sum(dim=1, keepdim=True)
 
 
 def words_after(signals: Signals, what: str) -> Tensor:

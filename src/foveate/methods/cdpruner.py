@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.core import Keep, Selection, Signals, Site
 from foveate.methods._sets import choose_sets
 from foveate.methods._tiles import TileMethod
+from foveate.methods._words import WordSpace, check_word_space, question_signals, tokens_and_question
 from foveate.ops.greedy import diverse
 from foveate.ops.likeness import between_extremes
 from foveate.ops.scores import cosines
@@ -30,6 +31,8 @@ class CDPruner(TileMethod):
 
     Args:
         keep: tokens per image, or a share of them, rounded half to even: 64 of 576 by default.
+        space: where tokens meet the question: "clip" in CLIP's joint space as in the paper; "decoder" compares the
+            projected tokens with the mean embedding of the text after the image, for encoders that are no CLIP.
         relevance: "negated" takes what resembles the question least for relevant.
         budget: with several tiles, "tile" chooses in every tile on its own and shares the budget evenly as the authors
             do, "image" chooses from all at once.
@@ -38,12 +41,20 @@ class CDPruner(TileMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
     site: ClassVar[Site] = "input"
-    needs = ("features", "image_clip", "text_clip")
 
     keep: Keep = 0.111
+    space: WordSpace = "clip"
     relevance: Literal["direct", "negated"] = "direct"
     budget: Literal["tile", "image"] = "tile"
     official: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_word_space(self.space, self.official)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("features", *question_signals(self.space))))
 
     def select(self, signals: Signals) -> Selection:
         features, weight = signals.features, self.relevances(signals).square()
@@ -56,8 +67,7 @@ class CDPruner(TileMethod):
 
     def relevances(self, signals: Signals) -> Tensor:
         """(B, N), above 0 and at most 1: r."""
-        assert signals.image_clip is not None and signals.text_clip is not None
-        likeness = cosines(signals.image_clip, signals.text_clip).mean(dim=-1)
+        likeness = cosines(*tokens_and_question(signals, self.space, "CDPruner")).mean(dim=-1)
         if self.official or self.relevance == "negated":
             likeness = -likeness
         return between_extremes(likeness, 1e-6, dim=(0, 1) if self.official else -1)

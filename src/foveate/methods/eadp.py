@@ -13,7 +13,7 @@ from foveate.core import FoveateError, Keep, Selection, Signals, Site
 from foveate.methods._checks import check_power
 from foveate.methods._sets import choose_sets
 from foveate.methods._tiles import TileMethod
-from foveate.methods._words import words_after
+from foveate.methods._words import WordSpace, tokens_and_question, words_after
 from foveate.ops.greedy import covering
 from foveate.ops.likeness import between_extremes, by_sharpest_words, smoothed
 from foveate.ops.scores import cosines
@@ -53,7 +53,7 @@ class EADP(TileMethod):
     site: ClassVar[Site] = "input"
 
     keep: Keep = 0.111
-    space: Literal["clip", "decoder"] = "clip"
+    space: WordSpace = "clip"
     beta: float | None = None
     relevance: Literal["direct", "negated"] = "direct"
     budget: Literal["tile", "image"] = "tile"
@@ -105,8 +105,8 @@ class EADP(TileMethod):
         assert signals.features is not None and signals.text is not None
         mask = words_after(signals, "EADP reads the text after the image")
         words = signals.text.float().masked_fill(~mask[..., None], 0.0)
-        mean = words.sum(dim=1, keepdim=True)  # its length does not matter
-        return cosines(signals.features, mean).squeeze(-1), cosines(signals.features, words), mask
+        tokens, question = tokens_and_question(signals, self.space, "EADP")
+        return cosines(tokens, question).squeeze(-1), cosines(tokens, words), mask
 
 
 def _smoothed(values: Tensor, signals: Signals) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import typing
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +36,8 @@ _DECODER = (
     "normed",
     "text_normed",
 )
-_FORMS = {"attention": "received", "space": "projected"}
-"""Fields whose second choice asks less of an encoder, and that choice."""
+_FORMS = ("attention", "space")
+"""Fields whose choices ask different things of an encoder."""
 
 _CACHE = ("scores", "age", "keys", "window_queries")
 
@@ -105,16 +106,21 @@ def _reason(part: Method, family: Family, tower: Tower) -> str | None:
 
 def other_form(method: Method, family: Family, tower: Tower) -> str | None:
     """The fewest settings with which a method could run that cannot as it is, as a spec has them; None without."""
-    there = {field.name for field in dataclasses.fields(method)}
-    choices = {name: value for name, value in _FORMS.items() if name in there}
+    hints = typing.get_type_hints(type(method))
+    choices = {
+        name: [choice for choice in typing.get_args(hints[name]) if choice != getattr(method, name)]
+        for name in _FORMS
+        if name in hints
+    }
     for many in range(1, len(choices) + 1):
         for names in itertools.combinations(choices, many):
-            try:
-                made = dataclasses.replace(method, **{name: choices[name] for name in names})
-            except FoveateError:
-                continue
-            if all(_reason(part, family, tower) is None for part in made.parts()):
-                return ",".join(f"{name}={choices[name]}" for name in names)
+            for values in itertools.product(*(choices[name] for name in names)):
+                try:
+                    made = dataclasses.replace(method, **dict(zip(names, values, strict=True)))
+                except FoveateError:
+                    continue
+                if all(_reason(part, family, tower) is None for part in made.parts()):
+                    return ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     return None
 
 
