@@ -472,3 +472,29 @@ def test_pictures_that_the_prompt_does_not_speak_of(given_tiles: int, method: Me
         model(**given)
     assert "pass what the processor made" in str(error.value)
     assert "27" in str(error.value) or "144 patches" in str(error.value)
+
+
+@dataclass(frozen=True)
+class Averaging(Cut):
+    """Averaging: hands on the mean of what it keeps and drops, as wide as one patch."""
+
+    layers: tuple[int, ...] = (2,)
+    keep: tuple[float, ...] = (0.5,)
+
+    def select(self, signals: Signals) -> Selection:
+        chosen = super().select(signals)
+        hidden = signals.tower["latest"].hidden
+        assert hidden is not None
+        rows = [hidden[row, : kept.numel()] for row, kept in enumerate(chosen.indices)]
+        return Selection(chosen.indices, features=rows)
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen2-vl", "llava-onevision"])
+def test_new_tokens_as_wide_as_a_patch_do_not_stand_for_several(family: str) -> None:
+    model = made(family)
+    with (
+        untouched(model),
+        tiny.prune(model, Averaging()),
+        pytest.raises(FoveateError, match="returns tokens 32 wide, where each token stands for 4 patches of 32"),
+    ):
+        model(**tiny.inputs(model, *ROWS))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveate.core import Block, StageRecord
+from foveate.core import Block, FoveateError, StageRecord
 from foveate.layouts import Layout, Tile
 from foveate.runtime.choose import TOKEN_AXIS, Image
 from foveate.runtime.record import Stopwatch
@@ -66,12 +66,25 @@ class Lane:
         if self.image is not None:
             self.image.stream = row if self.tile.plain else row[self.where].flatten(1)
 
-    def write(self, row: Tensor) -> Tensor:
-        """What runs on of (L, E), now that a stage has acted on the tokens; the tokens' own part is in the stream."""
+    def write(self, row: Tensor, name: str) -> Tensor:
+        """What runs on of (L, E), now that a stage has acted on the tokens; the tokens' own part is in the stream.
+
+        Args:
+            name: the method's, for errors.
+
+        Raises:
+            FoveateError: it gave new tokens where these are no single patches, and did not give all their patches.
+        """
         if self.image is None:
             self.present = self.whole[:1]
             return row[:1]
         assert self.image.stream is not None
+        width, patches = self.image.stream.shape[1], self.patches.shape[1]
+        if width != patches * row.shape[1] or (self.image.merged and self.tile.weights is not None):
+            raise FoveateError(
+                f"{name} returns tokens {width} wide, where each token stands for {patches} patches of {row.shape[1]}; "
+                "here a method drops tokens, or is a Merger, which sees all of a token's patches behind each other"
+            )
         if self.tile.plain:
             self.present = self.image.index
             return self.image.stream

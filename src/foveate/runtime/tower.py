@@ -336,7 +336,8 @@ class TowerStages:
         if merged and stage == self.read:  # a companion that the method keeps is one of the tokens by now
             hidden = torch.cat([hidden[..., : self.row.summary, :], hidden[..., self._lead :, :]], dim=-2)
             self._lead_with(self.row.summary)
-        left = [lane.write(row) for lane, row in zip(lanes, rows, strict=True)]
+        name = format_spec(part)
+        left = [lane.write(row, name) for lane, row in zip(lanes, rows, strict=True)]
         end = self.read + 1 if self.put_back else len(self.blocks)  # blocks behind it run on all patches again
         for lane in lanes:
             lane.note(depth + merged, depth, end, depth)
