@@ -49,6 +49,21 @@ it stand its equivalent tokens, the tokens averaged over the decoder's layers: c
 Methods on the cache drop no visual tokens and are not here.
 """
 
+FORMS = """
+## Other forms
+
+Fields with which methods run where an encoder has no CLS, is no CLIP, or has its patches joined: what they are worth on
+`mini`, where the first form runs as well. The command:
+
+```text
+{command}
+```
+
+| method | all | existence | color | digit | count | describe |
+|---|---:|---:|---:|---:|---:|---:|
+{rows}
+"""
+
 FAMILIES = """# Model families
 
 {families}
@@ -228,6 +243,17 @@ def accuracy(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def forms(found: dict[str, Any]) -> str:
+    """The part of docs/accuracy.md about forms of methods, from what `foveate eval` wrote."""
+    kinds = ("existence", "color", "digit", "count", "describe")
+    lines = []
+    for row in found["rows"]:
+        values = [percent(row), *(f"{100 * row[kind]:.0f}" for kind in kinds)]
+        name = "all 576 tokens" if row["method"] == "none" else f"`{row['method']}`"
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return FORMS.format(command=found["command"], rows="\n".join(lines))
+
+
 def families() -> str:
     """docs/families.md: what is known of each family, and which method runs on it."""
     return FAMILIES.format(families=families_markdown().strip(), methods=markdown().strip())
@@ -255,10 +281,16 @@ def texts() -> dict[Path, str]:
     path = ROOT / "README.md"
     found[path] = readme(path.read_text(encoding="utf-8"))
     found[ROOT / "docs" / "families.md"] = families()
-    results = sorted((ROOT / "benchmarks" / "results").glob("accuracy-*.json"))
-    if results:
-        found[ROOT / "docs" / "accuracy.md"] = accuracy(json.loads(results[-1].read_text(encoding="utf-8")))
+    files = ((accuracy, latest("accuracy")), (forms, latest("forms")))
+    made = [make(json.loads(file.read_text(encoding="utf-8"))) for make, file in files if file]
+    if made:
+        found[ROOT / "docs" / "accuracy.md"] = "".join(made)
     return found
+
+
+def latest(name: str) -> Path | None:
+    """The newest result of a name."""
+    return max((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"), default=None)
 
 
 def shown(name: str) -> str:
