@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ def _qwen2_5(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     return finished(transformers.Qwen2_5_VLForConditionalGeneration, config, attn, 0)
 
 
-def _qwen3(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+def _qwen3(kind: str, text: dict[str, Any], attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     vision = dict(
         depth=blocks,
@@ -256,12 +257,16 @@ def _qwen3(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
         num_position_embeddings=36,
         deepstack_visual_indexes=[1, 2],
     )
-    config = transformers.Qwen3VLConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vision_config=vision,
-        text_config=dict(**SIZES, head_dim=16, rope_parameters=rope),
+        text_config=dict(**SIZES, head_dim=16, rope_parameters=rope, **text),
         **{"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False, **settings},
     )
-    return finished(transformers.Qwen3VLForConditionalGeneration, config, attn, 0)
+    return finished(getattr(transformers, f"{kind}ForConditionalGeneration"), config, attn, 0)
+
+
+# A dense block among those with experts.
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1])
 
 
 def _patches(model: Any, number: int, in_row: int, generator: torch.Generator) -> Picture:
@@ -490,7 +495,10 @@ KINDS: dict[str, Kind] = {
     "llava-next-video": Kind(_llava_next_video, _anyres, _collate_anyres, _frames(0), _collate_frames),
     "qwen2-vl": Kind(_qwen2, _patches, _collate_patches, _clip(False), _collate_clips),
     "qwen2.5-vl": Kind(_qwen2_5, _patches, _collate_patches, _clip(False), _collate_clips),
-    "qwen3-vl": Kind(_qwen3, _patches, _collate_patches, _clip(True), _collate_clips),
+    "qwen3-vl": Kind(functools.partial(_qwen3, "Qwen3VL", {}), _patches, _collate_patches, _clip(True), _collate_clips),
+    "qwen3-vl-moe": Kind(
+        functools.partial(_qwen3, "Qwen3VLMoe", _EXPERTS), _patches, _collate_patches, _clip(True), _collate_clips
+    ),
     "glm4v": Kind(_glm4v, _patches, _collate_patches),
     "internvl": Kind(_internvl, _tiles, _collate_tiles),
     "gemma3": Kind(_gemma3, _square(32, 16), _collate_square),
@@ -509,6 +517,7 @@ _TOKEN_TYPES = {
     "qwen2_vl": "mm_token_type_ids",
     "qwen2_5_vl": "mm_token_type_ids",
     "qwen3_vl": "mm_token_type_ids",
+    "qwen3_vl_moe": "mm_token_type_ids",
     "glm4v": "mm_token_type_ids",
     "gemma3": "token_type_ids",
 }
@@ -528,6 +537,7 @@ _TYPES = {
     "qwen2-vl": "qwen2_vl",
     "qwen2.5-vl": "qwen2_5_vl",
     "qwen3-vl": "qwen3_vl",
+    "qwen3-vl-moe": "qwen3_vl_moe",
     "glm4v": "glm4v",
     "internvl": "internvl",
     "gemma3": "gemma3",

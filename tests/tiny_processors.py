@@ -170,6 +170,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2-vl": _qwen("Qwen2VLProcessor"),
     "qwen2.5-vl": _qwen("Qwen2_5_VLProcessor"),
     "qwen3-vl": _qwen("Qwen3VLProcessor"),
+    "qwen3-vl-moe": _qwen("Qwen3VLProcessor"),
     "glm4v": _glm4v,
     "internvl": _internvl,
     "gemma3": _gemma3,

@@ -38,6 +38,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
 }  # fmt: skip
 CLS = {"clip_vision_model": 1, "internvl_vision": 1}

@@ -85,6 +85,7 @@ TOWERS = (
         whole=lambda config: list(config.fullatt_block_indexes),
     ),
     Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
 )
 
@@ -395,6 +396,15 @@ FAMILIES = (
         types=("qwen3_vl",),
         hub_ids=("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
         towers=("qwen3_vl_vision",),
+        deepstack="_deepstack_process",
+        reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
+        **_QWEN,
+    ),
+    Family(
+        name="qwen3-vl-moe",
+        types=("qwen3_vl_moe",),
+        hub_ids=("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"),
+        towers=("qwen3_vl_moe_vision",),
         deepstack="_deepstack_process",
         reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
         **_QWEN,

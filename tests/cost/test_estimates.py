@@ -252,6 +252,7 @@ def test_what_a_trace_counts(spec: str) -> None:
         "qwen2-vl",
         "qwen2.5-vl",
         "qwen3-vl",
+        "qwen3-vl-moe",
         "glm4v",
         "internvl",
         "gemma3",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.cost import DecoderShape, TowerShape
 from foveate.cost.operators import decoder_block, output_head, patch_embedding, tower_block
+from foveate.cost.shapes import Experts
 
 # What changes how a tensor is read, but starts nothing on a device.
 VIEWS = {
@@ -51,6 +52,25 @@ def test_a_decoder(layers: int) -> None:
     block = decoder_block(shape, queries=20, keys=20, batch=1, fused=True)
     counted = layers * sum(one.launches for one in block) + sum(one.launches for one in output_head(shape, batch=1))
     assert counted == launched
+
+
+def test_experts() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, vocab_size=50)
+    routed = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_hidden_layers=3)
+    found = {}
+    for dense in ([0, 1, 2], []):
+        config = Qwen3MoeConfig(**sizes, **routed, mlp_only_layers=dense)
+        config._experts_implementation = "grouped_mm"
+        model = Qwen3MoeForCausalLM(config).bfloat16().eval()
+        found[not dense] = kernels(lambda model=model: model(torch.arange(20)[None], use_cache=True, logits_to_keep=1))
+    shape = DecoderShape(3, 32, 48, 4, 4, 8, 50)
+    block = [
+        sum(one.launches for one in decoder_block(shape, queries=20, keys=20, batch=1, fused=True, experts=experts))
+        for experts in (None, Experts(8, 2, 24, (0, 1, 2)))
+    ]
+    assert 3 * (block[1] - block[0]) == pytest.approx(found[True] - found[False], abs=3)
 
 
 @pytest.mark.parametrize("layers", [1, 3])

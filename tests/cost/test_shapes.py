@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from foveate.core import FoveateError
-from foveate.cost import PRESETS, DecoderShape, ModelShape, ProjectorShape, TowerShape, shape
+from foveate.cost import PRESETS, DecoderShape, ModelShape, ProjectorShape, TowerShape, decoder_flops, shape
+from foveate.cost.operators import decoder_block
+from foveate.cost.shapes import Experts
 
 # The entries of LLaVA-1.5-7B that a published config.json states; the decoder's sizes are left to llama's defaults.
 LLAVA_7B: dict[str, Any] = {
@@ -60,6 +62,42 @@ def test_grouped_queries_and_plain_feed_forward() -> None:
     wide = DecoderShape(layers=2, width=4, ffn=6, heads=3, kv_heads=3, head_width=2, vocabulary=10)
     assert wide.block_weights == 4 * 24 + 72
     assert TowerShape(2, 4, 8, 2, tokens=4, cls=False, patch=2, gated=True).block_weights == 64 + 96
+
+
+def test_experts_count_as_one_token_meets_them() -> None:
+    # Attention 48, a router 4x5, of five experts two of 3 x 4x2 each, and 3 x 4x3 that every token passes: 48 + 20 +
+    # 48 + 36. Block 0 is dense: 48 + 72.
+    sizes = dict(layers=2, width=4, ffn=6, heads=2, kv_heads=1, head_width=2, vocabulary=10)
+    decoder = DecoderShape(**sizes, experts=Experts(5, 2, 2, (1,), shared=3))  # type: ignore[arg-type]
+    assert (decoder.met(0), decoder.met(1)) == (120, 152)
+    assert decoder.weights == 120 + 48 + 20 + 5 * 24 + 36
+    assert (decoder.experts_of(0), decoder.experts_of(1)) == (None, decoder.experts)
+    # Three tokens in the dense block, two in the other, and the head once.
+    assert decoder_flops(decoder, lengths=(3, 2), convention="weights") == 2 * 3 * 120 + 2 * 2 * 152 + 2 * 2 * 40
+    # Experts' matrices are read for as many as tokens reach: two by one token, all five by three.
+    for tokens, reached in ((1, 2), (3, 5)):
+        block = decoder_block(decoder, queries=tokens, keys=3, batch=1, fused=True, experts=decoder.experts)
+        assert sum(one.weights for one in block) == 48 + 20 + reached * 24 + 36
+    with pytest.raises(FoveateError, match="a token cannot pass 3 of 2 experts; at most 2"):
+        Experts(2, 3, 2, (0,))
+    with pytest.raises(FoveateError, match=r"Experts\.width=0 is below 1"):
+        Experts(2, 1, 0, (0,))
+    with pytest.raises(FoveateError, match="block 2 cannot have experts: the last of 2 is 1"):
+        DecoderShape(**sizes, experts=Experts(5, 2, 2, (1, 2)))  # type: ignore[arg-type]
+
+
+def test_which_blocks_have_experts() -> None:
+    sizes = dict(num_hidden_layers=6, num_experts=8, num_experts_per_tok=2, hidden_size=32, num_attention_heads=4)
+    text = {**sizes, "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 8, "intermediate_size": 40}
+    text |= {"vocab_size": 11, "num_key_value_heads": 4}
+
+    def blocks(**more: Any) -> Any:
+        found = DecoderShape.from_config({**text, **more}).experts
+        return found and found.blocks
+
+    assert blocks() == (0, 1, 2, 3, 4, 5)
+    assert blocks(decoder_sparse_step=2, mlp_only_layers=[3]) == (1, 5)
+    assert blocks(mlp_only_layers=[0, 1, 2, 3, 4, 5]) is None
 
 
 def test_a_published_config_is_the_preset() -> None:
@@ -231,8 +269,8 @@ def test_qwen_and_internvl_configs_are_their_presets() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "Llava", "LlavaNext", "LlavaOnevision", "VipLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL",
-        "PaliGemma", "Gemma3", "Idefics3", "SmolVLM", "Mistral3", "AyaVision",
+        "Llava", "LlavaNext", "LlavaOnevision", "VipLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe",
+        "InternVL", "PaliGemma", "Gemma3", "Idefics3", "SmolVLM", "Mistral3", "AyaVision",
     ],
 )  # fmt: skip
 def test_weights_are_those_of_the_real_model(kind: str) -> None:
@@ -244,6 +282,8 @@ def test_weights_are_those_of_the_real_model(kind: str) -> None:
     config.vision_config.vision_use_head = False  # of Gemma 3, which leaves it unused
     if kind == "AyaVision":
         config.vision_config.num_attention_heads = 16  # 14 do not divide the default width
+    if kind == "Qwen3VLMoe":
+        config.vision_config.out_hidden_size = 2048  # the default is not the decoder's width
     with torch.device("meta"):
         model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     tables = {"position_embedding", "position_embeddings", "embed_positions", "pos_embed"}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from foveate.core import FoveateError, did_you_mean
-from foveate.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
+from foveate.cost.shapes import DecoderShape, Experts, ModelShape, ProjectorShape, TowerShape
 
 Entries = Mapping[str, Any]
 
@@ -38,10 +38,19 @@ _DECODERS: Mapping[str, Mapping[str, int]] = {
     "qwen3_vl_text": {},
     "glm4v_text": {},
     "cohere2": {},
+    "qwen3_vl_moe_text": {},
 }
 
+# ... those of them whose blocks have experts.
+_SPARSE = ("qwen3_vl_moe_text",)
+
 # What a config.json of these families calls its decoder where `text_config` is missing or names no type.
-_OWN_DECODER = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}
+_OWN_DECODER = {
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+}
 
 # Towers of plain blocks, two feed-forward matrices (Pixtral: three): does a CLS token run along?
 _PLAIN_TOWERS = {
@@ -109,6 +118,8 @@ def read_decoder(config: Any) -> DecoderShape:
     text: dict[str, Any] = {**_DECODERS[kind], **stated}
     where = f"the {kind} config"
     width, heads = _size(text, "hidden_size", where), _size(text, "num_attention_heads", where)
+    # By default this one says that the head is tied, and stock transformers asks the whole model alone.
+    heard = kind != "qwen3_vl_moe_text" and text.get("tie_word_embeddings")
     return DecoderShape(
         layers=_size(text, "num_hidden_layers", where),
         width=width,
@@ -117,7 +128,26 @@ def read_decoder(config: Any) -> DecoderShape:
         kv_heads=_size({"num_key_value_heads": heads, **text}, "num_key_value_heads", where),
         head_width=_size({"head_dim": width // max(1, heads), **text}, "head_dim", where),
         vocabulary=_size(text, "vocab_size", where),
-        tied=bool(top.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        tied=bool(top.get("tie_word_embeddings") or heard),
+        experts=_experts(text, where) if kind in _SPARSE else None,
+    )
+
+
+def _experts(text: Entries, where: str) -> Experts | None:
+    """The experts of a decoder, in the blocks that have them: from some block on, every so many, or not in a list."""
+    layers, every = _size(text, "num_hidden_layers", where), int(text.get("decoder_sparse_step") or 1)
+    dense = {*range(int(text.get("first_k_dense_replace") or 0)), *(text.get("mlp_only_layers") or ())}
+    blocks = tuple(block for block in range(layers) if block not in dense and (block + 1) % every == 0)
+    if not blocks:
+        return None
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    width = _size(text, "moe_intermediate_size", where)
+    return Experts(
+        count=_size(text, next((name for name in names if name in text), names[-1]), where),
+        chosen=_size(text, "num_experts_per_tok", where),
+        width=width,
+        blocks=blocks,
+        shared=int(text.get("n_shared_experts") or 0) * width,
     )
 
 
@@ -258,6 +288,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
+    "qwen3_vl_moe": _qwen,
     "glm4v": _glm,
 }
 

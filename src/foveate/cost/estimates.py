@@ -214,7 +214,7 @@ class _Account:
     def cost(self) -> Cost:
         bits, decoder = self.precision, self.shape.decoder
         prompt, final = self.held(1), self.held(self.answer)
-        blocks = decoder.layers * decoder.block_weights * bits.weights / 8
+        blocks = decoder.weights * bits.weights / 8
         prefill = self.prefill()
         head = self.batch * decoder.vocabulary * bits.activations / 8
         block = (prefill.stored_activation_bytes - head) / decoder.layers
@@ -282,9 +282,10 @@ class _Account:
 
         def operators(fused: bool) -> list[tuple[Operator, int]]:
             found = [(one, 1) for one in output_head(decoder, batch=self.batch)]
-            for length, times in Counter(self.lengths).items():
-                block = decoder_block(decoder, queries=length, keys=length, batch=self.batch, fused=fused)
-                found += [(one, times) for one in block]
+            kinds = Counter((length, decoder.experts_of(block)) for block, length in enumerate(self.lengths))
+            for (length, experts), times in kinds.items():
+                sizes = dict(queries=length, keys=length, batch=self.batch)
+                found += [(one, times) for one in decoder_block(decoder, **sizes, fused=fused, experts=experts)]
             return found
 
         return self.stage(flops, operators(False), operators(True))
@@ -296,16 +297,19 @@ class _Account:
             return self.stage(0, [], [])
         contexts = [[before + 1 for before in self.held(step)] for step in steps]
 
+        decoder = self.shape.decoder
+
         def operators(fused: bool) -> list[tuple[Operator, int]]:
-            found = [(one, len(steps)) for one in output_head(self.shape.decoder, batch=self.batch)]
-            for keys, times in Counter(keys for step in contexts for keys in step).items():
-                block = decoder_block(self.shape.decoder, queries=1, keys=keys, batch=self.batch, fused=fused)
-                found += [(one, times) for one in block]
+            found = [(one, len(steps)) for one in output_head(decoder, batch=self.batch)]
+            kinds = Counter((keys, decoder.experts_of(block)) for step in contexts for block, keys in enumerate(step))
+            for (keys, experts), times in kinds.items():
+                sizes = dict(queries=1, keys=keys, batch=self.batch)
+                found += [(one, times) for one in decoder_block(decoder, **sizes, fused=fused, experts=experts)]
             return found
 
         flops = sum(
             decode_flops(
-                self.shape.decoder,
+                decoder,
                 visual=[keys - 1 for keys in step],
                 text=0,
                 convention=self.convention,
@@ -360,5 +364,8 @@ class _Account:
 def _widest(decoder: DecoderShape, tokens: int, bits: Precision) -> int:
     """The residual stream, and whichever is wider of attention's and the feed-forward network's own."""
     attention = 2 * decoder.attention_width + 2 * decoder.kv_heads * decoder.head_width
-    inner = max(attention, (3 if decoder.gated else 1) * decoder.ffn)
+    experts = decoder.experts
+    routed = 0 if experts is None else 3 * (experts.chosen * experts.width + experts.shared)
+    dense = 0 if experts is not None and len(experts.blocks) == decoder.layers else decoder.ffn
+    inner = max(attention, (3 if decoder.gated else 1) * dense, routed)
     return math.ceil(tokens * (2 * decoder.width + inner) * bits.activations / 8)

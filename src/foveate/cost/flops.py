@@ -77,9 +77,9 @@ def decode_flops(
     _at_least("batch", batch, 1)
     decoder = shape.decoder if isinstance(shape, ModelShape) else shape
     total = steps * _head(decoder, 1, convention)
-    for length in _lengths(decoder, visual, text):
+    for block, length in enumerate(_lengths(decoder, visual, text)):
         keys = steps * length + steps * (steps + 1) // 2
-        total += _block(decoder, steps, keys, convention)
+        total += _block(decoder, decoder.met(block), steps, keys, convention)
     return batch * total
 
 
@@ -95,7 +95,9 @@ def decoder_flops(decoder: DecoderShape, *, lengths: Sequence[int], convention: 
     _check_convention(convention)
     _at_least("batch", batch, 1)
     _check_layers(decoder.layers, lengths, smallest=1)
-    blocks = sum(_block(decoder, length, length * length, convention) for length in lengths)
+    blocks = sum(
+        _block(decoder, decoder.met(block), length, length * length, convention) for block, length in enumerate(lengths)
+    )
     return batch * (blocks + _head(decoder, lengths[-1], convention))
 
 
@@ -125,7 +127,8 @@ def tower_flops(
     lengths = (patches + tower.cls,) * tower.layers if lengths is None else lengths
     _check_layers(tower.layers, lengths, smallest=1)
     pairs = [length * tower.keys(block, length, patches) for block, length in enumerate(lengths)]
-    blocks = sum(_block(tower, length, seen, convention) for length, seen in zip(lengths, pairs, strict=True))
+    weights = tower.block_weights
+    blocks = sum(_block(tower, weights, length, seen, convention) for length, seen in zip(lengths, pairs, strict=True))
     return batch * tiles * (blocks + 2 * patches * tower.patch_weights)
 
 
@@ -192,9 +195,9 @@ def equivalent_tokens(visual: Sequence[int]) -> float:
     return sum(visual) / len(visual)
 
 
-def _block(shape: DecoderShape | TowerShape, queries: int, pairs: int, convention: Convention) -> int:
-    """Operations of one block on `queries` new tokens that form `pairs` query-key pairs."""
-    linear = 2 * queries * shape.block_weights
+def _block(shape: DecoderShape | TowerShape, weights: int, queries: int, pairs: int, convention: Convention) -> int:
+    """Operations of one block of `weights` per token on `queries` new tokens that form `pairs` query-key pairs."""
+    linear = 2 * queries * weights
     if convention == "weights":
         return linear
     attention = 4 * pairs * shape.attention_width  # scores and weighted values

@@ -7,13 +7,15 @@ network runs at the model's width, and the output head takes one operation per w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from foveate.cost.devices import Hardware, Precision
-from foveate.cost.shapes import DecoderShape, ProjectorShape, TowerShape
+from foveate.cost.shapes import DecoderShape, Experts, ProjectorShape, TowerShape
 
 _ROTARY, _RMS_NORM = 10, 8  # kernels of transformers' plain modules
+_ROUTING = 17  # ... and of its router and the grouped products behind it, beside the matrices and the activation
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,14 @@ class Operator:
         return hardware.seconds(self.flops, self.bytes_moved(precision), precision)
 
 
-def decoder_block(shape: DecoderShape, *, queries: int, keys: int, batch: int, fused: bool) -> list[Operator]:
-    """One block on `queries` new tokens that attend to `keys` tokens; `fused` attention stores no map."""
+def decoder_block(
+    shape: DecoderShape, *, queries: int, keys: int, batch: int, fused: bool, experts: Experts | None = None
+) -> list[Operator]:
+    """One block on `queries` new tokens that attend to `keys` tokens; `fused` attention stores no map.
+
+    Args:
+        experts: those of this block; None where it has one feed-forward network.
+    """
     attention, cached = shape.attention_width, shape.kv_heads * shape.head_width
     tokens = queries * batch
     asked = cached if queries > 1 else attention
@@ -60,7 +68,11 @@ def decoder_block(shape: DecoderShape, *, queries: int, keys: int, batch: int, f
         linear(attention, shape.width, tokens),
         _add(tokens, shape.width),
         Operator(7 * tokens * shape.width, read=tokens * shape.width, written=tokens * shape.width, launches=_RMS_NORM),
-        *_feed_forward(shape.width, shape.ffn, shape.gated, tokens),
+        *(
+            _feed_forward(shape.width, shape.ffn, shape.gated, tokens)
+            if experts is None
+            else _routed(shape.width, experts, tokens)
+        ),
         _add(tokens, shape.width),
     ]
 
@@ -150,6 +162,21 @@ def _feed_forward(width: int, ffn: int, gated: bool, tokens: int) -> Iterable[Op
     rows = tokens * width
     yield Operator(2 * rows, read=2 * rows, written=rows, launches=2 if gated else 3)
     yield linear(ffn, width, tokens)
+
+
+def _routed(width: int, experts: Experts, tokens: int) -> Iterable[Operator]:
+    """A router, the experts that it picks, and what every token passes beside them.
+
+    Of the weights of experts, as many are read as tokens can reach: a batch reaches all of them, one token its own.
+    """
+    yield linear(width, experts.count, tokens)
+    yield Operator(0, launches=_ROUTING)  # sorting tokens by their experts is not counted
+    passed, reached = tokens * experts.chosen, min(experts.count, tokens * experts.chosen)
+    for part in _feed_forward(width, experts.width, True, passed):
+        yield dataclasses.replace(part, weights=part.weights * reached)
+    if experts.shared:
+        yield from _feed_forward(width, experts.shared, True, tokens)
+        yield _add(tokens, width)
 
 
 def _add(tokens: int, width: int) -> Operator:

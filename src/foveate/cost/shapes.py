@@ -18,13 +18,40 @@ def _check_sizes(part: object) -> None:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What some decoder blocks have in place of one feed-forward network: several, and a router that picks for a token.
+
+    Attributes:
+        count: experts of one block.
+        chosen: of them, those that each token passes.
+        width: inner width of one.
+        blocks: 0-based blocks that have them; the others keep one network.
+        shared: inner width of what every token passes beside them; 0 for nothing.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    blocks: tuple[int, ...]
+    shared: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("count", "chosen", "width"):
+            if getattr(self, name) < 1:
+                raise FoveateError(f"Experts.{name}={getattr(self, name)} is below 1; the smallest size is 1")
+        if self.chosen > self.count:
+            raise FoveateError(f"a token cannot pass {self.chosen} of {self.count} experts; at most {self.count}")
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """The language model: `layers` blocks of width D, with H query heads and as many or fewer key-value heads.
 
     Attributes:
-        ffn: inner width of the feed-forward network.
+        ffn: inner width of the feed-forward network, in blocks without experts.
         tied: the output head shares the input embedding's weights (it multiplies all the same).
-        gated: the feed-forward network has three matrices (gate, up, down), else two.
+        gated: the feed-forward network has three matrices (gate, up, down), else two; experts always have three.
+        experts: of the blocks that have them; None where none has.
     """
 
     layers: int
@@ -36,11 +63,15 @@ class DecoderShape:
     vocabulary: int
     tied: bool = False
     gated: bool = True
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self)
         if self.heads % self.kv_heads:
             raise FoveateError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly")
+        past = [block for block in self.experts.blocks if block >= self.layers] if self.experts else []
+        if past:
+            raise FoveateError(f"block {past[0]} cannot have experts: the last of {self.layers} is {self.layers - 1}")
 
     @property
     def attention_width(self) -> int:
@@ -49,9 +80,34 @@ class DecoderShape:
 
     @property
     def block_weights(self) -> int:
-        """Weights of one block's matrices: query, key, value, output and feed-forward."""
-        attention = 2 * self.width * (self.attention_width + self.kv_heads * self.head_width)
-        return attention + (3 if self.gated else 2) * self.width * self.ffn
+        """Weights of the matrices of one block without experts: query, key, value, output and feed-forward."""
+        return self.attention_weights + (3 if self.gated else 2) * self.width * self.ffn
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of one block's query, key, value and output."""
+        return 2 * self.width * (self.attention_width + self.kv_heads * self.head_width)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the matrices of all blocks, every expert's among them."""
+        sparse = 0 if self.experts is None else len(self.experts.blocks)
+        each = 0 if self.experts is None else self._sparse(self.experts, self.experts.count)
+        return (self.layers - sparse) * self.block_weights + sparse * each
+
+    def experts_of(self, block: int) -> Experts | None:
+        """The experts of 0-based `block`; None where it has one network."""
+        return self.experts if self.experts is not None and block in self.experts.blocks else None
+
+    def met(self, block: int) -> int:
+        """Weights that one token meets in 0-based `block`: of experts only those that it passes, and the router."""
+        experts = self.experts_of(block)
+        return self.block_weights if experts is None else self._sparse(experts, experts.chosen)
+
+    def _sparse(self, experts: Experts, number: int) -> int:
+        """Weights of a block, `number` of its experts counted."""
+        router = self.width * experts.count
+        return self.attention_weights + router + 3 * self.width * (number * experts.width + experts.shared)
 
     @property
     def head_weights(self) -> int:
@@ -183,7 +239,7 @@ class ModelShape:
         decoder, tower = self.decoder, self.tower
         encoder = tower.layers * tower.block_weights + tower.patch_weights
         tables = decoder.head_weights * (1 if decoder.tied else 2)
-        return encoder + self.projector.weights + decoder.layers * decoder.block_weights + tables
+        return encoder + self.projector.weights + decoder.weights + tables
 
     def tiles_of(self, visual: int) -> int:
         """Pictures that the tower encodes for an image of `visual` tokens: as few as hold them."""

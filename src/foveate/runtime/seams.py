@@ -122,12 +122,16 @@ SEAMS = (
             "qwen2_vl.modeling_qwen2_vl.Qwen2VL",
             "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL",
             "qwen3_vl.modeling_qwen3_vl.Qwen3VL",
+            "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe",
         )
     ),
-    Seam(
-        "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLTextModel._deepstack_process",
-        "replaced where tokens leave before a block that adds visual features",
-        ("hidden_states", "visual_pos_masks", "visual_embeds"),
-        exact=True,
+    *(
+        Seam(
+            f"transformers.models.{model}TextModel._deepstack_process",
+            "replaced where tokens leave before a block that adds visual features",
+            ("hidden_states", "visual_pos_masks", "visual_embeds"),
+            exact=True,
+        )
+        for model in ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe")
     ),
 )
