@@ -427,17 +427,21 @@ def _cohere2_vision(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     return finished(transformers.Cohere2VisionForConditionalGeneration, config, attn, 0)
 
 
-def _glm4v(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+def _glm4v(kind: str, text: dict[str, Any], attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
     vision = dict(
         depth=blocks, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4, image_size=48
     )
-    config = transformers.Glm4vConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vision_config=vision,
-        text_config=dict(**SIZES, rope_parameters=rope),
+        text_config=dict(**SIZES, rope_parameters=rope, **text),
         **{"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False, **settings},
     )
-    return finished(transformers.Glm4vForConditionalGeneration, config, attn, 0)
+    return finished(getattr(transformers, f"{kind}ForConditionalGeneration"), config, attn, 0)
+
+
+# The first block is dense; every token passes one expert beside those that are picked.
+_SHARED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1)
 
 
 def _vipllava(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
@@ -499,7 +503,9 @@ KINDS: dict[str, Kind] = {
     "qwen3-vl-moe": Kind(
         functools.partial(_qwen3, "Qwen3VLMoe", _EXPERTS), _patches, _collate_patches, _clip(True), _collate_clips
     ),
-    "glm4v": Kind(_glm4v, _patches, _collate_patches),
+    "glm4v": Kind(functools.partial(_glm4v, "Glm4v", {}), _patches, _collate_patches),
+    "glm4v/glm46v": Kind(functools.partial(_glm4v, "Glm46V", {}), _patches, _collate_patches),
+    "glm4v-moe": Kind(functools.partial(_glm4v, "Glm4vMoe", _SHARED), _patches, _collate_patches),
     "internvl": Kind(_internvl, _tiles, _collate_tiles),
     "gemma3": Kind(_gemma3, _square(32, 16), _collate_square),
     "paligemma": Kind(_paligemma, _square(24, 36), _collate_square),
@@ -519,6 +525,8 @@ _TOKEN_TYPES = {
     "qwen3_vl": "mm_token_type_ids",
     "qwen3_vl_moe": "mm_token_type_ids",
     "glm4v": "mm_token_type_ids",
+    "glm46v": "mm_token_type_ids",
+    "glm4v_moe": "mm_token_type_ids",
     "gemma3": "token_type_ids",
 }
 
@@ -539,6 +547,8 @@ _TYPES = {
     "qwen3-vl": "qwen3_vl",
     "qwen3-vl-moe": "qwen3_vl_moe",
     "glm4v": "glm4v",
+    "glm4v/glm46v": "glm46v",
+    "glm4v-moe": "glm4v_moe",
     "internvl": "internvl",
     "gemma3": "gemma3",
     "paligemma": "paligemma",

@@ -172,6 +172,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen3-vl": _qwen("Qwen3VLProcessor"),
     "qwen3-vl-moe": _qwen("Qwen3VLProcessor"),
     "glm4v": _glm4v,
+    "glm4v-moe": _glm4v,
     "internvl": _internvl,
     "gemma3": _gemma3,
     "idefics3": _idefics3,

@@ -40,6 +40,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
 }  # fmt: skip
 CLS = {"clip_vision_model": 1, "internvl_vision": 1}
 NAME = "tower_by_hand"

@@ -87,6 +87,7 @@ TOWERS = (
     Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
 )
 
 
@@ -304,6 +305,7 @@ _QWEN: dict[str, Any] = dict(
     videos=lambda encoded: packed_blocks(encoded, "video_grid_thw"),
     positions=three_axes,
 )
+_GLM: dict[str, Any] = {**_QWEN, "image": "a picture", "videos": None}
 _IDEFICS: dict[str, Any] = dict(
     image=_ONE_TILE,
     read=_last_read,
@@ -411,10 +413,17 @@ FAMILIES = (
     ),
     Family(
         name="glm4v",
-        types=("glm4v",),
-        hub_ids=("zai-org/GLM-4.1V-9B-Thinking",),
-        towers=("glm4v_vision",),
-        **{**_QWEN, "image": "a picture", "videos": None},
+        types=("glm4v", "glm46v"),
+        hub_ids=("zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.6V-Flash"),
+        towers=("glm4v_vision", "glm4v_moe_vision"),  # the latter within glm46v, which takes the parts of either
+        **_GLM,
+    ),
+    Family(
+        name="glm4v-moe",
+        types=("glm4v_moe",),
+        hub_ids=("zai-org/GLM-4.5V", "zai-org/GLM-4.6V"),
+        towers=("glm4v_moe_vision",),
+        **_GLM,
     ),
     Family(
         name="internvl",

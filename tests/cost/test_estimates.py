@@ -254,6 +254,8 @@ def test_what_a_trace_counts(spec: str) -> None:
         "qwen3-vl",
         "qwen3-vl-moe",
         "glm4v",
+        "glm4v/glm46v",
+        "glm4v-moe",
         "internvl",
         "gemma3",
         "paligemma",

@@ -270,7 +270,7 @@ def test_qwen_and_internvl_configs_are_their_presets() -> None:
     "kind",
     [
         "Llava", "LlavaNext", "LlavaOnevision", "VipLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe",
-        "InternVL", "PaliGemma", "Gemma3", "Idefics3", "SmolVLM", "Mistral3", "AyaVision",
+        "InternVL", "PaliGemma", "Gemma3", "Glm4v", "Glm4vMoe", "Idefics3", "SmolVLM", "Mistral3", "AyaVision",
     ],
 )  # fmt: skip
 def test_weights_are_those_of_the_real_model(kind: str) -> None:

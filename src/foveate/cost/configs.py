@@ -39,10 +39,11 @@ _DECODERS: Mapping[str, Mapping[str, int]] = {
     "glm4v_text": {},
     "cohere2": {},
     "qwen3_vl_moe_text": {},
+    "glm4v_moe_text": {},
 }
 
 # ... those of them whose blocks have experts.
-_SPARSE = ("qwen3_vl_moe_text",)
+_SPARSE = ("qwen3_vl_moe_text", "glm4v_moe_text")
 
 # What a config.json of these families calls its decoder where `text_config` is missing or names no type.
 _OWN_DECODER = {
@@ -290,6 +291,8 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "qwen3_vl": _qwen,
     "qwen3_vl_moe": _qwen,
     "glm4v": _glm,
+    "glm46v": _glm,
+    "glm4v_moe": _glm,
 }
 
 
