@@ -444,6 +444,26 @@ def _glm4v(kind: str, text: dict[str, Any], attn: str, blocks: int, settings: di
 _SHARED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1)
 
 
+def _paddleocr(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    config = transformers.PaddleOCRVLConfig(
+        vision_config={**_BLOCK, "num_hidden_layers": blocks, "image_size": 24},
+        text_config=dict(**SIZES, head_dim=8, rope_parameters=rope, tie_word_embeddings=False),
+        **{"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False, **settings},
+    )
+    return finished(transformers.PaddleOCRVLForConditionalGeneration, config, attn, 0)
+
+
+def _flat_patches(model: Any, number: int, in_row: int, generator: torch.Generator) -> Picture:
+    size = _GRIDS[number % len(_GRIDS)]
+    return Picture(math.prod(size) // 4, _randn(generator, math.prod(size), 3 * 4 * 4), size)
+
+
+def _collate_square_patches(rows: Sequence[Sequence[Picture]], ids: Tensor) -> dict[str, Tensor]:
+    made = _collate_patches(rows, ids)
+    return {**made, "pixel_values": made["pixel_values"].unflatten(1, (3, 4, 4))}
+
+
 def _vipllava(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     config = _config(
         transformers.VipLlavaConfig,
@@ -506,6 +526,7 @@ KINDS: dict[str, Kind] = {
     "glm4v": Kind(functools.partial(_glm4v, "Glm4v", {}), _patches, _collate_patches),
     "glm4v/glm46v": Kind(functools.partial(_glm4v, "Glm46V", {}), _patches, _collate_patches),
     "glm4v-moe": Kind(functools.partial(_glm4v, "Glm4vMoe", _SHARED), _patches, _collate_patches),
+    "paddleocr-vl": Kind(_paddleocr, _flat_patches, _collate_square_patches),
     "internvl": Kind(_internvl, _tiles, _collate_tiles),
     "gemma3": Kind(_gemma3, _square(32, 16), _collate_square),
     "paligemma": Kind(_paligemma, _square(24, 36), _collate_square),
@@ -524,6 +545,7 @@ _TOKEN_TYPES = {
     "qwen2_5_vl": "mm_token_type_ids",
     "qwen3_vl": "mm_token_type_ids",
     "qwen3_vl_moe": "mm_token_type_ids",
+    "paddleocr_vl": "mm_token_type_ids",
     "glm4v": "mm_token_type_ids",
     "glm46v": "mm_token_type_ids",
     "glm4v_moe": "mm_token_type_ids",
@@ -546,6 +568,7 @@ _TYPES = {
     "qwen2.5-vl": "qwen2_5_vl",
     "qwen3-vl": "qwen3_vl",
     "qwen3-vl-moe": "qwen3_vl_moe",
+    "paddleocr-vl": "paddleocr_vl",
     "glm4v": "glm4v",
     "glm4v/glm46v": "glm46v",
     "glm4v-moe": "glm4v_moe",

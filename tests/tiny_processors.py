@@ -34,6 +34,7 @@ _MODULES = {
     "LlavaOnevisionProcessor": "llava_onevision",
     "VideoLlavaProcessor": "video_llava",
     "Glm4vProcessor": "glm4v",
+    "PaddleOCRVLProcessor": "paddleocr_vl",
     "Qwen2VLProcessor": "qwen2_vl",
     "Qwen2_5_VLProcessor": "qwen2_5_vl",
     "Qwen3VLProcessor": "qwen3_vl",
@@ -105,6 +106,15 @@ def _glm4v() -> Any:
     return _made("Glm4vProcessor", f"{start}<|image|>{end}", **parts)
 
 
+def _paddleocr() -> Any:
+    pictures = transformers.PaddleOCRVLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=1, min_pixels=512, max_pixels=1536
+    )
+    image, start, end = "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"
+    parts = dict(image_processor=pictures, tokenizer=_tokenizer(image, "<|video_pad|>", (start, end)))
+    return _made("PaddleOCRVLProcessor", f"{start}{image}{end}", **parts)
+
+
 def _onevision() -> Any:
     pictures = transformers.LlavaOnevisionImageProcessorPil(
         size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
@@ -171,6 +181,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl": _qwen("Qwen2_5_VLProcessor"),
     "qwen3-vl": _qwen("Qwen3VLProcessor"),
     "qwen3-vl-moe": _qwen("Qwen3VLProcessor"),
+    "paddleocr-vl": _paddleocr,
     "glm4v": _glm4v,
     "glm4v-moe": _glm4v,
     "internvl": _internvl,

@@ -86,6 +86,7 @@ TOWERS = (
     ),
     Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("paddleocr_vl_vision", summary=0, blocks="vision_model.encoder.layers", children=_PRE_NORM, packed=True),
     Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
 )
@@ -424,6 +425,22 @@ FAMILIES = (
         hub_ids=("zai-org/GLM-4.5V", "zai-org/GLM-4.6V"),
         towers=("glm4v_moe_vision",),
         **_GLM,
+    ),
+    Family(
+        name="paddleocr-vl",
+        types=("paddleocr_vl",),
+        transformers="5.21",  # older ones take no features of an encoder that has run
+        hub_ids=("PaddlePaddle/PaddleOCR-VL",),
+        towers=("paddleocr_vl_vision",),
+        **{
+            **_QWEN,
+            "image": "a picture",
+            "projector": "projector",
+            "layouts": lambda encoded: packed_rasters(
+                encoded.tower.config.spatial_merge_size, encoded, "image_grid_thw"
+            ),
+            "videos": None,
+        },
     ),
     Family(
         name="internvl",

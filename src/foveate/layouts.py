@@ -436,12 +436,16 @@ def _window_order(tower: Any, sizes: Tensor) -> Tensor | None:
     return torch.as_tensor(index).argsort()
 
 
-def packed_rasters(side: int, encoded: Encoded) -> list[Layout]:
-    """Pictures of any size in one sequence, patches row by row, merged in squares of `side`."""
+def packed_rasters(side: int, encoded: Encoded, name: str = "image_sizes") -> list[Layout]:
+    """Pictures of any size in one sequence, patches row by row, merged in squares of `side`.
+
+    Args:
+        name: the argument with their sizes: in pixels, or after the number of frames, which is 1, in patches.
+    """
     patch = encoded.model.config.vision_config.patch_size
     made, first = [], 0
-    for number, (height, width) in enumerate(encoded.sizes("image_sizes")):
-        height, width = height // patch, width // patch
+    for number, size in enumerate(encoded.sizes(name)):
+        height, width = size[-2:] if len(size) == 3 else (pixels // patch for pixels in size)
         patches = merged(height, width, side)
         grid = height // side, width // side
         tokens = math.prod(grid)

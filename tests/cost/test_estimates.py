@@ -253,6 +253,7 @@ def test_what_a_trace_counts(spec: str) -> None:
         "qwen2.5-vl",
         "qwen3-vl",
         "qwen3-vl-moe",
+        "paddleocr-vl",
         "glm4v",
         "glm4v/glm46v",
         "glm4v-moe",

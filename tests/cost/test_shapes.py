@@ -86,6 +86,16 @@ def test_experts_count_as_one_token_meets_them() -> None:
         DecoderShape(**sizes, experts=Experts(5, 2, 2, (1, 2)))  # type: ignore[arg-type]
 
 
+def test_a_flat_config_of_an_encoder_without_a_name_of_its_own() -> None:
+    """As PaddleOCR-VL's config.json is written."""
+    from transformers import PaddleOCRVLConfig
+
+    config = PaddleOCRVLConfig()
+    vision = {**config.vision_config.to_dict(), "model_type": "paddleocr_vl"}
+    flat = {**config.text_config.to_dict(), "model_type": "paddleocr_vl", "vision_config": vision}
+    assert shape(flat) == shape(config)
+
+
 def test_which_blocks_have_experts() -> None:
     sizes = dict(num_hidden_layers=6, num_experts=8, num_experts_per_tok=2, hidden_size=32, num_attention_heads=4)
     text = {**sizes, "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 8, "intermediate_size": 40}
@@ -270,7 +280,8 @@ def test_qwen_and_internvl_configs_are_their_presets() -> None:
     "kind",
     [
         "Llava", "LlavaNext", "LlavaOnevision", "VipLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe",
-        "InternVL", "PaliGemma", "Gemma3", "Glm4v", "Glm4vMoe", "Idefics3", "SmolVLM", "Mistral3", "AyaVision",
+        "InternVL", "PaliGemma", "Gemma3", "Glm4v", "Glm4vMoe", "PaddleOCRVL", "Idefics3",
+        "SmolVLM", "Mistral3", "AyaVision",
     ],
 )  # fmt: skip
 def test_weights_are_those_of_the_real_model(kind: str) -> None:

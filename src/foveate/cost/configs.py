@@ -40,6 +40,7 @@ _DECODERS: Mapping[str, Mapping[str, int]] = {
     "cohere2": {},
     "qwen3_vl_moe_text": {},
     "glm4v_moe_text": {},
+    "paddleocr_vl_text": {},
 }
 
 # ... those of them whose blocks have experts.
@@ -51,6 +52,7 @@ _OWN_DECODER = {
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "paddleocr_vl": "paddleocr_vl_text",
 }
 
 # Towers of plain blocks, two feed-forward matrices (Pixtral: three): does a CLS token run along?
@@ -61,7 +63,10 @@ _PLAIN_TOWERS = {
     "idefics3_vision": False,
     "smolvlm_vision": False,
     "pixtral": False,
+    "paddleocr_vl_vision": False,
 }
+# ... those of them that keep the size of pictures.
+_OWN_SIZE = ("pixtral", "paddleocr_vl_vision")
 
 
 def read_model(config: Any) -> ModelShape:
@@ -199,6 +204,16 @@ def _mistral3(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, Projecto
     return _reading(tower, layer), ProjectorShape(maps, max(1, tower.tokens // merge), merge)
 
 
+def _paddle(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
+    """2 x 2 patches become one token through two linear maps, the first as wide as they are together."""
+    # Published ones call the encoder by the name of the whole.
+    vision = {**_entries(top.get("vision_config") or {}), "model_type": "paddleocr_vl_vision"}
+    tower = _plain_tower({**top, "vision_config": vision})
+    merge = _size({"spatial_merge_size": 2, **vision}, "spatial_merge_size", "the paddleocr_vl vision config") ** 2
+    inner = tower.width * merge
+    return tower, ProjectorShape(((inner, inner), (inner, decoder.width)), max(1, tower.tokens // merge), merge)
+
+
 def _aya(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
     """Squares of patches become one token through a gated pair of linear maps."""
     tower = _plain_tower(top)
@@ -290,6 +305,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
     "qwen3_vl_moe": _qwen,
+    "paddleocr_vl": _paddle,
     "glm4v": _glm,
     "glm46v": _glm,
     "glm4v_moe": _glm,
@@ -314,8 +330,8 @@ def _plain_tower(top: Entries) -> TowerShape:
         patch=patch,
         channels=_size({"num_channels": 3, **vision}, "num_channels", where),
         gated=kind == "pixtral",
-        own_size=kind == "pixtral",
-        put_back=kind == "pixtral",
+        own_size=kind in _OWN_SIZE,
+        put_back=kind in _OWN_SIZE,
     )
 
 
