@@ -66,6 +66,8 @@ def project(model: Any, encoded: Tensor) -> Tensor:
     """(K, E) -> (K, D), where a projector takes single tokens."""
     if model.config.model_type == "paligemma":
         encoded = model.model.vision_tower.post_layernorm(encoded)
+    if model.config.model_type == "video_llama_3":
+        return model.model.projector(model.model.vision_model.post_layernorm(encoded))
     return model.model.multi_modal_projector(encoded[None])[0]
 
 

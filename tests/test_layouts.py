@@ -142,7 +142,10 @@ def test_runs_of_placeholders() -> None:
     assert runs_of(ids, 5) == []
 
 
-@pytest.mark.parametrize(("name", "missing"), [("llava-next", "image_sizes"), ("qwen2-vl", "image_grid_thw")])
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("llava-next", "image_sizes"), ("qwen2-vl", "image_grid_thw"), ("video-llama-3", "image_merge_sizes")],
+)
 def test_sizes_that_were_not_given(name: str, missing: str) -> None:
     model = tiny.model(name)
     given = tiny.inputs(model, "1i")
@@ -150,6 +153,18 @@ def test_sizes_that_were_not_given(name: str, missing: str) -> None:
     del given[missing]
     with pytest.raises(FoveateError, match=f"{missing} is missing; pass what the processor made"):
         layouts(model, given, features)
+
+
+def test_pictures_whose_patches_merge_where_none_should() -> None:
+    model = tiny.model("video-llama-3")
+    given = tiny.inputs(model, "1i")
+    _, (*features, _) = encode(model, given)
+    given["image_merge_sizes"] = torch.tensor([2])
+    with pytest.raises(FoveateError) as error:
+        layouts(model, given, features)
+    assert str(error.value) == (
+        "image_merge_sizes=2 merges patches of a picture, whose tokens can then not be told apart; 1 works"
+    )
 
 
 def test_a_run_that_is_no_number_of_tiles() -> None:

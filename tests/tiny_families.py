@@ -464,6 +464,28 @@ def _collate_square_patches(rows: Sequence[Sequence[Picture]], ids: Tensor) -> d
     return {**made, "pixel_values": made["pixel_values"].unflatten(1, (3, 4, 4))}
 
 
+def _video_llama_3(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+    config = _config(
+        transformers.VideoLlama3Config,
+        {**_BLOCK, "num_hidden_layers": blocks},
+        transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
+        settings,
+        video_token_id=VIDEO,
+    )
+    return finished(transformers.VideoLlama3ForConditionalGeneration, config, attn, 0)
+
+
+def _whole_patches(model: Any, number: int, in_row: int, generator: torch.Generator) -> Picture:
+    """Patches that do not merge."""
+    size = ((1, 4, 6), (1, 6, 4), (1, 5, 5))[number % 3]
+    return Picture(math.prod(size), _randn(generator, math.prod(size), 3 * 4 * 4), size)
+
+
+def _collate_whole_patches(rows: Sequence[Sequence[Picture]], ids: Tensor) -> dict[str, Tensor]:
+    made = _collate_patches(rows, ids)
+    return {**made, "image_merge_sizes": torch.ones(len(made["image_grid_thw"]), dtype=torch.int64)}
+
+
 def _vipllava(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     config = _config(
         transformers.VipLlavaConfig,
@@ -527,6 +549,7 @@ KINDS: dict[str, Kind] = {
     "glm4v/glm46v": Kind(functools.partial(_glm4v, "Glm46V", {}), _patches, _collate_patches),
     "glm4v-moe": Kind(functools.partial(_glm4v, "Glm4vMoe", _SHARED), _patches, _collate_patches),
     "paddleocr-vl": Kind(_paddleocr, _flat_patches, _collate_square_patches),
+    "video-llama-3": Kind(_video_llama_3, _whole_patches, _collate_whole_patches),
     "internvl": Kind(_internvl, _tiles, _collate_tiles),
     "gemma3": Kind(_gemma3, _square(32, 16), _collate_square),
     "paligemma": Kind(_paligemma, _square(24, 36), _collate_square),
@@ -569,6 +592,7 @@ _TYPES = {
     "qwen3-vl": "qwen3_vl",
     "qwen3-vl-moe": "qwen3_vl_moe",
     "paddleocr-vl": "paddleocr_vl",
+    "video-llama-3": "video_llama_3",
     "glm4v": "glm4v",
     "glm4v/glm46v": "glm46v",
     "glm4v-moe": "glm4v_moe",

@@ -34,6 +34,7 @@ _MODULES = {
     "LlavaOnevisionProcessor": "llava_onevision",
     "VideoLlavaProcessor": "video_llava",
     "Glm4vProcessor": "glm4v",
+    "VideoLlama3Processor": "video_llama_3",
     "PaddleOCRVLProcessor": "paddleocr_vl",
     "Qwen2VLProcessor": "qwen2_vl",
     "Qwen2_5_VLProcessor": "qwen2_5_vl",
@@ -104,6 +105,13 @@ def _glm4v() -> Any:
     tokens = _tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
     parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
     return _made("Glm4vProcessor", f"{start}<|image|>{end}", **parts)
+
+
+def _video_llama_3() -> Any:
+    pictures = transformers.VideoLlama3ImageProcessorPil(patch_size=4, merge_size=1, min_pixels=128, max_pixels=384)
+    tokens = _tokenizer("<|image_pad|>", "<|video_pad|>")
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+    return _made("VideoLlama3Processor", "<|image_pad|>", **parts)
 
 
 def _paddleocr() -> Any:
@@ -182,6 +190,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen3-vl": _qwen("Qwen3VLProcessor"),
     "qwen3-vl-moe": _qwen("Qwen3VLProcessor"),
     "paddleocr-vl": _paddleocr,
+    "video-llama-3": _video_llama_3,
     "glm4v": _glm4v,
     "glm4v-moe": _glm4v,
     "internvl": _internvl,

@@ -40,6 +40,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "paddleocr_vl_vision": ("vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "video_llama_3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
 }  # fmt: skip
@@ -140,7 +141,7 @@ def pieces_of(model: Any, given: Any, encode: Callable[[], Any], visual: Sequenc
     return pieces
 
 
-_PACKED = {"pixtral", "paddleocr_vl_vision"}
+_PACKED = {"pixtral", "paddleocr_vl_vision", "video_llama_3_vision"}
 _BATCHED = {kind for kind in BLOCKS if kind not in _PACKED and BLOCKS[kind][0] != "blocks"}
 
 

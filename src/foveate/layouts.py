@@ -454,6 +454,23 @@ def packed_rasters(side: int, encoded: Encoded, name: str = "image_sizes") -> li
     return made
 
 
+def packed_patches(encoded: Encoded) -> list[Layout]:
+    """Pictures of any size in one sequence, of which each states that its patches do not merge.
+
+    Raises:
+        FoveateError: they do.
+    """
+    sides = encoded.given.get("image_merge_sizes")
+    if sides is None:
+        raise FoveateError("image_merge_sizes is missing; pass what the processor made, image_merge_sizes among it")
+    most = max(sides.tolist(), default=1)
+    if most > 1:
+        raise FoveateError(
+            f"image_merge_sizes={most} merges patches of a picture, whose tokens can then not be told apart; 1 works"
+        )
+    return packed_rasters(1, encoded, "image_grid_thw")
+
+
 def runs_of(ids: Tensor, token: int) -> list[int]:
     """Lengths of the runs of `token` in the rows of (B, S) prompts, row by row."""
     steps = torch.nn.functional.pad((ids == token).int(), (1, 1)).diff(dim=1)

@@ -254,6 +254,7 @@ def test_what_a_trace_counts(spec: str) -> None:
         "qwen3-vl",
         "qwen3-vl-moe",
         "paddleocr-vl",
+        "video-llama-3",
         "glm4v",
         "glm4v/glm46v",
         "glm4v-moe",

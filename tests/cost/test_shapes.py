@@ -280,7 +280,7 @@ def test_qwen_and_internvl_configs_are_their_presets() -> None:
     "kind",
     [
         "Llava", "LlavaNext", "LlavaOnevision", "VipLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe",
-        "InternVL", "PaliGemma", "Gemma3", "Glm4v", "Glm4vMoe", "PaddleOCRVL", "Idefics3",
+        "InternVL", "PaliGemma", "Gemma3", "Glm4v", "Glm4vMoe", "PaddleOCRVL", "VideoLlama3", "Idefics3",
         "SmolVLM", "Mistral3", "AyaVision",
     ],
 )  # fmt: skip

@@ -64,9 +64,10 @@ _PLAIN_TOWERS = {
     "smolvlm_vision": False,
     "pixtral": False,
     "paddleocr_vl_vision": False,
+    "video_llama_3_vision": False,
 }
 # ... those of them that keep the size of pictures.
-_OWN_SIZE = ("pixtral", "paddleocr_vl_vision")
+_OWN_SIZE = ("pixtral", "paddleocr_vl_vision", "video_llama_3_vision")
 
 
 def read_model(config: Any) -> ModelShape:
@@ -214,6 +215,15 @@ def _paddle(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorS
     return tower, ProjectorShape(((inner, inner), (inner, decoder.width)), max(1, tower.tokens // merge), merge)
 
 
+def _llama3(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
+    """Pictures keep their size and no patches merge; two linear maps. The config states no usual size."""
+    vision = _entries(top.get("vision_config") or {})
+    patch = _size(vision, "patch_size", "the video_llama_3 vision config")
+    tower = _plain_tower({**top, "vision_config": {**vision, "image_size": round(_TYPICAL**0.5) * patch}})
+    linears = ((tower.width, decoder.width), (decoder.width, decoder.width))
+    return tower, ProjectorShape(linears, tower.tokens)
+
+
 def _aya(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
     """Squares of patches become one token through a gated pair of linear maps."""
     tower = _plain_tower(top)
@@ -306,6 +316,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "qwen3_vl": _qwen,
     "qwen3_vl_moe": _qwen,
     "paddleocr_vl": _paddle,
+    "video_llama_3": _llama3,
     "glm4v": _glm,
     "glm46v": _glm,
     "glm4v_moe": _glm,
