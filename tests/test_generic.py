@@ -9,6 +9,7 @@ import pytest
 import tiny
 import tiny_families
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     GotOcr2Config,
@@ -187,6 +188,33 @@ def refusal(model: Any) -> str:
     with pytest.raises(FoveateError) as error:
         family_of(model)
     return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3_5", "Qwen3_5Moe"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_decoder_with_attention_in_some_layers_only(kind: str, first: bool) -> None:
+    """Whether or not the first is one of them."""
+    layers = ["full_attention", "linear_attention"] if first else ["linear_attention", "full_attention"]
+    vision = dict(depth=1, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+    linear = dict(
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=8
+    )
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    sizes = {**tiny_families.SIZES, "num_hidden_layers": 2, **linear, **(experts if kind.endswith("Moe") else {})}
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision,
+        text_config=dict(**sizes, layer_types=layers, rope_parameters=rope),
+        image_token_id=tiny.IMAGE,
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    assert refusal(model) == (
+        f"{kind}ForConditionalGeneration ({config.model_type}) cannot be pruned: 1 of its 2 decoder layers, layer "
+        f"{int(first)} among them, have no self_attn. They carry a state from token to token in place of keys and "
+        "values of each, which is neither counted nor cached by tokens; `foveate models` lists the families"
+    )
+    with pytest.raises(FoveateError, match="have no self_attn"):
+        foveate.prune(model, "random:keep=0.5")
 
 
 def test_a_missing_part_is_named() -> None:

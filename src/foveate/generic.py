@@ -56,6 +56,7 @@ def generic_family(model: Any) -> GenericFamily:
         FoveateError: a standard part is missing; the message names it.
     """
     config = model.config
+    _check_mixers(model)
     image_token = next((name for name in _IMAGE_TOKENS if isinstance(getattr(config, name, None), int)), None)
     missing = missing_parts(model, image_token)
     if missing:
@@ -96,6 +97,24 @@ def generic_family(model: Any) -> GenericFamily:
         row=row,
         assumed=tuple(assumed),
     )
+
+
+def _check_mixers(model: Any) -> None:
+    """Refuse decoders of which only some layers have attention.
+
+    Raises:
+        FoveateError: the others carry a state from token to token: pruning counts and caches what a layer holds of each
+            token, and rows of different length are filled up between their turns, which such a state does not forget.
+    """
+    layers = list(getattr(_decoder(model), "layers", None) or ())
+    without = [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+    if 0 < len(without) < len(layers):
+        raise FoveateError(
+            f"{type(model).__name__} ({model.config.model_type}) cannot be pruned: {len(without)} of its {len(layers)} "
+            f"decoder layers, layer {without[0]} among them, have no self_attn. They carry a state from token to token "
+            "in place of keys and values of each, which is neither counted nor cached by tokens; `foveate models` "
+            "lists the families"
+        )
 
 
 def missing_parts(model: Any, image_token: str | None) -> list[str]:
