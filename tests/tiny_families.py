@@ -308,6 +308,13 @@ def _mistral3(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     return finished(transformers.Mistral3ForConditionalGeneration, config, attn, 0)
 
 
+def _lighton_ocr(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+    vision = transformers.PixtralVisionConfig(**{**_BLOCK, "num_hidden_layers": blocks, "image_size": 64})
+    text = transformers.Qwen3Config(**SIZES, head_dim=8)
+    config = _config(transformers.LightOnOcrConfig, vision, text, settings)
+    return finished(transformers.LightOnOcrForConditionalGeneration, config, attn, 0)
+
+
 def _any_size(model: Any, number: int, in_row: int, generator: torch.Generator) -> Picture:
     height, width = ((24, 32), (32, 40), (32, 24))[number % 3]
     return Picture(height * width // 64, _randn(generator, 3, height, width), (height, width))
@@ -556,6 +563,7 @@ KINDS: dict[str, Kind] = {
     "idefics3": Kind(_idefics("Idefics3"), _square(32, 16), _collate_rows),
     "smolvlm": Kind(_idefics("SmolVLM"), _square(32, 16), _collate_rows),
     "mistral3": Kind(_mistral3, _any_size, _collate_any_size),
+    "lighton-ocr": Kind(_lighton_ocr, _any_size, _collate_any_size),
     "aya-vision": Kind(_aya, _square(32, 16), _collate_square),
     "cohere2-vision": Kind(_cohere2_vision, _square(32, 16), _collate_square),
     "vipllava": Kind(_vipllava, _square(24, 36), _collate_square),
@@ -602,6 +610,7 @@ _TYPES = {
     "idefics3": "idefics3",
     "smolvlm": "smolvlm",
     "mistral3": "mistral3",
+    "lighton-ocr": "lighton_ocr",
     "aya-vision": "aya_vision",
     "cohere2-vision": "cohere2_vision",
     "vipllava": "vipllava",

@@ -63,7 +63,7 @@ class Piece:
 
 
 def tower_of(model: Any) -> Any:
-    names = ("vision_tower", "visual", "vision_model", "image_tower")
+    names = ("vision_tower", "visual", "vision_model", "image_tower", "vision_encoder")
     return next(getattr(model.model, name) for name in names if hasattr(model.model, name))
 
 

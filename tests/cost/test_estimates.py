@@ -263,6 +263,7 @@ def test_what_a_trace_counts(spec: str) -> None:
         "paligemma",
         "idefics3",
         "mistral3",
+        "lighton-ocr",
         "aya-vision",
         "vipllava",
         "video-llava",

@@ -306,6 +306,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "idefics3": _idefics,
     "smolvlm": _idefics,
     "mistral3": _mistral3,
+    "lighton_ocr": _mistral3,
     "aya_vision": _aya,
     "cohere2_vision": _aya,
     "internvl": _internvl,
