@@ -68,6 +68,8 @@ def project(model: Any, encoded: Tensor) -> Tensor:
         encoded = model.model.vision_tower.post_layernorm(encoded)
     if model.config.model_type == "video_llama_3":
         return model.model.projector(model.model.vision_model.post_layernorm(encoded))
+    if model.config.model_type == "deepseek_vl":
+        return model.model.aligner(model.model.vision_model.post_layernorm(encoded)[None])[0]
     return model.model.multi_modal_projector(encoded[None])[0]
 
 

@@ -394,6 +394,16 @@ def _paligemma(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     return finished(transformers.PaliGemmaForConditionalGeneration, config, attn, 0)
 
 
+def _deepseek_vl(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+    config = _config(
+        transformers.DeepseekVLConfig,
+        _vision("siglip", blocks, image_size=24),
+        transformers.LlamaConfig(**SIZES),
+        settings,
+    )
+    return finished(transformers.DeepseekVLForConditionalGeneration, config, attn, 0)
+
+
 def _idefics(name: str) -> Callable[[str, int, dict[str, Any]], Any]:
     def build(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
         vision = dict(**_BLOCK, num_hidden_layers=blocks, image_size=32)
@@ -560,6 +570,7 @@ KINDS: dict[str, Kind] = {
     "internvl": Kind(_internvl, _tiles, _collate_tiles),
     "gemma3": Kind(_gemma3, _square(32, 16), _collate_square),
     "paligemma": Kind(_paligemma, _square(24, 36), _collate_square),
+    "deepseek-vl": Kind(_deepseek_vl, _square(24, 36), _collate_square),
     "idefics3": Kind(_idefics("Idefics3"), _square(32, 16), _collate_rows),
     "smolvlm": Kind(_idefics("SmolVLM"), _square(32, 16), _collate_rows),
     "mistral3": Kind(_mistral3, _any_size, _collate_any_size),
@@ -607,6 +618,7 @@ _TYPES = {
     "internvl": "internvl",
     "gemma3": "gemma3",
     "paligemma": "paligemma",
+    "deepseek-vl": "deepseek_vl",
     "idefics3": "idefics3",
     "smolvlm": "smolvlm",
     "mistral3": "mistral3",

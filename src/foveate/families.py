@@ -498,6 +498,17 @@ FAMILIES = (
         answers_typed=True,
     ),
     Family(
+        name="deepseek-vl",
+        types=("deepseek_vl",),
+        hub_ids=("deepseek-community/deepseek-vl-1.3b-chat",),
+        towers=("siglip_vision_model",),
+        read=_last_read,
+        grid=_grid,
+        tower="vision_model",
+        projector="aligner",
+        norm="vision_model.post_layernorm",
+    ),
+    Family(
         name="idefics3",
         types=("idefics3",),
         hub_ids=("HuggingFaceM4/Idefics3-8B-Llama3",),

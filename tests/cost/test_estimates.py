@@ -261,6 +261,7 @@ def test_what_a_trace_counts(spec: str) -> None:
         "internvl",
         "gemma3",
         "paligemma",
+        "deepseek-vl",
         "idefics3",
         "mistral3",
         "lighton-ocr",

@@ -239,6 +239,11 @@ def _paligemma(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, Project
     return tower, ProjectorShape(((tower.width, decoder.width),), tower.tokens)
 
 
+def _deepseek(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
+    tower = _plain_tower(top)
+    return tower, ProjectorShape(((tower.width, decoder.width), (decoder.width, decoder.width)), tower.tokens)
+
+
 def _gemma3(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
     """Squares of patches are averaged to as many tokens as the config says; then one linear map."""
     tower = _plain_tower(top)
@@ -311,6 +316,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "cohere2_vision": _aya,
     "internvl": _internvl,
     "paligemma": _paligemma,
+    "deepseek_vl": _deepseek,
     "gemma3": _gemma3,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
