@@ -76,7 +76,7 @@ def project(model: Any, encoded: Tensor) -> Tensor:
 def positions(model: Any, given: tiny_families.Call) -> Tensor:
     """(S,), or (3, S) where the model counts on three axes."""
     ids = given["input_ids"]
-    if "mm_token_type_ids" not in given:
+    if not hasattr(model.model, "get_rope_index"):
         return torch.arange(ids.shape[1])
     sizes = {name: given[name] for name in ("image_grid_thw", "video_grid_thw") if name in given}
     return model.model.get_rope_index(ids, given["mm_token_type_ids"], attention_mask=None, **sizes)[0][:, 0]
@@ -89,7 +89,8 @@ def groups(model: Any, ids: Tensor, prefix: int | None) -> Tensor | None:
         whole = torch.full(ids.shape, -1)
         whole[:prefix] = 0
         return whole
-    if kind != "gemma3":
+    ahead = getattr(model.get_decoder().config, "use_bidirectional_attention", None) == "vision"
+    if kind != "gemma3" and not ahead:
         return None
     visual = ids == tiny_families.IMAGE
     begins = visual & ~torch.cat([visual.new_zeros(1), visual[:-1]])
@@ -145,4 +146,5 @@ def shorten(
         renumber,
         groups=None if together is None else together[columns],
         deep=tuple(block[columns] for block in deep),
+        ids=ids.masked_fill(_placeholders(ids), tiny_families.PAD)[columns],
     )

@@ -36,6 +36,7 @@ class Prompt:
     renumbered: bool = False  # positions are counted anew wherever tokens leave
     groups: Tensor | None = None  # (L,) tokens of one group see each other, whichever comes first; -1 for none
     deep: tuple[Tensor, ...] = ()  # (L, D) each, added to the output of the first blocks
+    ids: Tensor | None = None  # (L,) of the tokens, padding in place of the visual ones
 
 
 def encode(model: Any, pixel_values: Tensor | None) -> list[Tensor]:
@@ -93,8 +94,11 @@ def shorten(
     return Prompt(torch.stack(rows), places, positions, following, tuple(drops), renumber)
 
 
-def decode(model: Any, prompt: Prompt, follow: Tensor) -> tuple[Tensor, Tensor]:
+def decode(model: Any, prompt: Prompt, follow: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The prompt and M tokens (M, D) that follow it, layer by layer.
+
+    Args:
+        words: (M,) ids of what follows, where each layer has an input of its own for each token.
 
     Returns:
         Logits (n + M, V) of what is left after the last block, and the columns (n + M,) of it, -1 for what follows.
@@ -108,6 +112,8 @@ def decode(model: Any, prompt: Prompt, follow: Tensor) -> tuple[Tensor, Tensor]:
     if prompt.groups is not None:
         groups[: prompt.groups.numel()] = prompt.groups
     deep = [torch.cat([one, torch.zeros(more, one.shape[1])]) for one in prompt.deep]
+    own = _own_inputs(decoder, prompt, hidden, words)
+    shared: dict[str, Any] = {}
     columns = torch.cat([prompt.columns, torch.full((more,), -1)])
     order = torch.arange(columns.numel())
     for number, layer in enumerate(decoder.layers):
@@ -121,17 +127,31 @@ def decode(model: Any, prompt: Prompt, follow: Tensor) -> tuple[Tensor, Tensor]:
             hidden, positions, columns, order = hidden[stays], positions[..., stays], columns[stays], order[stays]
             if prompt.renumbered:
                 positions = torch.arange(columns.numel()).expand(*axes, -1)
+        window = _window(decoder.config, number)
+        one_way = decoder.config.model_type == "gemma4_text" and window is None
+        seen = torch.full_like(order, -1) if one_way else groups[order]
         hidden = layer(
             hidden[None],
-            attention_mask=_mask(order, _window(decoder.config, number), groups[order]).to(hidden.dtype)[None, None],
+            attention_mask=_mask(order, window, seen).to(hidden.dtype)[None, None],
             position_ids=None,
             position_embeddings=_rotary(decoder, number, hidden[None], positions.unsqueeze(-2)),
             past_key_values=None,
             use_cache=False,
+            **({} if own is None else {"per_layer_input": own[None, :, number]}),
+            **({"shared_kv_states": shared} if hasattr(layer.self_attn, "store_full_length_kv") else {}),
         )[0]
         if number < len(deep):
             hidden = hidden + deep[number][order]
     return model.lm_head(decoder.norm(hidden)), columns
+
+
+def _own_inputs(decoder: Any, prompt: Prompt, hidden: Tensor, words: Tensor | None) -> Tensor | None:
+    """(L, layers, p) what each layer is given of each token beside the hidden states; None where it is nothing."""
+    if not getattr(decoder.config, "hidden_size_per_layer_input", None):
+        return None
+    assert prompt.ids is not None and words is not None
+    ids = torch.cat([prompt.ids, words])[None]
+    return decoder.project_per_layer_inputs(hidden[None], decoder.get_per_layer_inputs(ids, None))[0]
 
 
 def _rotary(decoder: Any, layer: int, hidden: Tensor, positions: Tensor) -> Any:
@@ -159,7 +179,7 @@ def _window(config: Any, layer: int) -> int | None:
 @torch.no_grad()
 def answer_logits(model: Any, prompt: Prompt, answer: Tensor) -> Tensor:
     """(M, V): what predicts each token of a given answer (M,)."""
-    logits, _ = decode(model, prompt, model.get_input_embeddings()(answer[:-1]))
+    logits, _ = decode(model, prompt, model.get_input_embeddings()(answer[:-1]), answer[:-1])
     return logits[-answer.numel() :]
 
 

@@ -144,7 +144,12 @@ def test_runs_of_placeholders() -> None:
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("llava-next", "image_sizes"), ("qwen2-vl", "image_grid_thw"), ("video-llama-3", "image_merge_sizes")],
+    [
+        ("llava-next", "image_sizes"),
+        ("qwen2-vl", "image_grid_thw"),
+        ("video-llama-3", "image_merge_sizes"),
+        ("gemma4", "image_position_ids"),
+    ],
 )
 def test_sizes_that_were_not_given(name: str, missing: str) -> None:
     model = tiny.model(name)
@@ -165,6 +170,21 @@ def test_pictures_whose_patches_merge_where_none_should() -> None:
     assert str(error.value) == (
         "image_merge_sizes=2 merges patches of a picture, whose tokens can then not be told apart; 1 works"
     )
+
+
+def test_patches_are_found_by_their_places() -> None:
+    """In whatever order they come, and wherever padding stands."""
+    model = tiny.model("gemma4")
+    given = tiny.inputs(model, "2i1i5")
+    mixed = torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    moved = {**given, "pixel_values": given["pixel_values"][:, mixed]}
+    moved["image_position_ids"] = given["image_position_ids"][:, mixed]
+    _, (*features, _) = encode(model, given)
+    _, (*others, _) = encode(model, moved)
+    torch.testing.assert_close(torch.cat(features), torch.cat(others))
+    found = [layouts(model, one, features) for one in (given, moved)]
+    for place, (layout, other) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(mixed[other.patches - 32 * place] + 32 * place, layout.patches)
 
 
 def test_a_run_that_is_no_number_of_tiles() -> None:

@@ -386,6 +386,56 @@ def _gemma3(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     return finished(transformers.Gemma3ForConditionalGeneration, config, attn, 0)
 
 
+def _gemma4(**more: Any) -> Callable[[str, int, dict[str, Any]], Any]:
+    def build(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
+        text = transformers.Gemma4TextConfig(
+            **SIZES,
+            head_dim=8,
+            global_head_dim=16,
+            sliding_window=12,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 100.0},
+            },
+            vocab_size_per_layer_input=VOCABULARY,
+            **more,
+        )
+        vision = transformers.Gemma4VisionConfig(
+            **_BLOCK,
+            num_hidden_layers=blocks,
+            num_key_value_heads=4,
+            head_dim=8,
+            pooling_kernel_size=2,
+            position_embedding_size=16,
+        )
+        tokens = {"video_token_id": VIDEO, "audio_token_id": VOCABULARY}
+        config = _config(transformers.Gemma4Config, vision, text, settings, **tokens)
+        return finished(transformers.Gemma4ForConditionalGeneration, config, attn, 0)
+
+    return build
+
+
+_PADDED = 32  # patches that a picture is padded to
+
+
+def _padded(model: Any, number: int, in_row: int, generator: torch.Generator) -> Picture:
+    height, width = ((4, 6), (8, 4), (6, 4))[number % 3]
+    pixels = torch.zeros(_PADDED, 48)
+    pixels[: height * width] = torch.rand(height * width, 48, generator=generator)
+    return Picture(height * width // 4, pixels, (height, width))
+
+
+def _collate_padded(rows: Sequence[Sequence[Picture]], ids: Tensor) -> dict[str, Tensor]:
+    pictures = [one for row in rows for one in row]
+    places = torch.full((len(pictures), _PADDED, 2), -1)
+    for number, one in enumerate(pictures):
+        height, width = one.size
+        patch = torch.arange(height * width)
+        places[number, : height * width] = torch.stack([patch % width, patch // width], dim=1)
+    return {"pixel_values": torch.stack([one.pixels for one in pictures]), "image_position_ids": places}
+
+
 def _paligemma(attn: str, blocks: int, settings: dict[str, Any]) -> Any:
     vision = _vision("siglip", blocks, image_size=24, projection_dim=32)
     config = _config(
@@ -569,6 +619,21 @@ KINDS: dict[str, Kind] = {
     "video-llama-3": Kind(_video_llama_3, _whole_patches, _collate_whole_patches),
     "internvl": Kind(_internvl, _tiles, _collate_tiles),
     "gemma3": Kind(_gemma3, _square(32, 16), _collate_square),
+    "gemma4": Kind(
+        _gemma4(hidden_size_per_layer_input=8, num_kv_shared_layers=2, use_double_wide_mlp=True),
+        _padded,
+        _collate_padded,
+    ),
+    "gemma4/31b": Kind(
+        _gemma4(
+            hidden_size_per_layer_input=0,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            use_bidirectional_attention="vision",
+        ),
+        _padded,
+        _collate_padded,
+    ),
     "paligemma": Kind(_paligemma, _square(24, 36), _collate_square),
     "deepseek-vl": Kind(_deepseek_vl, _square(24, 36), _collate_square),
     "idefics3": Kind(_idefics("Idefics3"), _square(32, 16), _collate_rows),
@@ -592,6 +657,7 @@ _TOKEN_TYPES = {
     "glm46v": "mm_token_type_ids",
     "glm4v_moe": "mm_token_type_ids",
     "gemma3": "token_type_ids",
+    "gemma4": "mm_token_type_ids",
 }
 
 
@@ -617,6 +683,8 @@ _TYPES = {
     "glm4v-moe": "glm4v_moe",
     "internvl": "internvl",
     "gemma3": "gemma3",
+    "gemma4": "gemma4",
+    "gemma4/31b": "gemma4",
     "paligemma": "paligemma",
     "deepseek-vl": "deepseek_vl",
     "idefics3": "idefics3",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from foveate.layouts import (
     packed_blocks,
     packed_patches,
     packed_rasters,
+    padded_rasters,
     patches_per_side,
     plain,
     pooled_frames,
@@ -91,6 +92,7 @@ TOWERS = (
     Tower("video_llama_3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM, packed=True),
     Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("gemma4_vision", summary=0, blocks="encoder.layers"),
 )
 
 
@@ -121,6 +123,8 @@ class Family:
         video_tower: attribute path to the encoder of videos, of the same kind; None where one sees both.
         reads: further encoder blocks whose output is read beside that of the usual one, by number of how many.
         inside: why no method can act inside the encoder; None where they can.
+        within: why no method can act inside the decoder or on its cache; None where they can.
+        varies: fields of the row that other configurations of its types change, from the configuration.
         positions: position ids (3, B, S) of new tokens that follow `start`, where they have several axes.
         first_position: position of the first token where the model is called directly.
         deepstack: the decoder's method that adds visual features to the output of its first blocks.
@@ -151,6 +155,8 @@ class Family:
     video_tower: str | None = None
     reads: Callable[[Any, int], list[int]] | None = None
     inside: str | None = None
+    within: str | None = None
+    varies: Callable[[Any], dict[str, Any]] | None = None
     positions: Callable[[Any, Tensor, Tensor, dict[str, Any], Tensor], Tensor] | None = None
     first_position: int = 0
     deepstack: str | None = None
@@ -291,6 +297,20 @@ def three_axes(model: Any, ids: Tensor, mask: Tensor, given: dict[str, Any], sta
     sizes = {name: value for name, value in sizes.items() if value is not None}
     found: Tensor = model.base_model.get_rope_index(ids, types, attention_mask=mask.long(), **sizes)[0]
     return torch.where(mask, found + start[:, None], 0)
+
+
+_SHARED = (
+    "its layers take inputs of their own for each token, and the last ones the keys and values of others (E2B, E4B; "
+    "not so the 31B, where they can)"
+)
+
+
+def _gemma4_varies(config: Any) -> dict[str, Any]:
+    """Small ones have layers that hang together; in large ones pictures look ahead, in layers with a window."""
+    text = config.text_config
+    ahead = text.use_bidirectional_attention is not None
+    alone = not text.hidden_size_per_layer_input and not text.num_kv_shared_layers
+    return {"within": None if alone else _SHARED, "two_way": ahead, "typed_past": ahead}
 
 
 _WITH_TILES = "a picture with all its tiles; the newlines behind its rows stay"
@@ -486,6 +506,23 @@ FAMILIES = (
         two_way=True,
     ),
     Family(
+        name="gemma4",
+        types=("gemma4",),
+        transformers="5.23",  # 5.18 masks the pictures of a 31B wrongly in a static cache, pruned or not
+        hub_ids=("google/gemma-4-E2B-it", "google/gemma-4-E4B-it", "google/gemma-4-31B-it"),
+        towers=("gemma4_vision",),
+        read=_last_read,
+        grid=lambda config: (16, 16),  # of a square picture, where the most tokens are what the processor makes
+        tower="vision_tower",
+        projector="embed_vision",
+        pointwise=False,
+        fixed=False,
+        layouts=lambda encoded: padded_rasters(encoded.model.config.vision_config.pooling_kernel_size, encoded),
+        inside="its blocks turn each patch by its place and norm what attention and MLP add",
+        within=_SHARED,
+        varies=_gemma4_varies,
+    ),
+    Family(
         name="paligemma",
         types=("paligemma",),
         hub_ids=("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-448"),
@@ -617,7 +654,7 @@ def family_of(model: Any) -> Family:
                 raise FoveateError(
                     f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText, not AutoModel"
                 )
-            return family
+            return family if family.varies is None else replace(family, **family.varies(config))
     known = ", ".join(f"{family.name} ({', '.join(family.types)})" for family in FAMILIES)
     if not hasattr(config, "vision_config"):
         raise FoveateError(f"{type(model).__name__} ({kind}) is no vision-language model; known families: {known}")

@@ -471,6 +471,30 @@ def packed_patches(encoded: Encoded) -> list[Layout]:
     return packed_rasters(1, encoded, "image_grid_thw")
 
 
+def padded_rasters(side: int, encoded: Encoded) -> list[Layout]:
+    """Pictures of any size, each padded to the same number of patches, whose places are told; squares of `side` merge.
+
+    Raises:
+        FoveateError: their places were not given.
+    """
+    places = encoded.given.get("image_position_ids")
+    if places is None:
+        raise FoveateError("image_position_ids is missing; pass what the processor made, image_position_ids among it")
+    made = []
+    for number, (x, y) in enumerate(places.cpu().transpose(1, 2)):
+        there = (x >= 0).nonzero().squeeze(-1)
+        width, height = int(x.max()) + 1, int(y.max()) + 1
+        raster = torch.empty(height * width, dtype=torch.int64)
+        raster[y[there] * width + x[there]] = there
+        patches = raster[merged(height, width, side)]
+        grid, length = (height // side, width // side), x.numel()
+        tokens = math.prod(grid)
+        made.append(
+            Layout(tokens, torch.arange(tokens), patches + number * length, (length,), None, grid, None, number)
+        )
+    return made
+
+
 def runs_of(ids: Tensor, token: int) -> list[int]:
     """Lengths of the runs of `token` in the rows of (B, S) prompts, row by row."""
     steps = torch.nn.functional.pad((ids == token).int(), (1, 1)).diff(dim=1)

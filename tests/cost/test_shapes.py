@@ -244,6 +244,55 @@ def test_block_weights_are_those_of_the_real_block(kind: str) -> None:
     assert DecoderShape.from_config(config).block_weights == counted
 
 
+@pytest.mark.parametrize("family", ["gemma4", "gemma4/31b"])
+def test_blocks_that_differ_weigh_and_hold_what_the_real_ones_do(family: str) -> None:
+    import tiny
+    import torch
+
+    import foveate
+
+    model = tiny.model(family)
+    decoder, shape = model.get_decoder(), DecoderShape.from_config(model.config)
+    linears = [one.weight.numel() for one in decoder.modules() if isinstance(one, torch.nn.Linear)]
+    assert sum(block.block_weights for block in shape.blocks) == sum(linears)
+    tables = [one.weight.numel() for one in decoder.modules() if isinstance(one, torch.nn.Embedding)]
+    assert shape.head_weights + sum(rows * width for rows, width in shape.tables) == sum(tables)
+    given = tiny.inputs(model, "1i2")  # shorter than a window
+    with torch.no_grad(), foveate.prune(model, "random:keep=0.5") as trace:
+        cache = model(**given, use_cache=True).past_key_values
+    held = [one for layer in cache.layers for one in (layer.keys, layer.values) if one is not None]
+    assert trace.kv_bytes == sum(one.numel() * 4 for one in held)
+    text = model.config.to_dict()["text_config"]
+    stated = {name: value for name, value in text.items() if name != "per_layer_config"}
+    more = {"global_head_dim": 16, "num_global_key_value_heads": 1}
+    assert DecoderShape.from_config({**stated, **more}) == shape, (
+        "a config.json says it for all layers without a window"
+    )
+    with pytest.raises(FoveateError, match="gemma4 decoder with experts is not known"):
+        DecoderShape.from_config({**text, "enable_moe_block": True})
+    with pytest.raises(FoveateError, match="layer_types=None; a config object made by transformers fills them in"):
+        DecoderShape.from_config({**text, "layer_types": None})
+    with pytest.raises(FoveateError, match="4 shapes of blocks for 5 layers; give one for each"):
+        dataclasses.replace(shape, layers=5)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4/31b"])
+def test_an_estimate_of_blocks_that_differ_is_the_sum_of_theirs(family: str) -> None:
+    import tiny
+
+    from foveate.cost import estimate
+
+    config = tiny.model(family).config
+    shape, cost = ModelShape.from_config(config), estimate(config, 8, 4, answer=2)
+    assert cost.prefill.flops == decoder_flops(shape.decoder, lengths=(12,) * 4, convention="roofline")
+    parts = [dataclasses.replace(block, vocabulary=1) for block in shape.decoder.blocks]
+    alone = [decoder_flops(block, lengths=(12,), convention="roofline") - block.width for block in parts]
+    assert cost.prefill.flops == sum(alone) + shape.decoder.head_weights
+    cached = sum(2 * block.cached_width for block in shape.decoder.blocks if block.own_keys)
+    assert cost.kv_bytes == 12 * cached * 2
+    assert cost.footprint_bytes > cost.weight_bytes == 2 * shape.weights
+
+
 # Parameters in billions that the models' pages state; norms, biases and position tables are not counted.
 @pytest.mark.parametrize(
     ("name", "billions"),

@@ -23,12 +23,14 @@ from foveate import FoPru, FoveateError, ImageTextInteraction
 from foveate.core import Call, Grid, Method, Selection, Signals, Site
 from foveate.cost.flops import decoder_flops, projector_flops, tower_flops
 from foveate.cost.shapes import ModelShape
+from foveate.families import FAMILIES as ROWS_OF_FAMILIES
 from foveate.families import family_of
 from foveate.methods.crossget import CrossGET
 from foveate.methods.dynamicvit import DynamicViT
 from foveate.methods.tome import ToMe
 
-FAMILIES = tuple(tiny_families.KINDS)
+OPEN = {family.name for family in ROWS_OF_FAMILIES if family.inside is None}
+FAMILIES = tuple(name for name in tiny_families.KINDS if name.partition("/")[0] in OPEN)
 # Those of Video-LLaVA have an encoder of their own, which no method acts in.
 VIDEOS = tuple(name for name, kind in tiny_families.KINDS.items() if kind.video is not None and name != "video-llava")
 ATTENTION = ("sdpa", "eager")

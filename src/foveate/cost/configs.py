@@ -37,6 +37,7 @@ _DECODERS: Mapping[str, Mapping[str, int]] = {
     "qwen2_5_vl_text": {},
     "qwen3_vl_text": {},
     "glm4v_text": {},
+    "gemma4_text": {},
     "cohere2": {},
     "qwen3_vl_moe_text": {},
     "glm4v_moe_text": {},
@@ -127,7 +128,7 @@ def read_decoder(config: Any) -> DecoderShape:
     width, heads = _size(text, "hidden_size", where), _size(text, "num_attention_heads", where)
     # By default this one says that the head is tied, and stock transformers asks the whole model alone.
     heard = kind != "qwen3_vl_moe_text" and text.get("tie_word_embeddings")
-    return DecoderShape(
+    shape = DecoderShape(
         layers=_size(text, "num_hidden_layers", where),
         width=width,
         ffn=_size(text, "intermediate_size", where),
@@ -138,6 +139,7 @@ def read_decoder(config: Any) -> DecoderShape:
         tied=bool(top.get("tie_word_embeddings") or heard),
         experts=_experts(text, where) if kind in _SPARSE else None,
     )
+    return _gemma4_decoder(text, shape) if kind == "gemma4_text" else shape
 
 
 def _experts(text: Entries, where: str) -> Experts | None:
@@ -156,6 +158,47 @@ def _experts(text: Entries, where: str) -> Experts | None:
         blocks=blocks,
         shared=int(text.get("n_shared_experts") or 0) * width,
     )
+
+
+def _gemma4_decoder(text: Entries, shape: DecoderShape) -> DecoderShape:
+    """Wide heads where a layer has no window, the last layers without keys and values, inputs of each layer's own.
+
+    Every layer counts on all tokens, though transformers runs the last ones on the last token alone where it can.
+    """
+    where = "the gemma4_text config"
+    if text.get("enable_moe_block"):
+        raise FoveateError("the shape of a gemma4 decoder with experts is not known")
+    count, kinds = shape.layers, text.get("layer_types")
+    if kinds is None or len(kinds) != count:
+        raise FoveateError(f"{where} states layer_types={kinds!r}; a config object made by transformers fills them in")
+    inner = int(text.get("hidden_size_per_layer_input") or 0)
+    # The map that makes a layer's input of the token, the gate, and the way back.
+    beside = ((shape.width, inner), (shape.width, inner), (inner, shape.width)) if inner else ()
+    shared = int(text.get("num_kv_shared_layers") or 0)
+    stated = text.get("per_layer_config") or {}
+    blocks = []
+    for number, kind in enumerate(kinds):
+        whole, own = kind == "full_attention", number < count - shared
+        # An object of transformers says it by layer, a config.json for all layers without a window.
+        mine = stated.get(str(number)) or stated.get(number) or {}
+        if whole and not stated:
+            mine = {"head_dim": text.get("global_head_dim", 512)}
+            if text.get("attention_k_eq_v"):
+                mine["num_key_value_heads"] = text.get("num_global_key_value_heads") or shape.kv_heads
+        blocks.append(
+            dataclasses.replace(
+                shape,
+                layers=1,
+                ffn=shape.ffn * (2 if text.get("use_double_wide_mlp") and not own else 1),
+                kv_heads=_size({"num_key_value_heads": shape.kv_heads, **mine}, "num_key_value_heads", where),
+                head_width=_size({"head_dim": shape.head_width, **mine}, "head_dim", where),
+                own_keys=own,
+                own_values=own and not (whole and text.get("attention_k_eq_v")),
+                beside=beside,
+            )
+        )
+    tables = ((_size(text, "vocab_size_per_layer_input", where), count * inner),) if inner else ()
+    return dataclasses.replace(shape, tables=tables, blocks=tuple(blocks))
 
 
 def _llava(top: Entries, decoder: DecoderShape, select: str = "default") -> tuple[TowerShape, ProjectorShape]:
@@ -252,6 +295,24 @@ def _gemma3(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorS
     return tower, ProjectorShape(((tower.width, decoder.width),), tokens, merge)
 
 
+def _gemma4(top: Entries, decoder: DecoderShape) -> tuple[TowerShape, ProjectorShape]:
+    """Pictures keep their shape; squares of patches are averaged; then one linear map."""
+    vision, where = _entries(top.get("vision_config") or {}), "the gemma4 vision config"
+    merge = _size({"pooling_kernel_size": 3, **vision}, "pooling_kernel_size", where) ** 2
+    tower = TowerShape(
+        layers=_size(vision, "num_hidden_layers", where),
+        width=_size(vision, "hidden_size", where),
+        ffn=_size(vision, "intermediate_size", where),
+        heads=_size(vision, "num_attention_heads", where),
+        tokens=_GEMMA4 * merge,
+        cls=False,
+        patch=_size(vision, "patch_size", where),
+        gated=True,
+    )
+    return tower, ProjectorShape(((tower.width, decoder.width),), _GEMMA4, merge)
+
+
+_GEMMA4 = 280  # tokens that a picture may have; the encoder runs on the patches of as many, padding among them
 _TYPICAL = 1024  # patches of a picture where each keeps its own size
 
 
@@ -318,6 +379,7 @@ _FAMILIES: Mapping[str, Callable[[Entries, DecoderShape], tuple[TowerShape, Proj
     "paligemma": _paligemma,
     "deepseek_vl": _deepseek,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,

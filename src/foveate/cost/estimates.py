@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, get_args
 from foveate.core import FoveateError, did_you_mean
 from foveate.cost.choosing import choosing_flops, choosing_operators
 from foveate.cost.devices import Hardware, Precision, hardware, precision
-from foveate.cost.flops import Convention, decode_flops, decoder_flops, equivalent_tokens, projector_flops, tower_flops
+from foveate.cost.flops import (
+    Convention,
+    decode_flops,
+    decoder_flops,
+    equivalent_tokens,
+    kv_values,
+    projector_flops,
+    tower_flops,
+)
 from foveate.cost.operators import Operator, decoder_block, output_head, patch_embedding, projection, tower_block
 from foveate.cost.plan import Plan, token_plan
 from foveate.cost.shapes import DecoderShape, ModelShape, shape
@@ -282,10 +290,11 @@ class _Account:
 
         def operators(fused: bool) -> list[tuple[Operator, int]]:
             found = [(one, 1) for one in output_head(decoder, batch=self.batch)]
-            kinds = Counter((length, decoder.experts_of(block)) for block, length in enumerate(self.lengths))
-            for (length, experts), times in kinds.items():
+            each = zip(decoder.each, self.lengths, strict=True)
+            kinds = Counter((one, length, decoder.experts_of(block)) for block, (one, length) in enumerate(each))
+            for (one, length, experts), times in kinds.items():
                 sizes = dict(queries=length, keys=length, batch=self.batch)
-                found += [(one, times) for one in decoder_block(decoder, **sizes, fused=fused, experts=experts)]
+                found += [(work, times) for work in decoder_block(one, **sizes, fused=fused, experts=experts)]
             return found
 
         return self.stage(flops, operators(False), operators(True))
@@ -301,10 +310,14 @@ class _Account:
 
         def operators(fused: bool) -> list[tuple[Operator, int]]:
             found = [(one, len(steps)) for one in output_head(decoder, batch=self.batch)]
-            kinds = Counter((keys, decoder.experts_of(block)) for step in contexts for block, keys in enumerate(step))
-            for (keys, experts), times in kinds.items():
+            kinds = Counter(
+                (decoder.each[block], keys, decoder.experts_of(block))
+                for step in contexts
+                for block, keys in enumerate(step)
+            )
+            for (one, keys, experts), times in kinds.items():
                 sizes = dict(queries=1, keys=keys, batch=self.batch)
-                found += [(one, times) for one in decoder_block(decoder, **sizes, fused=fused, experts=experts)]
+                found += [(work, times) for work in decoder_block(one, **sizes, fused=fused, experts=experts)]
             return found
 
         flops = sum(
@@ -352,18 +365,17 @@ class _Account:
         return held
 
     def kv_bytes(self, lengths: Sequence[int]) -> int:
-        decoder = self.shape.decoder
-        values = 2 * decoder.kv_heads * decoder.head_width * sum(lengths) * self.batch
-        return math.ceil(values * self.precision.cache / 8)
+        return math.ceil(kv_values(self.shape.decoder, lengths) * self.batch * self.precision.cache / 8)
 
     def widest(self) -> int:
         """Bytes of the activations that the widest block of the decoder holds at a time, attention being fused."""
-        return _widest(self.shape.decoder, max(self.lengths) * self.batch, self.precision)
+        each = zip(self.shape.decoder.each, self.lengths, strict=True)
+        return max(_widest(block, length * self.batch, self.precision) for block, length in each)
 
 
 def _widest(decoder: DecoderShape, tokens: int, bits: Precision) -> int:
     """The residual stream, and whichever is wider of attention's and the feed-forward network's own."""
-    attention = 2 * decoder.attention_width + 2 * decoder.kv_heads * decoder.head_width
+    attention = 2 * decoder.attention_width + 2 * decoder.cached_width
     experts = decoder.experts
     routed = 0 if experts is None else 3 * (experts.chosen * experts.width + experts.shared)
     dense = 0 if experts is not None and len(experts.blocks) == decoder.layers else decoder.ffn

@@ -79,7 +79,7 @@ def decode_flops(
     total = steps * _head(decoder, 1, convention)
     for block, length in enumerate(_lengths(decoder, visual, text)):
         keys = steps * length + steps * (steps + 1) // 2
-        total += _block(decoder, decoder.met(block), steps, keys, convention)
+        total += _block(decoder.each[block], decoder.met(block), steps, keys, convention)
     return batch * total
 
 
@@ -96,7 +96,8 @@ def decoder_flops(decoder: DecoderShape, *, lengths: Sequence[int], convention: 
     _at_least("batch", batch, 1)
     _check_layers(decoder.layers, lengths, smallest=1)
     blocks = sum(
-        _block(decoder, decoder.met(block), length, length * length, convention) for block, length in enumerate(lengths)
+        _block(decoder.each[block], decoder.met(block), length, length * length, convention)
+        for block, length in enumerate(lengths)
     )
     return batch * (blocks + _head(decoder, lengths[-1], convention))
 
@@ -180,8 +181,13 @@ def kv_bytes(decoder: DecoderShape, lengths_per_layer: Sequence[int], bytes_per_
     _at_least("batch", batch, 1)
     if not (math.isfinite(bytes_per_value) and bytes_per_value > 0):
         raise FoveateError(f"bytes_per_value={bytes_per_value} is no size; 16-bit values have bytes_per_value=2")
-    values = 2 * decoder.kv_heads * decoder.head_width * sum(lengths_per_layer) * batch
-    return math.ceil(values * bytes_per_value)
+    return math.ceil(kv_values(decoder, lengths_per_layer) * batch * bytes_per_value)
+
+
+def kv_values(decoder: DecoderShape, lengths_per_layer: Sequence[int]) -> int:
+    """Numbers that a row's keys and values are, of the layers that have their own."""
+    each = zip(decoder.each, lengths_per_layer, strict=True)
+    return sum(2 * block.cached_width * length for block, length in each if block.own_keys)
 
 
 def equivalent_tokens(visual: Sequence[int]) -> float:

@@ -54,13 +54,13 @@ def decoder_block(
     Args:
         experts: those of this block; None where it has one feed-forward network.
     """
-    attention, cached = shape.attention_width, shape.kv_heads * shape.head_width
+    attention, cached = shape.attention_width, shape.cached_width
     tokens = queries * batch
     asked = cached if queries > 1 else attention
     return [
         Operator(7 * tokens * shape.width, read=tokens * shape.width, written=tokens * shape.width, launches=_RMS_NORM),
         linear(shape.width, attention, tokens),
-        *(linear(shape.width, cached, tokens, cache=True) for _ in range(2)),
+        *(linear(shape.width, cached, tokens, cache=True) for _ in range(shape.own_keys + shape.own_values)),
         Operator(0, launches=_ROTARY + 2),  # LLM-Viewer counts neither rotary positions nor growing the cache
         *_attention(
             queries, keys, batch, heads=shape.heads, width=attention, kept=cached, asked=asked, fused=fused, cache=True
@@ -74,6 +74,7 @@ def decoder_block(
             else _routed(shape.width, experts, tokens)
         ),
         _add(tokens, shape.width),
+        *(linear(inner, outer, tokens) for inner, outer in shape.beside),
     ]
 
 

@@ -52,6 +52,11 @@ class DecoderShape:
         tied: the output head shares the input embedding's weights (it multiplies all the same).
         gated: the feed-forward network has three matrices (gate, up, down), else two; experts always have three.
         experts: of the blocks that have them; None where none has.
+        own_keys, own_values: a block makes keys and values; without keys it takes those of another, without values its
+            keys are its values, too.
+        beside: linear maps (in, out) of a block beside attention and feed-forward network.
+        tables: embeddings (vocabulary, width) beside the usual one.
+        blocks: the shape of each layer, where they differ; the sizes above are then those of most.
     """
 
     layers: int
@@ -64,6 +69,11 @@ class DecoderShape:
     tied: bool = False
     gated: bool = True
     experts: Experts | None = None
+    own_keys: bool = True
+    own_values: bool = True
+    beside: tuple[tuple[int, int], ...] = ()
+    tables: tuple[tuple[int, int], ...] = ()
+    blocks: tuple[DecoderShape, ...] = ()
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -72,6 +82,8 @@ class DecoderShape:
         past = [block for block in self.experts.blocks if block >= self.layers] if self.experts else []
         if past:
             raise FoveateError(f"block {past[0]} cannot have experts: the last of {self.layers} is {self.layers - 1}")
+        if self.blocks and len(self.blocks) != self.layers:
+            raise FoveateError(f"{len(self.blocks)} shapes of blocks for {self.layers} layers; give one for each")
 
     @property
     def attention_width(self) -> int:
@@ -80,20 +92,29 @@ class DecoderShape:
 
     @property
     def block_weights(self) -> int:
-        """Weights of the matrices of one block without experts: query, key, value, output and feed-forward."""
-        return self.attention_weights + (3 if self.gated else 2) * self.width * self.ffn
+        """Weights of the matrices of one block without experts: attention, feed-forward and what is beside."""
+        return self._beside_feed_forward + (3 if self.gated else 2) * self.width * self.ffn
 
     @property
-    def attention_weights(self) -> int:
-        """Weights of one block's query, key, value and output."""
-        return 2 * self.width * (self.attention_width + self.kv_heads * self.head_width)
+    def _beside_feed_forward(self) -> int:
+        """Weights of one block's query, key, value and output, and of the maps beside."""
+        attention = self.width * (2 * self.attention_width + (self.own_keys + self.own_values) * self.cached_width)
+        return attention + sum(inner * outer for inner, outer in self.beside)
+
+    @property
+    def cached_width(self) -> int:
+        """Width of all key-value heads together."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def each(self) -> tuple[DecoderShape, ...]:
+        """(layers,) the shape of each layer; which of them have experts `experts_of` says."""
+        return self.blocks or (self,) * self.layers
 
     @property
     def weights(self) -> int:
         """Weights of the matrices of all blocks, every expert's among them."""
-        sparse = 0 if self.experts is None else len(self.experts.blocks)
-        each = 0 if self.experts is None else self._sparse(self.experts, self.experts.count)
-        return (self.layers - sparse) * self.block_weights + sparse * each
+        return sum(self._weights(block, None) for block in range(self.layers))
 
     def experts_of(self, block: int) -> Experts | None:
         """The experts of 0-based `block`; None where it has one network."""
@@ -102,12 +123,16 @@ class DecoderShape:
     def met(self, block: int) -> int:
         """Weights that one token meets in 0-based `block`: of experts only those that it passes, and the router."""
         experts = self.experts_of(block)
-        return self.block_weights if experts is None else self._sparse(experts, experts.chosen)
+        return self._weights(block, None if experts is None else experts.chosen)
 
-    def _sparse(self, experts: Experts, number: int) -> int:
-        """Weights of a block, `number` of its experts counted."""
-        router = self.width * experts.count
-        return self.attention_weights + router + 3 * self.width * (number * experts.width + experts.shared)
+    def _weights(self, block: int, number: int | None) -> int:
+        """Weights of a block; of its experts, `number` of them or all."""
+        shape, experts = self.each[block], self.experts_of(block)
+        if experts is None:
+            return shape.block_weights
+        number, router = experts.count if number is None else number, self.width * experts.count
+        networks = 3 * self.width * (number * experts.width + experts.shared)
+        return shape._beside_feed_forward + router + networks
 
     @property
     def head_weights(self) -> int:
@@ -239,6 +264,7 @@ class ModelShape:
         decoder, tower = self.decoder, self.tower
         encoder = tower.layers * tower.block_weights + tower.patch_weights
         tables = decoder.head_weights * (1 if decoder.tied else 2)
+        tables += sum(inner * outer for inner, outer in decoder.tables)
         return encoder + self.projector.weights + decoder.weights + tables
 
     def tiles_of(self, visual: int) -> int:

@@ -132,7 +132,8 @@ class Evictor:
 
     def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard, kept: int) -> Held:
         places, valid = self._fresh(timeline)
-        heads = self.layers[number].self_attn.config.num_key_value_heads
+        attention = self.layers[number].self_attn  # its configuration may speak of other layers' heads
+        heads = attention.config.num_attention_heads // attention.num_key_value_groups
         ages = places[:, None].expand(-1, heads, -1)
         scores = heard.received
         if earlier is None:

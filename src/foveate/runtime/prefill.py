@@ -190,6 +190,8 @@ class Prefill:
             raise FoveateError(f"videos of {self.family.name} cannot be pruned; pictures can")
         if "video" in kinds and self.family.video_tower is not None:
             self._check_video_tower()
+        if kinds and given.get("input_features") is not None:
+            raise FoveateError("pictures beside sounds in one call cannot be pruned; give them in separate turns")
         if len(kinds) > 1:
             raise FoveateError("pictures and videos in one call cannot be pruned; give them in separate turns")
 

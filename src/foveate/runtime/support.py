@@ -96,6 +96,9 @@ def why_not(part: Method, family: Family, tower: Tower) -> str | None:
 def _reason(part: Method, family: Family, tower: Tower) -> str | None:
     if part.site == "tower" and family.inside is not None:
         return f"acts inside the encoder, which {family.name} does not allow: {family.inside}"
+    if part.site in ("layer", "cache") and family.within is not None:
+        where = "inside the decoder" if part.site == "layer" else "on the cache"
+        return f"acts {where}, which {family.name} does not allow: {family.within}"
     missing = unavailable(part, tower)
     if missing:
         return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have"
