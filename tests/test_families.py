@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from foveate.core import FoveateError
-from foveate.families import FAMILIES, TOWERS, Tower, family_of
+from foveate.families import FAMILIES, TOWERS, UNFIT, Tower, family_of
 
 BLOCKS = 4  # of the tiny encoders
 KNOWN = ", ".join(f"{family.name} ({', '.join(family.types)})" for family in FAMILIES)
@@ -65,6 +65,14 @@ def test_a_model_without_a_row_that_lacks_standard_parts() -> None:
         "CLIPModel (clip) has no row among the families, and a row cannot be made for it without generate(), "
         "image_token_id in its configuration, get_decoder().layers, get_decoder().norm, mm_encoder_outputs among the "
         "arguments of forward(); `foveate models` lists the families"
+    )
+
+
+@pytest.mark.parametrize("kind", list(UNFIT))
+def test_a_model_that_is_known_not_to_fit(kind: str) -> None:
+    assert not any(kind in family.types for family in FAMILIES)
+    assert refusal(fake(kind, vision_config={})) == (
+        f"SimpleNamespace ({kind}) cannot be pruned: {UNFIT[kind]}; `foveate models` lists the families"
     )
 
 

@@ -15,6 +15,8 @@ from transformers import (
     GotOcr2Config,
     GotOcr2ForConditionalGeneration,
     LlavaConfig,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
     Qwen2Config,
     Qwen3VLMoeConfig,
 )
@@ -153,6 +155,57 @@ def test_a_stock_model_without_a_row(method: str) -> None:
     assert image.original == 16
     assert image.after == {"r": 8, "f": 4, "d": 5}[method[0]]
     assert torch.equal(seen[0], trace.index)
+
+
+def ovis2() -> Any:
+    """Its tokens are drawn from a table of visual words."""
+    config = Ovis2Config(
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=24,
+            patch_size=4,
+            hidden_stride=2,
+            vocab_size=40,
+            num_visual_indicator_tokens=5,
+        ),
+        text_config=Qwen2Config(**tiny_families.SIZES),
+        image_token_id=tiny.IMAGE,
+        visual_indicator_token_ids=[90, 91, 92, 93, 94],
+        vocab_size=tiny_families.VOCABULARY,
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+    return tiny_families.finished(Ovis2ForConditionalGeneration, config, "sdpa", 0)
+
+
+@pytest.mark.parametrize(("build", "side", "tokens"), [(ovis2, 24, 9), (got_ocr2, 64, 16)])
+def test_the_contract_holds_on_stock_models_without_a_row(build: Any, side: int, tokens: int) -> None:
+    model = build()
+    pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[5, 6, *[tiny.IMAGE] * tokens, 8], [*[tiny.IMAGE] * tokens, 9, 10, 11]])
+    found = check(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures})
+    assert [outcome for outcome in found.outcomes if not outcome.passed] == []
+    assert (found.encoder_blocks, found.tokens) == (0, (tokens, tokens))
+    assert found.methods["fastv"] is None
+    assert "needs tower.read.given, tower.read.received, which" in str(found.methods["fopru"])
+
+
+def test_layers_that_hang_together() -> None:
+    """Nothing leaves inside a decoder whose layers need more than hidden states."""
+    model = newcomer()
+    for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
+        setattr(model.config.text_config, name, 2)
+        for method, where in (("fastv:layer=2,keep=0.5", "inside the decoder"), ("h2o", "on the cache")):
+            with pytest.warns(UserWarning, match="'newcomer' is no family"), pytest.raises(FoveateError) as error:
+                foveate.prune(model, method)
+            assert (
+                f"acts {where}, which newcomer does not allow: its layers take inputs of their own for each token, or "
+                "keys and values of others; methods that work: "
+            ) in str(error.value)
+        setattr(model.config.text_config, name, 0)
 
 
 class Stranger(Qwen3VLMoeConfig):

@@ -636,11 +636,20 @@ FAMILIES = (
 )
 
 
+UNFIT = {
+    "gemma3n": "its decoder runs several streams of hidden states at once, of which no row says anything",
+    "granite4_vision": "the features of a picture join the decoder at several depths, and none of them before it",
+    "llama4": "forward() maps what the encoder hands over itself, so that fewer tokens cannot be handed to it",
+}
+"""Types of vision-language models that cannot be pruned though they seem to have the standard parts, and why not."""
+
+
 def family_of(model: Any) -> Family:
     """The row of a loaded model; for a type that has none, one made of the standard parts that the model has.
 
     Raises:
-        FoveateError: the model is no vision-language model, or has no row and lacks a standard part.
+        FoveateError: the model is no vision-language model, is known not to fit, or has no row and lacks a standard
+            part.
     """
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
@@ -655,6 +664,10 @@ def family_of(model: Any) -> Family:
                     f"{type(model).__name__} has no generate(); load it with AutoModelForImageTextToText, not AutoModel"
                 )
             return family if family.varies is None else replace(family, **family.varies(config))
+    if kind in UNFIT:
+        raise FoveateError(
+            f"{type(model).__name__} ({kind}) cannot be pruned: {UNFIT[kind]}; `foveate models` lists the families"
+        )
     known = ", ".join(f"{family.name} ({', '.join(family.types)})" for family in FAMILIES)
     if not hasattr(config, "vision_config"):
         raise FoveateError(f"{type(model).__name__} ({kind}) is no vision-language model; known families: {known}")

@@ -91,6 +91,9 @@ def generic_family(model: Any) -> GenericFamily:
         fixed=False,
         layouts=entries if row is None else _patches,
         inside="its type has no row, so what its projector needs of the encoder is not known",
+        within="its layers take inputs of their own for each token, or keys and values of others"
+        if _hang(model)
+        else None,
         positions=three_axes if hasattr(base, "get_rope_index") else None,
         deepstack="_deepstack_process" if hasattr(decoder, "_deepstack_process") else None,
         two_way=_two_way(model),
@@ -167,6 +170,12 @@ def _two_way(model: Any) -> bool:
     text = model.config.get_text_config(decoder=True)
     stated = getattr(text, "use_bidirectional_attention", None)
     return bool(stated) or "token_type_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _hang(model: Any) -> bool:
+    """Whether its layers need more than hidden states, as Gemma's of the fourth generation say it."""
+    text = model.config.get_text_config(decoder=True)
+    return any(getattr(text, name, None) for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"))
 
 
 def _raster(config: Any) -> tuple[int, int]:
