@@ -14,7 +14,10 @@ from torch import Tensor
 from transformers import (
     GotOcr2Config,
     GotOcr2ForConditionalGeneration,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     LlavaConfig,
+    MistralConfig,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
     Qwen2Config,
@@ -181,10 +184,39 @@ def ovis2() -> Any:
     return tiny_families.finished(Ovis2ForConditionalGeneration, config, "sdpa", 0)
 
 
-@pytest.mark.parametrize(("build", "side", "tokens"), [(ovis2, 24, 9), (got_ocr2, 64, 16)])
-def test_the_contract_holds_on_stock_models_without_a_row(build: Any, side: int, tokens: int) -> None:
+def idefics2() -> Any:
+    """Its tokens are drawn from all patches of a picture."""
+    config = Idefics2Config(
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=4,
+        ),
+        perceiver_config=dict(
+            hidden_size=32,
+            resampler_n_latents=5,
+            resampler_depth=1,
+            resampler_n_heads=4,
+            resampler_head_dim=8,
+            num_key_value_heads=2,
+        ),
+        text_config=MistralConfig(**tiny_families.SIZES, sliding_window=None),
+        image_token_id=tiny.IMAGE,
+        tie_word_embeddings=False,
+    )
+    return tiny_families.finished(Idefics2ForConditionalGeneration, config, "sdpa", 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "tokens"),
+    [(ovis2, (2, 3, 24, 24), 9), (got_ocr2, (2, 3, 64, 64), 16), (idefics2, (2, 1, 3, 24, 32), 5)],
+)
+def test_the_contract_holds_on_stock_models_without_a_row(build: Any, shape: tuple[int, ...], tokens: int) -> None:
     model = build()
-    pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[5, 6, *[tiny.IMAGE] * tokens, 8], [*[tiny.IMAGE] * tokens, 9, 10, 11]])
     found = check(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures})
     assert [outcome for outcome in found.outcomes if not outcome.passed] == []
@@ -206,6 +238,67 @@ def test_layers_that_hang_together() -> None:
                 "keys and values of others; methods that work: "
             ) in str(error.value)
         setattr(model.config.text_config, name, 0)
+
+
+def looking_ahead() -> Any:
+    """No encoder at all; tokens of a picture see each other in layers with a window."""
+    if not hasattr(transformers, "Gemma4UnifiedConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no gemma4_unified")
+    text = transformers.Gemma4UnifiedTextConfig(
+        **tiny_families.SIZES,
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        use_bidirectional_attention="vision",
+    )
+    vision = transformers.Gemma4UnifiedVisionConfig(
+        patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32
+    )
+    config = transformers.Gemma4UnifiedConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tiny.IMAGE,
+        video_token_id=tiny_families.VIDEO,
+        audio_token_id=tiny_families.VOCABULARY,
+        tie_word_embeddings=False,
+    )
+    return tiny_families.finished(transformers.Gemma4UnifiedForConditionalGeneration, config, "sdpa", 0)
+
+
+def looked_at(ids: list[int], pictures: list[int]) -> dict[str, Tensor]:
+    """A prompt with numbered pictures of 2 x 3 patches."""
+    row = torch.tensor([ids])
+    places = torch.tensor([[column, line] for line in range(2) for column in range(3)])
+    pixels = [torch.rand(6, 48, generator=torch.Generator().manual_seed(number)) for number in pictures]
+    return {
+        "input_ids": row,
+        "attention_mask": torch.ones_like(row),
+        "mm_token_type_ids": (row == tiny.IMAGE).long(),
+        "pixel_values": torch.stack(pixels),
+        "image_position_ids": places.expand(len(pictures), -1, -1),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:'gemma4_unified' is no family")
+def test_a_later_turn_where_pictures_look_ahead() -> None:
+    model = looking_ahead()
+    first, second = [5, 6, *[tiny.IMAGE] * 6, 8], [9, *[tiny.IMAGE] * 6, 10, 11]
+    found = check(model, looked_at(first, [0]))
+    assert [outcome for outcome in found.outcomes if not outcome.passed] == []
+    with foveate.prune(model, "random:keep=1.0"):
+        out = generate(model, looked_at(first, [0]))
+        whole = [*out.sequences[0].tolist(), *second]
+        given = looked_at(whole, [1])
+        again = model.generate(
+            **given,
+            past_key_values=out.past_key_values,
+            max_new_tokens=STEPS,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    stock = generate(model, looked_at(whole, [0, 1]))
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(stock.logits), atol=1e-4, rtol=0)
 
 
 class Stranger(Qwen3VLMoeConfig):

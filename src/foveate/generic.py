@@ -96,6 +96,7 @@ def generic_family(model: Any) -> GenericFamily:
         else None,
         positions=three_axes if hasattr(base, "get_rope_index") else None,
         deepstack="_deepstack_process" if hasattr(decoder, "_deepstack_process") else None,
+        typed_past=_ahead(model),
         two_way=_two_way(model),
         row=row,
         assumed=tuple(assumed),
@@ -167,9 +168,12 @@ def _described(model: Any, path: str) -> Tower | None:
 
 def _two_way(model: Any) -> bool:
     """Whether tokens of a prompt may attend to later ones of it: as Gemma's say, or by token types, as PaliGemma's."""
-    text = model.config.get_text_config(decoder=True)
-    stated = getattr(text, "use_bidirectional_attention", None)
-    return bool(stated) or "token_type_ids" in inspect.signature(type(model).forward).parameters
+    return _ahead(model) or "token_type_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _ahead(model: Any) -> bool:
+    """Whether tokens of one picture look ahead, by token types that Gemma's read from the start of the cache on."""
+    return bool(getattr(model.config.get_text_config(decoder=True), "use_bidirectional_attention", None))
 
 
 def _hang(model: Any) -> bool:
