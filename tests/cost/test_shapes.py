@@ -268,6 +268,8 @@ def test_blocks_that_differ_weigh_and_hold_what_the_real_ones_do(family: str) ->
     assert DecoderShape.from_config({**stated, **more}) == shape, (
         "a config.json says it for all layers without a window"
     )
+    alike = DecoderShape.from_config({**text, "per_layer_config": {}}).blocks
+    assert {block.head_width for block in alike} == {8}
     with pytest.raises(FoveateError, match="gemma4 decoder with experts is not known"):
         DecoderShape.from_config({**text, "enable_moe_block": True})
     with pytest.raises(FoveateError, match="layer_types=None; a config object made by transformers fills them in"):

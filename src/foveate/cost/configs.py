@@ -175,13 +175,13 @@ def _gemma4_decoder(text: Entries, shape: DecoderShape) -> DecoderShape:
     # The map that makes a layer's input of the token, the gate, and the way back.
     beside = ((shape.width, inner), (shape.width, inner), (inner, shape.width)) if inner else ()
     shared = int(text.get("num_kv_shared_layers") or 0)
-    stated = text.get("per_layer_config") or {}
+    stated = text.get("per_layer_config")
     blocks = []
     for number, kind in enumerate(kinds):
         whole, own = kind == "full_attention", number < count - shared
-        # An object of transformers says it by layer, a config.json for all layers without a window.
-        mine = stated.get(str(number)) or stated.get(number) or {}
-        if whole and not stated:
+        # An object of transformers says it of each layer that differs, a config.json of all without a window.
+        mine = {} if stated is None else stated.get(str(number)) or stated.get(number) or {}
+        if whole and stated is None:
             mine = {"head_dim": text.get("global_head_dim", 512)}
             if text.get("attention_k_eq_v"):
                 mine["num_key_value_heads"] = text.get("num_global_key_value_heads") or shape.kv_heads
