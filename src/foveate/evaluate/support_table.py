@@ -35,11 +35,14 @@ def support() -> list[Row]:
 
 
 def _reason(name: str, family: Family) -> tuple[str | None, str | None]:
-    """The first reason that one of the method's parts meets, and the settings that avoid it."""
+    """Why a method cannot run as it is, and the settings with which it can; what none avoids comes first."""
     tower, method = family.described(family.towers[0]), methods.get(name).example()
-    reasons = [why_not(part, family, tower) for part in method.parts()]
-    reason = next((reason for reason in reasons if reason is not None), None)
-    return reason, None if reason is None else other_form(method, family, tower)
+    refused = [part for part in method.parts() if why_not(part, family, tower) is not None]
+    if not refused:
+        return None, None
+    settings = other_form(method, family, tower)
+    final = [part for part in refused if other_form(part, family, tower) is None]
+    return why_not((final or refused)[0], family, tower), settings
 
 
 def markdown() -> str:
