@@ -81,7 +81,7 @@ takes several encoders, the column is about its usual one.
 ## Inside the encoder
 
 A method that acts inside the encoder (`tome`, `crossget`, `dynamicvit`, `image_text_interaction`) drops and merges
-tokens as the decoder would get them, on every family:
+tokens as the decoder would get them, on every family but Gemma 4, whose encoder is only read:
 
 - Where a projector joins neighbouring patches (2 x 2 merging, pixel shuffle, pooling), the patches of one token stay or
   leave together, and two tokens merge patch by patch. So `keep` is exact. What such a method reads of a token is the
