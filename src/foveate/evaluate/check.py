@@ -16,7 +16,7 @@ from foveate.core import Call, FoveateError, Method
 from foveate.families import family_of
 from foveate.generic import GenericFamily
 from foveate.prune import prune
-from foveate.runtime.support import why_not
+from foveate.runtime.support import first_refused, why_not
 from foveate.runtime.wrapped import unwrapped
 from foveate.spec import parse
 
@@ -116,11 +116,8 @@ def _reason(model: Any, name: str) -> str | None:
     """Why a method cannot run on this model; None where it can."""
     family = family_of(model)
     tower = family.tower_of(model)[1]
-    for part in methods.get(name).example(model.config).parts():
-        reason = why_not(part, family, tower)
-        if reason is not None:
-            return reason
-    return None
+    refused = first_refused(methods.get(name).example(model.config).parts(), family, tower)
+    return None if refused is None else why_not(refused, family, tower)
 
 
 def check(model: Any, inputs: Mapping[str, Any]) -> Found:

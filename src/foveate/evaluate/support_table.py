@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from foveate import methods
 from foveate.families import FAMILIES, Family
-from foveate.runtime.support import other_form, why_not
+from foveate.runtime.support import first_refused, other_form, why_not
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,8 @@ def support() -> list[Row]:
 def _reason(name: str, family: Family) -> tuple[str | None, str | None]:
     """Why a method cannot run as it is, and the settings with which it can; what none avoids comes first."""
     tower, method = family.described(family.towers[0]), methods.get(name).example()
-    refused = [part for part in method.parts() if why_not(part, family, tower) is not None]
-    if not refused:
-        return None, None
-    settings = other_form(method, family, tower)
-    final = [part for part in refused if other_form(part, family, tower) is None]
-    return why_not((final or refused)[0], family, tower), settings
+    refused = first_refused(method.parts(), family, tower)
+    return (None, None) if refused is None else (why_not(refused, family, tower), other_form(method, family, tower))
 
 
 def markdown() -> str:

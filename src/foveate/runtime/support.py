@@ -61,9 +61,10 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
         name = format_spec(part)
         if part.site not in SITES:
             raise FoveateError(f"{name} acts at site {part.site!r}; sites that can be used: {', '.join(SITES)}")
-        reason = why_not(part, family, tower)
-        if reason is not None:
-            raise FoveateError(f"{name} {reason}; methods that work: {', '.join(working_methods(family, tower))}")
+        refused = first_refused(parts, family, tower)
+        if refused is not None:
+            works = ", ".join(working_methods(family, tower))
+            raise FoveateError(f"{format_spec(refused)} {why_not(refused, family, tower)}; methods that work: {works}")
         check_devices(model, part)
         part.check_model(model.config)
         if part.site == "tower":
@@ -91,6 +92,13 @@ def why_not(part: Method, family: Family, tower: Tower) -> str | None:
     reason = _reason(part, family, tower)
     settings = None if reason is None else other_form(part, family, tower)
     return reason if not settings else f"{reason} (with {settings} it runs)"
+
+
+def first_refused(parts: Sequence[Method], family: Family, tower: Tower) -> Method | None:
+    """Of the parts that cannot run, the first that no setting helps, or else the first; None where all can."""
+    refused = [part for part in parts if _reason(part, family, tower) is not None]
+    final = [part for part in refused if other_form(part, family, tower) is None]
+    return next(iter(final or refused), None)
 
 
 def _reason(part: Method, family: Family, tower: Tower) -> str | None:
