@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,8 +177,14 @@ def _of_tile(part: Method, share: tuple[int, tuple[int, ...]]) -> Method:
                 f"{format_spec(part)} asks for {count} tokens of a picture whose {len(sizes)} tiles keep {least} each "
                 f"inside the encoder; the least is keep={least * len(sizes)}"
             )
-        own.append(split_by_size(count, sizes, least)[place])
+        own.append(_shares(count, sizes, least)[place])
     return _with_keep(part, tuple(own) if isinstance(getattr(part, "keep", None), tuple) else own[0])
+
+
+@lru_cache(maxsize=1024)
+def _shares(total: int, sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
+    """`split_by_size`, which every tile asks for, and a method that merges once for each block."""
+    return tuple(split_by_size(total, sizes, least))
 
 
 def _with_keep(part: Method, keep: Any) -> Method:
