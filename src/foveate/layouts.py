@@ -39,8 +39,8 @@ class Encoded:
         """Lengths of the runs of placeholders in the prompts, in their order."""
         return self.count_runs()
 
-    def sizes(self, name: str) -> list[list[int]]:
-        """The argument that states the pictures' sizes.
+    def stated(self, name: str) -> Any:
+        """An argument of the call.
 
         Raises:
             FoveateError: it was not given.
@@ -48,6 +48,15 @@ class Encoded:
         value = self.given.get(name)
         if value is None:
             raise FoveateError(f"{name} is missing; pass what the processor made, {name} among it")
+        return value
+
+    def sizes(self, name: str) -> list[list[int]]:
+        """The argument that states the pictures' sizes.
+
+        Raises:
+            FoveateError: it was not given.
+        """
+        value = self.stated(name)
         # At once: on a device every number read by itself would wait for it.
         value = value.tolist() if isinstance(value, Tensor) else value
         return [[int(side) for side in one] for one in value]
@@ -117,12 +126,6 @@ class Tile:
         bound = torch.zeros(self.length, dtype=torch.bool).index_fill(0, self.patches.flatten(), True)
         return (~bound).nonzero().squeeze(-1)
 
-    def layout(self, number: int, first: int) -> Layout:
-        """It as a picture of its own: tile `number` of an encoding, with `first` patches before it."""
-        count = self.tokens.numel()
-        everything = torch.arange(count)
-        return Layout(count, everything, self.patches + first, (self.length,), self.weights, self.grid, None, number)
-
 
 def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
     """The tiles of some pictures, in the order in which the encoder sees them.
@@ -157,6 +160,20 @@ def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
                 )
             )
         first += sum(layout.lengths)
+    return made
+
+
+def as_pictures(tiles: Sequence[Tile]) -> list[Layout]:
+    """Each tile of an encoding that has tokens as a picture of its own."""
+    made, first = [], 0
+    for number, tile in enumerate(tiles):
+        if tile.tokens.numel():
+            count = tile.tokens.numel()
+            patches = tile.patches + first
+            made.append(
+                Layout(count, torch.arange(count), patches, (tile.length,), tile.weights, tile.grid, None, number)
+            )
+        first += tile.length
     return made
 
 
@@ -458,12 +475,9 @@ def packed_patches(encoded: Encoded) -> list[Layout]:
     """Pictures of any size in one sequence, of which each states that its patches do not merge.
 
     Raises:
-        FoveateError: they do.
+        FoveateError: they do, or it is not stated.
     """
-    sides = encoded.given.get("image_merge_sizes")
-    if sides is None:
-        raise FoveateError("image_merge_sizes is missing; pass what the processor made, image_merge_sizes among it")
-    most = max(sides.tolist(), default=1)
+    most = max(encoded.stated("image_merge_sizes").tolist(), default=1)
     if most > 1:
         raise FoveateError(
             f"image_merge_sizes={most} merges patches of a picture, whose tokens can then not be told apart; 1 works"
@@ -477,11 +491,8 @@ def padded_rasters(side: int, encoded: Encoded) -> list[Layout]:
     Raises:
         FoveateError: their places were not given.
     """
-    places = encoded.given.get("image_position_ids")
-    if places is None:
-        raise FoveateError("image_position_ids is missing; pass what the processor made, image_position_ids among it")
     made = []
-    for number, (x, y) in enumerate(places.cpu().transpose(1, 2)):
+    for number, (x, y) in enumerate(encoded.stated("image_position_ids").cpu().transpose(1, 2)):
         there = (x >= 0).nonzero().squeeze(-1)
         width, height = int(x.max()) + 1, int(y.max()) + 1
         raster = torch.empty(height * width, dtype=torch.int64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, StageRecord
-from foveate.layouts import Layout, Tile
+from foveate.layouts import Layout, Tile, as_pictures
 from foveate.runtime.choose import TOKEN_AXIS, Image
 from foveate.runtime.record import Stopwatch
 
@@ -100,12 +100,12 @@ class Lane:
         self.present = present[order]
         return rows[order]
 
-    def note(self, start: int, depth: int, end: int, block: int) -> None:
-        """From block `start` on attention runs on what is left, from `depth` on it is what comes out, up to `end`."""
+    def note(self, start: int, depth: int, end: int) -> None:
+        """A stage has acted at block `depth`: from block `start` on attention runs on what is left, up to `end`."""
         self.attended[start:end] = [self.present] * (end - start)
         self.outputs[depth:end] = [self.present] * (end - depth)
         if self.image is not None and self.image.extra is not None and self._own_token is None:
-            self._own_token = block
+            self._own_token = depth
 
     def remember(self, row: Tensor) -> None:
         """Note the hidden states of patches that may be about to leave; one that merged has its group's."""
@@ -159,19 +159,9 @@ class Lanes:
         """What is left of each tile that has tokens."""
         return [lane.image for lane in self.lanes if lane.image is not None]
 
-    @property
-    def visible(self) -> list[Lane]:
-        """The tiles that have tokens."""
-        return [lane for lane in self.lanes if lane.image is not None]
-
     def layouts(self) -> list[Layout]:
         """Each tile that has tokens as a picture of its own."""
-        made, first = [], 0
-        for number, lane in enumerate(self.lanes):
-            if lane.image is not None:
-                made.append(lane.tile.layout(number, first))
-            first += lane.tile.length
-        return made
+        return as_pictures([lane.tile for lane in self.lanes])
 
     def full(self, block: Block, number: int) -> Block:
         """What a probe saw of block `number`, with the patches at their places, as if none had left."""

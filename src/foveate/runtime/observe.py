@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.families import family_of
-from foveate.layouts import Layout, tiles_of
+from foveate.layouts import Layout, as_pictures, tiles_of
 from foveate.runtime.choose import narrow
 from foveate.runtime.packing import to_tokens
 from foveate.runtime.probe import Probe, missing_signals
@@ -73,23 +73,13 @@ def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -
     told = Brought(given, lambda: [height * width] * entries)
     layouts = layouts_of(family, model, tower, told, height * width, entries)
     if part.site == "tower":
-        layouts = _of_tiles(layouts)
+        layouts = as_pictures(tiles_of(layouts))
     blocks = to_tokens(seen, layouts, row.packed)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, layout in enumerate(layouts):
         tiling = None if layout.tile is None else tuple(layout.tile.tolist())
         groups.setdefault((layout.visual.numel(), layout.grid, tiling), []).append(number)
     return [_signals(blocks, layouts[numbers[0]], numbers, model.device) for numbers in groups.values()]
-
-
-def _of_tiles(layouts: list[Layout]) -> list[Layout]:
-    """Each tile that has tokens as a picture of its own."""
-    made, first = [], 0
-    for number, tile in enumerate(tiles_of(layouts)):
-        if tile.tokens.numel():
-            made.append(tile.layout(number, first))
-        first += tile.length
-    return made
 
 
 def _signals(blocks: Mapping[int | str, Block], layout: Layout, numbers: list[int], device: torch.device) -> Signals:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.core import Block, FoveateError
 from foveate.layouts import Layout
+from foveate.ops.padding import joined
 from foveate.runtime.choose import TOKEN_AXIS, Image
 
 
@@ -55,9 +56,7 @@ def _to_tokens(name: int | str, block: Block, layouts: Sequence[Layout]) -> Bloc
                 f"encoder block {name} saw {seen} patches where the pictures of the prompt have {wanted}"
             )
         rows = [_mean(flat, layout) for layout in layouts]
-        longest = max(row.shape[0] for row in rows)
-        padded = [nn.functional.pad(row.movedim(0, -1), (0, longest - row.shape[0])).movedim(-1, 0) for row in rows]
-        fields[field] = torch.stack(padded).movedim(1, axis)
+        fields[field] = joined([row[None] for row in rows]).movedim(1, axis)
     return Block(**fields)
 
 

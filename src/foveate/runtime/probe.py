@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate.core import Block, FoveateError
 from foveate.families import Family, Tower
+from foveate.ops.padding import joined
 from foveate.ops.scores import attention_sums, row_attention
 from foveate.runtime.choose import TOKEN_AXIS
 
@@ -168,7 +169,7 @@ class Watch(Observed):
 
     def take(self) -> Block:
         """What was seen since the last call, images along the first axis, and forget it."""
-        taken = {name: _joined(values) for name, values in self.seen.items() if values}
+        taken = {name: joined(values) for name, values in self.seen.items() if values}
         self.seen = {name: [] for name in self.fields}
         return Block(**taken)
 
@@ -256,16 +257,6 @@ def _segments(mask: Tensor | None) -> list[int] | None:
     first = open_.int().argmax(dim=-1)  # of each row, the first patch of its picture
     starts: list[int] = first.unique_consecutive().tolist()
     return [*starts, square.shape[0]]
-
-
-def _joined(values: list[Tensor]) -> Tensor:
-    """One batch of what several encodings showed, padded to the one in which most tokens were left."""
-    longest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    joined = []
-    for value in values:
-        missing = [most - size for most, size in zip(longest, value.shape[1:], strict=True)]
-        joined.append(nn.functional.pad(value, [side for most in reversed(missing) for side in (0, most)]))
-    return torch.cat(joined)
 
 
 def key_mask(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:

@@ -340,7 +340,7 @@ class TowerStages:
         left = [lane.write(row, name) for lane, row in zip(lanes, rows, strict=True)]
         end = self.read + 1 if self.put_back else len(self.blocks)  # blocks behind it run on all patches again
         for lane in lanes:
-            lane.note(depth + merged, depth, end, depth)
+            lane.note(depth + merged, depth, end)
             if self.put_back:
                 for read in self.reads:
                     lane.outputs[read] = lane.whole

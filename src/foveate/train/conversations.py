@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from foveate.core import FoveateError
 from foveate.images import load_image
+from foveate.ops.padding import joined
 from foveate.runtime.prefill import TOKEN_TYPES
 from foveate.train.losses import IGNORED
 
@@ -301,18 +302,8 @@ def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     for name in rows[0].given:
         values = [row.given[name] for row in rows]
         typed = name in TOKEN_TYPES
-        batch[name] = torch.stack([padded(value[0], 0) for value in values]) if typed else _joined(values)
+        batch[name] = torch.stack([padded(value[0], 0) for value in values]) if typed else joined(values)
     for name in ("features", "wanted"):
         if getattr(rows[0], name) is not None:
             batch[name] = torch.cat([getattr(row, name) for row in rows])
     return batch
-
-
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    """What rows bring for their pictures, behind each other; smaller pictures, or fewer tiles, are filled up with 0."""
-    shape = torch.tensor([value.shape[1:] for value in values]).amax(dim=0).tolist()
-    filled = []
-    for value in values:
-        missing = [most - mine for most, mine in zip(shape, value.shape[1:], strict=True)]
-        filled.append(torch.nn.functional.pad(value, [side for more in reversed(missing) for side in (0, more)]))
-    return torch.cat(filled)
