@@ -142,7 +142,7 @@ def check(model: Any, inputs: Mapping[str, Any]) -> Found:
             outcomes.append(_held(f"{method} changes nothing", statement))
         tokens = tuple(image.original for image in calls[0].images) if calls else ()
         for method in _halves(found, max(1, min(tokens) // 2)) if tokens else ():
-            outcomes += _refused(model, inputs, method) or _half(model, inputs, method, plain)
+            outcomes += _half(model, inputs, method, plain)
     changed = [name for name, value in _state(unwrapped(model)).items() if before.get(name) != value]
     detail = f"changed: {', '.join(changed[:3])}" if changed else f"{len(before)} tensors, settings and hooks"
     outcomes.append(Outcome("the model is untouched", not changed, detail))
@@ -183,12 +183,16 @@ class _Run:
         return cls(answer, out.logits[0].float(), seen[0] if seen else None)
 
 
-def _held(name: str, statement: Callable[[], tuple[bool, str]]) -> Outcome:
-    """A statement that may also end in an error."""
+def _held(name: str, statement: Callable[[], tuple[bool, str]], refused: str | None = None) -> Outcome:
+    """A statement that may also end in an error.
+
+    Args:
+        refused: what holds where a FoveateError says why the statement cannot be made; None where that is a failure.
+    """
     try:
         return Outcome(name, *statement())
     except FoveateError as error:
-        return Outcome(name, False, str(error))
+        return Outcome(refused or name, refused is not None, str(error))
     except Exception as error:  # a model never seen before may fail in any way
         return Outcome(name, False, f"{type(error).__name__}: {error}")
 
@@ -235,27 +239,15 @@ def _half(model: Any, inputs: Mapping[str, Any], method: Method, plain: _Run) ->
         left = ", ".join(f"{image.original} -> {image.after}" for image in images)
         return all(image.after == asked for image in images), f"{left} tokens, {asked} asked for"
 
-    yield _held(f"{method} keeps exactly its count", counted)
+    # What can be done inside the encoder depends on these very pictures.
+    refused = f"{method} says why it cannot run" if method.site == "tower" else None
+    yield _held(f"{method} keeps exactly its count", counted, refused)
     if len(runs) < 2:
         return
     yield _held(f"{method} keeps the tokens' positions", lambda: _positions(runs[0], plain, calls[0]))
     equal = torch.equal(runs[0].answer, runs[1].answer) and torch.equal(runs[0].logits, runs[1].logits)
     yield Outcome(f"{method} repeats itself", equal, "the second run equals the first" if equal else "two runs differ")
     yield _held(f"{method} answers a direct call as generate() does", lambda: _direct(model, inputs, method, runs[0]))
-
-
-def _refused(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Outcome]:
-    """That a method inside the encoder cannot act on these very pictures, and says so; nothing where it can."""
-    if method.site != "tower":
-        return []
-    try:
-        with prune(model, method):
-            _Run.of(model, inputs)
-    except FoveateError as error:
-        return [Outcome(f"{method} says why it cannot run", True, str(error))]
-    except Exception:
-        return []  # what this is will be said of each statement
-    return []
 
 
 def _positions(run: _Run, plain: _Run, call: Call) -> tuple[bool, str]:

@@ -58,19 +58,20 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
     shape_of(model, family)  # what a trace counts must be known before work starts
     layers = len(model.get_decoder().layers)
     for part in parts:
-        name = format_spec(part)
         if part.site not in SITES:
-            raise FoveateError(f"{name} acts at site {part.site!r}; sites that can be used: {', '.join(SITES)}")
-        refused = first_refused(parts, family, tower)
-        if refused is not None:
-            works = ", ".join(working_methods(family, tower))
-            raise FoveateError(f"{format_spec(refused)} {why_not(refused, family, tower)}; methods that work: {works}")
+            name, sites = format_spec(part), ", ".join(SITES)
+            raise FoveateError(f"{name} acts at site {part.site!r}; sites that can be used: {sites}")
+    refused = first_refused(parts, family, tower)
+    if refused is not None:
+        works = ", ".join(working_methods(family, tower))
+        raise FoveateError(f"{format_spec(refused)} {why_not(refused, family, tower)}; methods that work: {works}")
+    for part in parts:
         check_devices(model, part)
         part.check_model(model.config)
         if part.site == "tower":
             part.depths(len(tower.blocks_of(encoder)))  # a method says itself what it cannot do with so many
         if part.site == "layer":
-            check_depths(part.depths(layers), layers, name)
+            check_depths(part.depths(layers), layers, format_spec(part))
     if sum(part.site == "cache" for part in parts) > 1:
         raise FoveateError("two methods would evict from one cache; give one of them")
     if family.fixed and not tower.packed and not any(part.adaptive for part in parts):
