@@ -68,8 +68,8 @@ FAMILIES = """# Model families
 
 {families}
 
-A model of another type gets a row made of the standard parts that it has, with a warning; `foveate check MODEL` says
-what works on any model, and tries it.
+A model of another type gets a row made of the standard parts that it has, with a warning, or is refused with the part
+that does not fit; `foveate check MODEL` says what works on any model, and tries it.
 
 ## Methods and families
 
