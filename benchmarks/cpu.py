@@ -27,6 +27,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 import foveate
 from foveate.ops.scores import attention_sums
+from foveate.runs import write_text
 from foveate.runtime import probe as probes
 from foveate.runtime.record import Stopwatch
 
@@ -290,9 +291,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "rows": rows,
         }
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(options.out)
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from foveate.evaluate.bench_model import random_inputs, random_model
 from foveate.evaluate.bench_tables import PAPER_COLUMNS, at_ratios, columns, paper_rows, rows
 from foveate.evaluate.tables import Column, plain
 from foveate.ops.scores import attention_sums
+from foveate.runs import write_text
 from foveate.spec import parse_stages
 
 HERE = Path(__file__).parent
@@ -277,9 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = options.out or (None if options.tiny else HERE / "results" / f"gpu-{today}.json")
     print(f"\n{result['seconds']:.0f} s" + (f", figures in {target}" if target else ""))
     if target is not None:
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write_text(target, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 from foveate import methods
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.ops import greedy
+from foveate.runs import write_text
 
 BATCH, TOKENS, KEPT = 8, 576, 64
 SIDE = 24
@@ -271,9 +272,7 @@ def main() -> None:
             "transformers": version("transformers"),
             "rows": rows,
         }
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(options.out)
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

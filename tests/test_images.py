@@ -129,7 +129,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "kept.png"
     save_image(Image.new("RGB", (2, 2), "red"), target)
     before = target.read_bytes()
-    with pytest.raises(OSError, match="cannot write mode"):
+    with pytest.raises(FoveateError, match=f"{target} cannot be written: cannot write mode F as PNG"):
         save_image(Image.new("F", (2, 2)), target)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]

@@ -17,25 +17,27 @@ SOURCE = Path(__file__).parents[1] / "src" / "foveate"
 # `registry` is methods/__init__.py: it loads no method until one is asked for.
 AT_LOAD = {
     "core": set(),
+    "paths": {"core"},
+    "runs": {"core", "paths"},
     "ops": {"core"},
     "registry": {"core"},
     "methods": {"core", "ops"},
-    "spec": {"core", "registry"},
-    "cost": {"core"},
-    "images": {"core"},
+    "spec": {"core", "registry", "paths"},
+    "cost": {"core", "paths"},
+    "images": {"core", "paths", "runs"},
     "layouts": {"core"},
     "families": {"core", "layouts"},
     "generic": {"core", "layouts", "families"},
-    "modules": {"core", "ops"},
+    "modules": {"core", "ops", "paths", "runs"},
     "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost"},
     "prune": {"core", "spec", "registry", "methods", "families", "runtime", "cost"},
-    "scenes": {"core"},
+    "scenes": {"core", "paths", "runs"},
     "draw": {"core", "images"},
     "report": {"core", "cost", "draw"},
 }
 AT_LOAD["engine"] = AT_LOAD["prune"] | {"ops", "prune"}
-AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "scenes", "engine"}
-AT_LOAD["train"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "ops", "modules", "evaluate"}
+AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "scenes", "engine", "runs"}
+AT_LOAD["train"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "ops", "modules", "evaluate", "paths", "runs"}
 AT_LOAD["calibrate"] = AT_LOAD["prune"] | {"prune", "images"}
 AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw"}
 AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
@@ -52,9 +54,9 @@ WHEN_CALLED = {
     "foveate": set(AT_LOAD),
 }
 
-NO_TRANSFORMERS = {"core", "ops", "registry", "methods", "spec", "cost", "images"}
+NO_TRANSFORMERS = {"core", "paths", "runs", "ops", "registry", "methods", "spec", "cost", "images"}
 NO_TORCH = {"cost", "images"}
-ONLY_STANDARD_AT_LOAD = {"foveate", "core", "registry", "spec", "cost"}
+ONLY_STANDARD_AT_LOAD = {"foveate", "core", "paths", "runs", "registry", "spec", "cost"}
 SCENES_MAY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 from importlib import resources
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from foveate.runs import write_bytes
 
 SPRITE = 72  # pixels of one pictogram's square cell
 COLUMNS = 8  # pictograms in one row of their sheet
@@ -133,13 +134,6 @@ def photos(folder: Path) -> Image.Image:
     return sheet
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then move into place."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def encoded(image: Image.Image, **options: object) -> bytes:
     """The bytes of an image file."""
     buffer = io.BytesIO()
@@ -156,11 +150,11 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     fonts = Path(str(resources.files("matplotlib") / "mpl-data" / "fonts" / "ttf"))
     sheet = sprites(ImageFont.truetype(options.emoji, 109))
-    write(options.output / "sprites.png", encoded(sheet, format="PNG", optimize=True))
-    write(options.output / "digits.png", encoded(digits(fonts), format="PNG", optimize=True))
+    write_bytes(options.output / "sprites.png", encoded(sheet, format="PNG", optimize=True))
+    write_bytes(options.output / "digits.png", encoded(digits(fonts), format="PNG", optimize=True))
     backgrounds = photos(Path(str(resources.files("skimage") / "data")))
-    write(options.output / "photos.jpg", encoded(backgrounds, format="JPEG", quality=88, optimize=True))
-    write(options.output / "DEJAVU-LICENSE.txt", (fonts / "LICENSE_DEJAVU").read_bytes())
+    write_bytes(options.output / "photos.jpg", encoded(backgrounds, format="JPEG", quality=88, optimize=True))
+    write_bytes(options.output / "DEJAVU-LICENSE.txt", (fonts / "LICENSE_DEJAVU").read_bytes())
 
 
 if __name__ == "__main__":

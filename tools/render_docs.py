@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +25,7 @@ from foveate import methods
 from foveate.core import FoveateError
 from foveate.evaluate.catalogue import ACTS, about, at, describe
 from foveate.evaluate.support_table import families_markdown, markdown
+from foveate.runs import make_folder, write_bytes
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "methods"
@@ -311,11 +311,9 @@ def budgeted(name: str, keep: int) -> Any:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then move into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    """Write a file, and the folder that it is in."""
+    make_folder(path.parent)
+    write_bytes(path, data)
 
 
 def pictures() -> None:

@@ -28,10 +28,17 @@ class FoveateError(ValueError):
     """Every error that a user can cause: the message names the value, the limit and the nearest valid choice."""
 
 
+def short(text: str, most: int = 80) -> str:
+    """What a user wrote as a message repeats it: whole up to `most` characters, else without its middle."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]}...{text[-(most // 4) :]} ({len(text)} characters)"
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The tail of an error message: the nearest of `choices` to `name`, then all of them."""
     known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:200], known, n=1, cutoff=0.5)  # it takes time in proportion to both
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Choices: {', '.join(known) or 'none'}."
 
@@ -43,7 +50,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 def check_keep(keep: object, name: str = "keep") -> None:
     """Refuse a `keep` that is neither a count of tokens (int >= 1) nor a share of them (float in (0, 1])."""
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise FoveateError(f"{name}={keep!r} is neither a number of tokens (int) nor a share of them (float)")
+        told = short(repr(keep))
+        raise FoveateError(f"{name}={told} is neither a number of tokens (int) nor a share of them (float)")
     if isinstance(keep, int):
         if keep < 1:
             raise FoveateError(f"{name}={keep} is below 1 token; the smallest budget is {name}=1")
@@ -58,7 +66,8 @@ def check_choices(method: Method) -> None:
     for name, hint in typing.get_type_hints(type(method)).items():
         value, choices = getattr(method, name, None), typing.get_args(hint)
         if typing.get_origin(hint) is Literal and value not in choices:
-            raise FoveateError(f"{name}={value!r} is not among its choices; {did_you_mean(str(value), choices)}")
+            told = short(repr(value))
+            raise FoveateError(f"{name}={told} is not among its choices; {did_you_mean(str(value), choices)}")
 
 
 def tokens_to_keep(keep: Keep, original: int, left: int | None = None, name: str = "keep") -> int:

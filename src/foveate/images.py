@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from foveate.core import FoveateError
+from foveate.paths import checked
+from foveate.runs import whole_file
 
 MOST_BYTES = 20_000_000
 MOST_PIXELS = 64_000_000
@@ -23,7 +24,7 @@ def load_image(path: str | Path) -> Image.Image:
         FoveateError: no such file, more than 20 MB, a header that announces more than 64 megapixels (nothing is decoded
             then), or bytes that cannot be decoded.
     """
-    path = Path(path)
+    path = checked(path)
     _check_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
@@ -98,11 +99,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Write a picture in the format of its suffix, under a temporary name first."""
-    path = Path(path)
-    temporary = path.with_name(f".part.{path.name}")
-    try:
+    """Write a picture in the format of its suffix, all of it or nothing.
+
+    Raises:
+        FoveateError: it cannot be written, such as on a full disk.
+    """
+    with whole_file(path) as temporary:
         image.save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def test_an_encoder_without_cls_has_no_similarity(call: Any, picture: Path, tmp_
     ("options", "message"),
     [
         (["--question", " "], "--question is empty; ask at least one word"),
-        (["--out", "pyproject.txt"], "--out pyproject.txt is a file; give a folder"),
+        (["--out", "pyproject.txt"], "pyproject.txt is a file; give a folder"),
         (["--json", "numbers.txt"], "numbers.txt ends in '.txt'; the choices are .json"),
         (["--json", "no/numbers.json"], "there is no folder no"),
         (["--alpha", "0"], "alpha=0.0 is no positive number"),

@@ -16,7 +16,7 @@ from foveate.scenes import generator
 def test_a_file_in_the_way_is_refused(call: Any, tmp_path: Path) -> None:
     (tmp_path / "demo").touch()
     result = call("demo", "--out", tmp_path / "demo")
-    assert (result.code, result.err) == (2, f"foveate: --out {tmp_path / 'demo'} is a file; give a folder\n")
+    assert (result.code, result.err) == (2, f"foveate: {tmp_path / 'demo'} is a file; give a folder\n")
 
 
 def test_the_questions_are_of_four_kinds_and_about_the_dog() -> None:

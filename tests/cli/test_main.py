@@ -118,6 +118,14 @@ def test_as_a_process() -> None:
     assert done.stderr == "foveate: nowhere.png is no file; give the path of a picture\n"
 
 
+def test_a_full_disk_behind_the_output() -> None:
+    """A pipe that is no pipe: every write to this device fails as on a full disk."""
+    command = [sys.executable, "-m", "foveate", "methods"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (1, "foveate: the output cannot be written: No space left on device\n")
+
+
 def test_the_front_door_opens_without_torch() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'PIL'}"
     code = f"import sys, foveate.cli; foveate.cli.main(['--help']); print(sorted({heavy} & set(sys.modules)))"

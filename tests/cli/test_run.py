@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -80,6 +81,28 @@ def test_a_drawing_per_picture(call: Any, folder: Path, picture: Path, tmp_path:
     assert [image["path"] for image in report["images"]] == [str(picture)] * 2
     assert report["tokens"] == {"before": 2 * tiny.TOKENS, "after": 18}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-1.png", "kept-2.png", "kept.png", "picture.png"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_drawing_that_cannot_be_written_leaves_the_answer(
+    as_json: bool, ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Image.Image, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = ask("--prune", "random:keep=4")
+    monkeypatch.setattr(Image.Image, "save", full)
+    target = tmp_path / "kept.png"
+    result = ask("--prune", "random:keep=4", "--draw", target, *(["--json"] if as_json else []))
+    assert result.code == 1
+    assert result.err.endswith(f"foveate: {target} cannot be written: No space left on device\n")
+    if as_json:
+        report = json.loads(result.out)
+        assert report["answer"] == before.out.splitlines()[0] and "drawn" not in report["images"][0]
+    else:
+        assert result.out.splitlines()[0] == before.out.splitlines()[0] and "drawn" not in result.out
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith((".part-", "kept"))]
 
 
 def test_the_drawing_shows_what_the_model_saw(call: Any, folder: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         raise OSError("no space left")
 
     monkeypatch.setattr(figure, "savefig", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(FoveateError, match=r"tokens\.png cannot be written: no space left"):
         figures.save_figure(figure, tmp_path / "tokens.png")
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]
     assert (tmp_path / "tokens.png").read_bytes() == before

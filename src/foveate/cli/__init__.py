@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _COMMANDS = {
     "run": run,
     "eval": evaluate,
@@ -83,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            # Whatever writes files names them itself; this is what was printed.
+            message = f"{error.filename or 'the output'} cannot be written: {error.strerror}"
+            return _complain(error, message, FAILURE, options["debug"])
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return _complain(error, f"{reason} (--debug shows where)", FAILURE, options["debug"])
 

@@ -83,13 +83,12 @@ def command(
 
 
 def _check_targets(out: Path, json_file: Path | None) -> None:
-    from foveate.cli.output import check_target
     from foveate.evaluate.figures import check_drawing
+    from foveate.paths import file_target, folder_target
 
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
+    folder_target(out)
     if json_file is not None:
-        check_target(json_file, (".json",))
+        file_target(json_file, (".json",))
     check_drawing()
 
 
@@ -117,10 +116,10 @@ def _inputs(paths: list[Path], question: str | None) -> tuple[list[Image.Image],
 
 def _write(analysis: Analysis, model: str, out: Path, json_file: Path | None) -> list[Path]:
     """Write figures and JSON; returns where they are."""
-    from foveate.cli.output import write_json
     from foveate.evaluate import figures
+    from foveate.runs import make_folder, write_json
 
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     drawn = {"attention.png": figures.attention_figure(analysis), "tokens.png": figures.tokens_figure(analysis)}
     if analysis.similarities():
         drawn["similarity.png"] = figures.similarity_figure(analysis)

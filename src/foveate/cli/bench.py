@@ -71,7 +71,7 @@ def command(
     results = _measure(made, inputs, rivals, setting, predicted_for)
     _show(results, names if paper_table else None, predicted_for)
     if json_file is not None:
-        from foveate.cli.output import write_json
+        from foveate.runs import write_json
 
         settings = {"batch": batch, "answer": answer, "model": model or random_weights, "layers": layers}
         write_json(json_file, {**settings, **_machine(made[0]), "results": [result.to_dict() for result in results]})
@@ -100,14 +100,14 @@ def _check(
 
         scaled(preset, layers)
     if json_file is not None or plot is not None:
-        from foveate.cli.output import check_target
+        from foveate.paths import file_target
 
         if json_file is not None:
-            check_target(json_file, (".json",))
+            file_target(json_file, (".json",))
         if plot is not None:
             from foveate.evaluate.figures import check_drawing
 
-            check_target(plot, (".png",))
+            file_target(plot, (".png",))
             check_drawing()
 
 

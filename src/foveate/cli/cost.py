@@ -87,10 +87,10 @@ def _check(sweep: str | None, plot: Path | None, prune: list[str]) -> None:
     if sweep is not None and not [spec for spec in prune if spec != "none"]:
         raise UsageError("--sweep keep changes a method's budget; say with --prune which, such as --prune lvpruning")
     if plot is not None:
-        from foveate.cli.output import check_target
         from foveate.evaluate.figures import check_drawing
+        from foveate.paths import file_target
 
-        check_target(plot, (".png",))
+        file_target(plot, (".png",))
         check_drawing()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError
+from foveate.cli.errors import usage
 from foveate.cli.loading import Device, Dtype
 
 if TYPE_CHECKING:
@@ -52,12 +52,15 @@ def command(
     dtype: Dtype = "auto",
 ) -> None:
     """Answer questions about a picture with mini, unpruned and with FoPru at 25 %, and show what each kept and took."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
+    from foveate.paths import folder_target
+
+    with usage():
+        folder_target(out)
 
     from foveate.cli.loading import load
     from foveate.cli.output import show_table, working
     from foveate.images import save_image
+    from foveate.runs import make_folder
     from foveate.scenes import generator
 
     with working("loading mini") as status:
@@ -70,7 +73,7 @@ def command(
             _answer(loaded, picture, questions, RIVALS[name], outcome)
         status.update("taking times")
         _time(loaded, picture, outcomes)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     save_image(picture, out / "scene.png")
     _draw(picture, outcomes, out / "kept.png")
     show_table(_table(questions, outcomes))

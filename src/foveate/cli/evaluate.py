@@ -45,14 +45,16 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost."""
-    from foveate.cli.output import check_target, show, stderr, working, write_json
+    from foveate.cli.output import show, stderr, working
+    from foveate.paths import file_target
+    from foveate.runs import write_json
 
     with usage():
         from foveate.evaluate import scenes_task, task_names
 
         names = task_names(tasks)
         if json_file is not None:
-            check_target(json_file, (".json",))
+            file_target(json_file, (".json",))
         scenes_task.check(samples=samples, batch=batch, seed=seed)
         rivals = scenes_task.parse_rivals(prune or [])
         budgets = _budgets(every)

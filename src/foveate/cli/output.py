@@ -1,16 +1,12 @@
-"""What commands write: tables and JSON on stdout, progress on stderr, files under a temporary name first."""
+"""What commands print: tables and JSON on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-
-from foveate.core import FoveateError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,27 +58,3 @@ def show_table(table: Table) -> None:
 def show_json(value: Any) -> None:
     """Print one JSON value on one line."""
     typer.echo(json.dumps(value))
-
-
-def check_target(path: Path, suffixes: Sequence[str]) -> None:
-    """Refuse, before any work, a file that could not be written at its end.
-
-    Raises:
-        FoveateError: another suffix than `suffixes`, a folder that is not there, or a folder of this name.
-    """
-    if path.suffix.lower() not in suffixes:
-        raise FoveateError(f"{path} ends in {path.suffix or 'nothing'!r}; the choices are {', '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise FoveateError(f"{path} cannot be written: there is no folder {path.parent}")
-    if path.is_dir():
-        raise FoveateError(f"{path} cannot be written: it is a folder")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value to a file, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

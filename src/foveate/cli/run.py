@@ -60,11 +60,13 @@ def command(
         report, trace = _answer(loaded, pictures, question, methods, max_new_tokens, clip)
     for record, path in zip(report["images"], images, strict=True):
         record["path"] = str(path)
-    for number, target in enumerate(targets):
-        assert trace is not None
-        _draw(pictures[number], loaded, trace, number, target)
-        report["images"][number]["drawn"] = str(target)
-    show_json(report) if as_json else _print(report)
+    try:
+        for number, target in enumerate(targets):
+            assert trace is not None
+            _draw(pictures[number], loaded, trace, number, target)
+            report["images"][number]["drawn"] = str(target)
+    finally:  # a picture that cannot be written does not take the answer with it
+        show_json(report) if as_json else _print(report)
 
 
 def _one_method(specs: list[str] | None) -> tuple[Any, ...]:
@@ -83,11 +85,11 @@ def _targets(draw: Path | None, count: int, pruned: bool) -> list[Path]:
     """Where each picture's drawing goes: F itself for one picture, else F with -1, -2, ... before its suffix."""
     if draw is None:
         return []
-    from foveate.cli.output import check_target
+    from foveate.paths import file_target
 
     if not pruned:
         raise UsageError("--draw shows which patches are kept; say with --prune which method keeps them")
-    check_target(draw, PICTURES)
+    draw = file_target(draw, PICTURES)
     if count == 1:
         return [draw]
     return [draw.with_stem(f"{draw.stem}-{number + 1}") for number in range(count)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveate.core import FoveateError, did_you_mean
+from foveate.core import FoveateError, did_you_mean, short
+from foveate.paths import checked, read_json
 
 
 def _check_sizes(part: object) -> None:
@@ -303,19 +303,16 @@ def shape(name_or_config: Any) -> ModelShape:
     found = PRESETS.get(name.lower())
     if found is not None:
         return found
-    path = Path(name_or_config)
+    path = checked(name_or_config)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
         return ModelShape.from_config(_stored(file))
     where = "holds no config.json" if path.is_dir() else "is no preset and no folder"
-    raise FoveateError(f"{name!r} {where}; {did_you_mean(name.lower(), PRESETS)}")
+    raise FoveateError(f"{short(repr(name))} {where}; {did_you_mean(name.lower(), PRESETS)}")
 
 
 def _stored(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"{file} cannot be read as a config: {error}") from error
+    config = read_json(file, str(file), "a config")
     if not isinstance(config, dict):
         raise FoveateError(f"{file} holds a {type(config).__name__}, no config; give a model's config.json")
     return {"_name_or_path": str(file.parent), **{key: value for key, value in config.items() if value != ""}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError
 from foveate.evaluate.analysis import HELD, PARTS, PERCENT, QUARTER, Analysis, Input
+from foveate.runs import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,14 +42,9 @@ def check_drawing() -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, under a temporary name first."""
-    path = Path(path)
-    temporary = path.with_name(f".part.{path.name}")
-    try:
+    """Write a figure as PNG, all of it or nothing; FoveateError where it cannot be written."""
+    with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _figure(width: float, height: float) -> Figure:

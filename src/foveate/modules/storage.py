@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from foveate.core import FoveateError
+from foveate.runs import whole_folder
 
 Modules = TypeVar("Modules", bound=PreTrainedModel)
 
@@ -45,16 +44,11 @@ def read(kind: type[Modules], path: str | Path, what: str) -> Modules:
 
 def write(modules: PreTrainedModel, folder: str | Path, card: str = "") -> Path:
     """Write modules, and a card if there is one, ready for `read`; every file appears whole, the weights last."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+    with whole_folder(folder) as temporary:
         modules.save_pretrained(temporary)
         if card:
-            (Path(temporary) / "README.md").write_text(card, encoding="utf-8")
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            file.chmod(0o644)
-            os.replace(file, folder / file.name)
-    return folder
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder)
 
 
 def check_encoder(name: str, what: str, trained: int, found: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import PushToHubMixin
 
+from foveate.runs import whole_folder
 from foveate.scenes import vocabulary
 
 FOLDER = Path(__file__).parent / "checkpoint"
@@ -216,7 +215,6 @@ def save_clip(clip: CLIPModel, folder: str | Path) -> Path:
 
 
 def _save(model: PreTrainedModel, companions: tuple[PushToHubMixin, ...], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         part.dtype = torch.bfloat16
@@ -228,11 +226,8 @@ def _save(model: PreTrainedModel, companions: tuple[PushToHubMixin, ...], folder
     half.tie_weights()
     if model.can_generate():
         half.generation_config = model.generation_config
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+    with whole_folder(folder) as temporary:
         half.save_pretrained(temporary)
         for companion in companions:
             companion.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            file.chmod(0o644)
-            os.replace(file, folder / file.name)
     return folder

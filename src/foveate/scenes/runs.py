@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveate.core import FoveateError
+from foveate.runs import append_line, make_folder, whole_file, write_text
 
 STATE, LOG = "state.safetensors", "log.jsonl"
 
@@ -51,7 +51,7 @@ class Run:
             )
         if resume:
             self._check()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
 
     def _check(self) -> None:
         if not (self.folder / STATE).exists():
@@ -67,9 +67,9 @@ class Run:
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state by this one; a kill leaves the old state or the new one, never half of one."""
         header = {"progress": json.dumps(vars(progress)), "settings": json.dumps(self.settings)}
-        temporary = self.folder / f".{STATE}.writing"
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, header)
-        os.replace(temporary, self.folder / STATE)
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        with whole_file(self.folder / STATE) as temporary:
+            save_file(whole, temporary, header)
 
     def load(self) -> tuple[Progress, dict[str, Tensor]]:
         """The state that `save` wrote last."""
@@ -79,8 +79,7 @@ class Run:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line."""
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.folder / LOG, json.dumps(line))
 
     def rewind_log(self, step: int) -> None:
         """Drop lines of steps after `step`, which a resumed run does again, and a line that a kill cut short."""
@@ -88,9 +87,7 @@ class Run:
         if not path.exists():
             return
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        temporary = path.with_name(f".{LOG}.writing")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, short
 from foveate.images import load_image
 from foveate.ops.padding import joined
+from foveate.paths import checked, read_json
 from foveate.runtime.prefill import TOKEN_TYPES
 from foveate.train.losses import IGNORED
 
@@ -77,11 +77,11 @@ def read_entries(file: str | Path, folder: str | Path) -> tuple[list[Entry], Ski
         FoveateError: the file is no JSON list of conversations, the folder is not there, a picture's path leaves the
             folder, or no entry is left.
     """
-    root, skipped = Path(folder).resolve(), Skipped()
+    root, skipped = checked(folder).resolve(), Skipped()
     if not root.is_dir():
         raise FoveateError(f"{folder} is no folder; give the one that the pictures' paths start from")
     entries = []
-    for number, stored in enumerate(_stored(Path(file))):
+    for number, stored in enumerate(_stored(checked(file))):
         if not isinstance(stored, dict):
             raise FoveateError(f"entry {number} of {file} is {type(stored).__name__}, no object with conversations")
         name, turns = stored.get("image"), _turns(stored.get("conversations"))
@@ -103,19 +103,18 @@ def read_entries(file: str | Path, folder: str | Path) -> tuple[list[Entry], Ski
 
 
 def _stored(file: Path) -> list[Any]:
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"{file} cannot be read as JSON: {error}") from error
+    stored = read_json(file, str(file))
     if not isinstance(stored, list):
         raise FoveateError(f"{file} holds {type(stored).__name__}, no list of conversations")
     return stored
 
 
 def _inside(root: Path, name: str, number: int) -> Path:
-    path = (root / name).resolve()
+    path = checked(root / name).resolve()
     if not path.is_relative_to(root):
-        raise FoveateError(f"entry {number}: picture {name!r} leaves the folder {root}; only files inside it are read")
+        raise FoveateError(
+            f"entry {number}: picture {short(repr(name))} leaves the folder {root}; only files inside it are read"
+        )
     return path
 
 
@@ -239,7 +238,7 @@ class Conversations(Dataset[Row]):
         self.entries, self.skipped = read_entries(file, folder)
         self.processor, self.image_token, self.longest = processor, image_token, longest
         self.report = report or (lambda message: None)
-        self._digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        self._digest = hashlib.sha256(checked(file).read_bytes()).hexdigest()
         self[0]  # what a processor cannot do is found here, not in the middle of a run
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from foveate.core import FoveateError
+from foveate.runs import make_folder, write_json
 
 SETTINGS = "run.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -37,10 +37,8 @@ def begin(folder: Path, settings: Mapping[str, Any], resume: bool, write: bool =
     elif path.exists() and write:
         raise FoveateError(f"{folder} already holds a run; resume it, or give another folder")
     elif write:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{SETTINGS}.writing")
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        make_folder(folder)
+        write_json(path, wanted)
 
 
 def _compare(folder: Path, wanted: dict[str, Any]) -> None:

@@ -1,0 +1,185 @@
+"""What is written: files that are whole or not there, also after a power cut, and folders that hold one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from foveate.core import FoveateError
+from foveate.paths import Given, checked, folder_target
+
+PART = ".part-"
+"""What names of files and folders begin with while they are being written."""
+
+LOCK = ".lock"
+_LAST = ".safetensors"  # a folder with weights is a folder with everything else
+
+
+@contextmanager
+def whole_file(path: Given) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` once the block has ended well.
+
+    Whatever happens, `path` holds what it held before or all that was written, also after a power cut, and nothing
+    half-written stays.
+
+    Raises:
+        FoveateError: it cannot be written, such as on a full disk; the message names `path`.
+    """
+    path = checked(path)
+    suffix = path.suffix if len(path.suffix) <= 16 else ""  # formats are told by it
+    temporary = path.with_name(f"{PART}{secrets.token_hex(4)}{suffix}")
+    with _named(path):
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = temporary.stat().st_mode & 0o777
+            yield temporary
+            _settle(temporary, mode)
+            os.replace(temporary, path)
+            _settle_names(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Given) -> Iterator[Path]:
+    """A folder to write files to; they move into `folder` once the block has ended well, weights last.
+
+    Files of other names in `folder` stay.
+
+    Raises:
+        FoveateError: they cannot be written, such as on a full disk; the message names `folder`.
+    """
+    folder = make_folder(folder)
+    temporary = folder / f"{PART}{secrets.token_hex(4)}"
+    with _named(folder):
+        try:
+            temporary.mkdir()
+            mode = temporary.stat().st_mode & 0o666
+            yield temporary
+            files = sorted(temporary.iterdir(), key=lambda file: (file.suffix == _LAST, file.name))
+            for file in files:
+                _settle(file, mode)
+            for file in files:
+                os.replace(file, folder / file.name)
+            _settle_names(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(folder: Given) -> Path:
+    """Make a folder, and those above it; one that is there is kept as it is.
+
+    Raises:
+        FoveateError: a file is in the way, or it cannot be made.
+    """
+    path = folder_target(folder)
+    with _named(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_bytes(path: Given, data: bytes) -> None:
+    """Write a file, all of it or nothing; FoveateError as `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Given, text: str) -> None:
+    """Write a file in UTF-8, all of it or nothing; FoveateError as `whole_file`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Given, value: Any) -> None:
+    """Write one JSON value, all of it or nothing; FoveateError as `whole_file`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a file, all of it or nothing.
+
+    Raises:
+        FoveateError: it cannot be written; the message names `path`.
+    """
+    with _named(path), path.open("ab") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line.encode() + b"\n")
+            file.flush()
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
+
+
+@contextmanager
+def hold(folder: Given) -> Iterator[Path]:
+    """Keep the folder of a run to this process, and clear away what a killed one has left half-written.
+
+    The lock goes with the process, however that ends. The folder is made if it is not there.
+
+    Raises:
+        FoveateError: another run is at work in the folder, or it cannot be made.
+    """
+    folder = make_folder(folder)
+    with _named(folder / LOCK):
+        file = (folder / LOCK).open("ab")
+    with file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            raise FoveateError(
+                f"another run is at work in {folder}; wait for its end, or give another folder"
+            ) from error
+        for left in folder.glob(f"{PART}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield folder
+
+
+def _lock(descriptor: int) -> None:
+    """Take the lock of an open file; OSError where somebody else has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing name the file that they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise FoveateError(f"{path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        # Of safetensors, which wraps what the system said; its package is not loaded for that.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise FoveateError(f"{path} cannot be written: {error}") from error
+
+
+def _settle(file: Path, mode: int) -> None:
+    """Let the disk have all of a file, which gets the permissions of any new one."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    file.chmod(mode)
+
+
+def _settle_names(folder: Path) -> None:
+    """Let the disk have the names in a folder, where a system can say so."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
