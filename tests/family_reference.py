@@ -141,7 +141,7 @@ def shorten(
         table[columns],
         columns,
         left,
-        columns.numel() if renumber else int(axes.max()) + 1,
+        columns.numel() if renumber else axes[..., -1:] + 1,
         tuple(drops),
         renumber,
         groups=None if together is None else together[columns],

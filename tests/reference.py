@@ -31,7 +31,7 @@ class Prompt:
     embeddings: Tensor  # (L, D)
     columns: Tensor  # (L,) of the unpruned row
     positions: Tensor  # (L,), or (3, L) where they have several axes
-    next_position: int
+    next_position: int | Tensor  # (3, 1) where positions have several axes
     drops: tuple[Drop, ...] = ()
     renumbered: bool = False  # positions are counted anew wherever tokens leave
     groups: Tensor | None = None  # (L,) tokens of one group see each other, whichever comes first; -1 for none

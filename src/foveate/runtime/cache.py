@@ -127,7 +127,7 @@ class Timeline:
     valid: Tensor  # (B, n) bool, False for re-padding and for the caller's own padding
     length: int  # places that the prompt takes on the timeline
     next_position: Tensor  # (B,) position id of the token after the prompt
-    lag: Tensor | None  # (B,) what generate() must add to its positions when a prompt ends in dropped tokens
+    lag: Tensor | None  # (..., B) by axis, what generate() adds to its positions where a prompt ends in dropped tokens
     owner: Owner
     groups: list[Group] = field(default_factory=list)  # of deep layers, by their first layer
     evicting: bool = False  # entries leave the cache, so that its tensors no longer say how long it is
@@ -175,7 +175,7 @@ class Timeline:
         rows = rows.to(self.kept.device)
         self.kept, self.valid = self.kept[rows], self.valid[rows]
         self.next_position = self.next_position[rows]
-        self.lag = None if self.lag is None else self.lag[rows]
+        self.lag = None if self.lag is None else self.lag[..., rows]
         for group in self.groups:
             group.select_rows(rows)
         for held in self.held.values():

@@ -372,7 +372,7 @@ class Handle:
             return None
         held = 0 if cache is None else cache.get_seq_length()
         columns = torch.arange(positions.shape[-1], device=positions.device) + held
-        lag = shortened.timeline.lag.to(positions.device)[:, None] * (columns >= shortened.timeline.entries)
+        lag = shortened.timeline.lag.to(positions.device)[..., None] * (columns >= shortened.timeline.entries)
         return arguments, {**options, "position_ids": positions + lag}
 
     def _after_forward(self, *_: Any) -> None:

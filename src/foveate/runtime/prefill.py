@@ -119,6 +119,13 @@ class _Input:
         largest = self.positions.masked_fill(~self.mask, -1).amax(dim=-1)
         return largest.reshape(-1, self.ids.shape[0]).amax(dim=0) + 1
 
+    @property
+    def following(self) -> Tensor:
+        """(..., B) where generate() goes on: behind the prompt's last token, on each axis by itself."""
+        last = torch.arange(self.ids.shape[1], device=self.ids.device).where(self.mask, 0).amax(dim=1)
+        behind: Tensor = self.positions.gather(-1, last[:, None].expand(*self.positions.shape[:-1], 1))
+        return behind.squeeze(-1) + 1
+
 
 class Prefill:
     """Shortens the prompts of one model; holds no state between calls."""
@@ -471,8 +478,7 @@ class Prefill:
         if new.timeline is not None:
             kept = torch.cat([new.timeline.places(new.entries), kept], dim=1)
             valid = torch.cat([new.past_mask, valid], dim=1)  # type: ignore[list-item]
-        after = made.gather(new.positions, 0)[..., -1].reshape(-1, new.ids.shape[0]).amax(dim=0) + 1
-        lag = new.next_position - after
+        lag = new.following - (made.gather(new.positions, 0)[..., -1] + 1)
         timeline = Timeline(
             kept=kept,
             valid=valid,
