@@ -78,6 +78,15 @@ def test_several_pictures_are_given_as_a_list_or_one_by_one(tmp_path: Path) -> N
     assert draw(str(tmp_path / "green.png"), trace, image=2).getpixel((0, 0)) == GREEN
 
 
+def test_a_picture_in_memory_looks_as_it_does_in_a_file(tmp_path: Path) -> None:
+    for mode in ("RGBA", "LA", "I;16"):
+        picture = Image.new(mode, (6, 4), 0x8000 if mode == "I;16" else None)
+        picture.save(tmp_path / "one.png")
+        kept = trace_of(stage([0, 1, 2, 3, 4, 5]))
+        assert draw(picture, kept).tobytes() == draw(tmp_path / "one.png", kept).tobytes()
+        assert draw(picture, kept).getpixel((0, 0)) == ((128,) * 3 if mode == "I;16" else (255,) * 3)
+
+
 @pytest.mark.parametrize(
     ("images", "trace", "image", "message"),
     [

@@ -55,7 +55,9 @@ def _batches(images: Any, processor: Any) -> list[Any]:
         raise FoveateError(f"{len(ready)} of {len(given)} pictures are pixel values; give one kind")
     if processor is None:
         raise FoveateError("pictures that are no pixel values need processor=, the model's own")
-    return [processor.image_processor(image, return_tensors="pt") for image in given]
+    from foveate.images import on_white
+
+    return [processor.image_processor(on_white(image), return_tensors="pt") for image in given]
 
 
 def _signals(model: Any, method: Method, batch: Any) -> list[Signals]:

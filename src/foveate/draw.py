@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from PIL import Image
 
 from foveate.core import FoveateError
-from foveate.images import load_image
+from foveate.images import load_image, on_white
 
 if TYPE_CHECKING:
     from foveate.core import ImageRecord, Trace
@@ -55,7 +55,7 @@ def _pick(images: Picture | Sequence[Picture | Sequence[Picture]], image: int, c
         if len(flat) != count:
             raise FoveateError(f"{len(flat)} pictures for a call that had {count} images; give one, or all {count}")
         picture = flat[image]
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else load_image(picture)
+    return on_white(picture) if isinstance(picture, Image.Image) else load_image(picture)
 
 
 def _colour(record: ImageRecord, image: int) -> Image.Image:

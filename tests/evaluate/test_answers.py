@@ -111,3 +111,12 @@ def test_prompts_that_cannot_be_asked_are_refused(model: Any, processor: Any, pi
     bare.chat_template = None
     with pytest.raises(FoveateError, match="LlavaProcessor has no chat template"):
         encode(model, bare, [[pictures[0]]], ["w7"])
+
+
+def test_deep_greys_reach_the_model_scaled(model: Any, processor: Any) -> None:
+    """Half of 65535 is half of 255; a plain conversion makes it white."""
+    deep, flat = Image.new("I;16", (24, 24), 0x8000), Image.new("RGB", (24, 24), (128, 128, 128))
+    inputs = encode(model, processor, [[deep], [flat]], ["w7", "w7"])
+    assert inputs["pixel_values"][0].equal(inputs["pixel_values"][1])
+    with pytest.raises(FoveateError, match="floating-point numbers"):
+        encode(model, processor, [[Image.new("F", (24, 24))]], ["w7"])

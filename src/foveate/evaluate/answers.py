@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate.core import FoveateError
+from foveate.images import on_white
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +58,9 @@ def encode(
     texts = [prompt(processor, question, len(pictures)) for pictures, question in zip(images, questions, strict=True)]
     start = processor.tokenizer.bos_token
     inputs = processor(
-        images=[list(pictures) for pictures in images],  # some must be told which row a picture belongs to
+        images=[
+            [on_white(picture) for picture in pictures] for pictures in images
+        ],  # some must be told which row a picture belongs to
         text=texts,
         padding=True,
         padding_side="left",
