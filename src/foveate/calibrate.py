@@ -41,7 +41,7 @@ def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processo
 def _batches(images: Any, processor: Any) -> list[Any]:
     from torch import Tensor
 
-    given = [images] if isinstance(images, Tensor | Mapping) else list(images)
+    given: list[Any] = [images] if isinstance(images, Tensor | Mapping) else list(images)
     ready = [one for one in given if isinstance(one, Tensor | Mapping)]
     for pixels in ready:
         if isinstance(pixels, Tensor) and pixels.ndim != 4:
