@@ -9,41 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Block, CacheSelection, Grid, Merger, Method, Selection, Signals
+from foveate.core import Block, CacheSelection, Grid, Merger, Method, Selection, Signals, described
 
 HEADS, WIDTH, WORDS = 3, 8, 5
 BLOCKS = 6  # in which a merger acts
 
-# Shapes of the fields that count visual tokens (N) or text (T), by name; B comes first everywhere.
-_SHAPES: dict[str, str] = {
-    "size": "N",
-    "features": "ND",
-    "text": "TD",
-    "image_clip": "ND",
-    "text_clip": "TD",
-    "word_clip": "TD",
-    "hidden": "ND",
-    "cls": "D",
-    "cls_attention": "HN",
-    "received": "N",
-    "given": "N",
-    "received_all": "N",
-    "keys": "HND",
-    "key_cls": "HD",
-    "query_cls": "HD",
-    "last_query": "HN",
-    "text_query": "HTN",
-    "next_query": "HN",
-    "text_hidden": "TD",
-    "text_keys": "HTD",
-    "normed": "ND",
-    "text_normed": "TD",
-    "cross": "D",
-    "cross_key": "HD",
-    "cross_attention": "HN",
-}
+# Axes behind B of each signal, by name, and of the sizes that a merger sees.
+_SHAPES = {name: what.axes[1:] for kind in (Signals, Block) for name, what in described(kind).items()} | {"size": "N"}
 _SIZES = {"D": WIDTH, "H": HEADS, "T": WORDS}
-_ATTENTION = ("cls_attention", "received", "given", "received_all", "last_query", "text_query", "next_query")
+_ATTENTION = {name for name, what in described(Block).items() if what.attention}
 
 
 def signals(method: Method, batch: int, grid: Grid, seed: int = 0) -> Signals:
@@ -56,7 +30,7 @@ def signals(method: Method, batch: int, grid: Grid, seed: int = 0) -> Signals:
     for need in method.needs:
         room, _, rest = need.partition(".")
         name = rest.rpartition(".")[2] or room
-        if name in {"text_mask", "after_image", "word_mask"}:
+        if name in described(Signals) and not described(Signals)[name].words:  # a mask
             fields[name] = torch.ones(batch, WORDS, dtype=torch.bool)
             continue
         shape = [tokens if axis == "N" else _SIZES[axis] for axis in _SHAPES[name]]

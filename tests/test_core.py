@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -16,7 +17,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foveate.core import (
+    Block,
     Budget,
+    CacheBlock,
     Call,
     FoveateError,
     ImageRecord,
@@ -29,7 +32,9 @@ from foveate.core import (
     check_choices,
     check_depths,
     check_keep,
+    described,
     did_you_mean,
+    names_of,
     readable,
     scaled_layers,
     tokens_to_keep,
@@ -589,3 +594,25 @@ def test_a_readable_number_has_no_exponent_and_three_digits(value: float) -> Non
     scale = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit]
     assert math.isclose(float(number) * scale, value, rel_tol=0.0051)
     assert float(number) < 1000
+
+
+@pytest.mark.parametrize("kind", [Signals, Block, CacheBlock])
+def test_every_tensor_of_a_kind_but_those_that_come_always_is_described(kind: type) -> None:
+    always = {"index", "tile", "size", "memory", "grid", "prompt_length", "original", "stage", "stages"}
+    rooms = {"tower", "decoder", "cache"}
+    fields = {field.name for field in dataclasses.fields(kind)} - always - (rooms if kind is Signals else set())
+    assert set(described(kind)) == fields
+    for name, what in described(kind).items():
+        assert what.axes.startswith("B") and set(what.axes) <= set("BNTLHDW"), name
+        assert what.rooms and set(what.rooms) <= {"encoder", "decoder", "latest", "prompt", "joint", "cache"}, name
+        assert what.words or what.axes == "BT", name
+
+
+def test_what_is_derived_of_signals() -> None:
+    """By hand, from the table of the design: which fields of a block are whose, and which count visual tokens."""
+    assert names_of(Block, attention="sums") == ("received", "given", "received_all")
+    assert names_of(Block, of="cls") == ("cls", "cls_attention", "key_cls", "query_cls")
+    assert names_of(Signals, room="joint") == ("image_clip", "text_clip", "word_clip", "word_mask")
+    assert names_of(CacheBlock, room="cache") == ("scores", "age", "keys", "window_queries")
+    counted = {name: what.axes.index("N") for name, what in described(Block).items() if "N" in what.axes}
+    assert counted["hidden"] == 1 and counted["keys"] == 2 and counted["text_query"] == 3 and "cls" not in counted

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import foveate
 from foveate import methods
-from foveate.core import FoveateError
+from foveate.core import Block, CacheBlock, FoveateError, Signals, described
 from foveate.evaluate.catalogue import ACTS, about, at, describe
 from foveate.evaluate.support_table import families_markdown, markdown
 from foveate.runs import make_folder, write_bytes
@@ -94,49 +94,19 @@ tokens as the decoder would get them, on every family but Gemma 4, whose encoder
   but not merge. Videos of Video-LLaVA have an encoder of their own, in which no method acts.
 """
 
-SEES = {
-    "features": "the visual tokens after the projector",
-    "text": "the prompt's word embeddings",
-    "image_clip": "the patches in CLIP's joint space",
-    "text_clip": "the question in CLIP's joint space",
-    "word_clip": "the question's words in CLIP's joint space",
-    "hidden": "hidden states",
-    "cls": "the hidden state of CLS",
-    "cls_attention": "the attention of CLS to the patches",
-    "received": "attention received",
-    "given": "attention given",
-    "received_all": "attention received, from CLS too",
-    "keys": "keys",
-    "key_cls": "the key of CLS",
-    "query_cls": "the query of CLS",
-    "last_query": "the last prompt token's attention",
-    "text_query": "the text's attention",
-    "next_query": "the last prompt token's attention in the next block",
-    "text_hidden": "the text's hidden states",
-    "text_keys": "the text's keys",
-    "normed": "hidden states behind the decoder's last norm",
-    "text_normed": "the text's hidden states behind the decoder's last norm",
-    "cross": "the cross token",
-    "cross_key": "the cross token's key",
-    "cross_attention": "the cross token's attention",
-    "scores": "attention that each entry has received",
-    "age": "each entry's position",
-    "window_queries": "the queries of the prompt's end",
-}
-SILENT = {"text_mask", "after_image", "word_mask"}  # say which entries of another signal count
-
 
 def sees(needs: Iterable[str]) -> list[str]:
     """Signals in words."""
     found = []
     for need in needs:
         room, _, rest = need.partition(".")
-        if need in SILENT:
-            continue
         block, _, name = rest.rpartition(".") if room == "tower" else ("", "", rest or room)
+        said = described({"tower": Block, "decoder": Block, "cache": CacheBlock}.get(room, Signals))[name].words
+        if not said:  # a mask, which says what of another signal counts
+            continue
         place = {"": "", "read": "the encoder block that the projector reads", "last": "the last encoder block"}
         where = place.get(block, f"encoder block {block.replace('/', ' of ')}")
-        words = SEES[name] + (f", {where}" if where else {"decoder": ", decoder", "cache": ", cache"}.get(room, ""))
+        words = said + (f", {where}" if where else {"decoder": ", decoder", "cache": ", cache"}.get(room, ""))
         found.append(f"{words} (`{need}`)")
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -117,6 +118,30 @@ def check_depths(depths: tuple[int, ...], layers: int, method: str) -> None:
 # Signals
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is to be known of one signal; whatever else speaks of signals is derived from it.
+
+    Attributes:
+        axes: one letter each: B images, N visual tokens, T text tokens, L cache entries, H heads, D width, W window.
+        words: for readers; empty for a mask, which says what of another signal counts.
+        rooms: where it can be had: "encoder" and "decoder" (fields of a Block), "latest" (the encoder block in which a
+            stage acts), "prompt", "joint" (CLIP's joint space), "cache".
+        of: the token beside the patches that it belongs to, "cls" or "companion"; empty for none.
+        attention: how much of a map of attention it takes: "sums" of all of it, a "row", "rows", or nothing.
+    """
+
+    axes: str
+    words: str
+    rooms: tuple[str, ...]
+    of: str = ""
+    attention: str = ""
+
+
+def _signal(axes: str, words: str, *rooms: str, of: str = "", attention: str = "") -> Any:
+    return field(default=None, metadata={"described": Described(axes, words, rooms, of, attention)})
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """What one transformer block shows a method. Every field is None unless a method needs it.
@@ -124,35 +149,51 @@ class Block:
     Encoder blocks speak of patches (N) and CLS, decoder blocks of visual tokens (N) and text (T).
     """
 
-    hidden: Tensor | None = None  # (B, N, E) the block's output for the visual tokens
-    cls: Tensor | None = None  # (B, E) ... and for CLS
-    cls_attention: Tensor | None = None  # (B, H, N) CLS query; softmax over CLS + patches, CLS column dropped
-    received: Tensor | None = None  # (B, N) attention received, mean over heads and patch queries
-    given: Tensor | None = None  # (B, N) attention given, mean over heads and patch keys
-    received_all: Tensor | None = None  # (B, N) received, the CLS query included
-    keys: Tensor | None = None  # (B, H, N, d) as the block computes them (decoder: post-RoPE, Hkv heads)
-    key_cls: Tensor | None = None  # (B, H, d)
-    query_cls: Tensor | None = None  # (B, H, d)
-    last_query: Tensor | None = None  # (B, H, N) decoder: attention of the last prompt token to the visual tokens
-    text_query: Tensor | None = None  # (B, H, T, N) ... of every text token
-    next_query: Tensor | None = None  # (B, H, N) last prompt token through the NEXT block's norm, q and k
-    text_hidden: Tensor | None = None  # (B, T, D)
-    text_keys: Tensor | None = None  # (B, Hkv, T, d)
-    normed: Tensor | None = None  # (B, N, D) hidden states after the decoder's final norm
-    text_normed: Tensor | None = None  # (B, T, D)
-    cross: Tensor | None = None  # (B, E) CrossGET's cross token
-    cross_key: Tensor | None = None  # (B, H, d)
-    cross_attention: Tensor | None = None  # (B, H, N)
+    # (B, N, E) the block's output for the visual tokens, (B, E) and for CLS
+    hidden: Tensor | None = _signal("BND", "hidden states", "encoder", "decoder")
+    cls: Tensor | None = _signal("BD", "the hidden state of CLS", "encoder", of="cls")
+    # (B, H, N) CLS query; softmax over CLS + patches, CLS column dropped
+    cls_attention: Tensor | None = _signal(
+        "BHN", "the attention of CLS to the patches", "encoder", of="cls", attention="row"
+    )
+    # (B, N) attention received, mean over heads and patch queries; given, over heads and patch keys; CLS query included
+    received: Tensor | None = _signal("BN", "attention received", "encoder", attention="sums")
+    given: Tensor | None = _signal("BN", "attention given", "encoder", attention="sums")
+    received_all: Tensor | None = _signal("BN", "attention received, from CLS too", "encoder", attention="sums")
+    # (B, H, N, d), (B, H, d) as the block computes them (decoder: post-RoPE, Hkv heads)
+    keys: Tensor | None = _signal("BHND", "keys", "encoder", "decoder")
+    key_cls: Tensor | None = _signal("BHD", "the key of CLS", "encoder", of="cls")
+    query_cls: Tensor | None = _signal("BHD", "the query of CLS", "encoder", of="cls")
+    # (B, H, N) attention of the last prompt token to the visual tokens, (B, H, T, N) of every text token,
+    # (B, H, N) of the last prompt token through the NEXT block's norm, q and k
+    last_query: Tensor | None = _signal("BHN", "the last prompt token's attention", "decoder", attention="row")
+    text_query: Tensor | None = _signal("BHTN", "the text's attention", "decoder", attention="rows")
+    next_query: Tensor | None = _signal(
+        "BHN", "the last prompt token's attention in the next block", "decoder", attention="row"
+    )
+    text_hidden: Tensor | None = _signal("BTD", "the text's hidden states", "decoder")
+    text_keys: Tensor | None = _signal("BHTD", "the text's keys", "decoder")  # (B, Hkv, T, d)
+    # (B, N, D), (B, T, D) hidden states after the decoder's final norm
+    normed: Tensor | None = _signal("BND", "hidden states behind the decoder's last norm", "decoder")
+    text_normed: Tensor | None = _signal("BTD", "the text's hidden states behind the decoder's last norm", "decoder")
+    # (B, E), (B, H, d), (B, H, N) CrossGET's cross token
+    cross: Tensor | None = _signal("BD", "the cross token", "latest", of="companion")
+    cross_key: Tensor | None = _signal("BHD", "the cross token's key", "latest", of="companion")
+    cross_attention: Tensor | None = _signal(
+        "BHN", "the cross token's attention", "latest", of="companion", attention="row"
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class CacheBlock:
     """One layer's KV cache at a `cache` site; L counts the entries that the layer holds."""
 
-    scores: Tensor | None = None  # (B, Hkv, L) attention accumulated on each entry
-    age: Tensor | None = None  # (B, Hkv, L) timeline position of each entry
-    keys: Tensor | None = None  # (B, Hkv, L, d)
-    window_queries: Tensor | None = None  # (B, H, w, d) the last w prompt queries
+    # (B, Hkv, L) attention accumulated on each entry, and its timeline position
+    scores: Tensor | None = _signal("BHL", "attention that each entry has received", "cache", attention="sums")
+    age: Tensor | None = _signal("BHL", "each entry's position", "cache")
+    keys: Tensor | None = _signal("BHLD", "keys", "cache")  # (B, Hkv, L, d)
+    # (B, H, w, d) the last w prompt queries
+    window_queries: Tensor | None = _signal("BHWD", "the queries of the prompt's end", "cache", attention="rows")
     prompt_length: int | None = None
 
 
@@ -175,16 +216,19 @@ class Signals:
     grid: Grid | None = None  # raster shape (h, w); None once tokens have left
     tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
     size: Tensor | None = None  # (B, N) how many original tokens each stands for
-    features: Tensor | None = None  # (B, N, D) after the projector
+    # (B, N, D) after the projector; (B, T, D) input embeddings of the prompt's text, (B, T) bool which of them count
+    features: Tensor | None = _signal("BND", "the visual tokens after the projector", "prompt")
+    text: Tensor | None = _signal("BTD", "the prompt's word embeddings", "prompt")
+    text_mask: Tensor | None = _signal("BT", "", "prompt")
+    after_image: Tensor | None = _signal("BT", "", "prompt")
+    # CLIP's joint space: (B, N, C) the patches; (B, Q, C) the question, one embedding per piece that CLIP's text tower
+    # takes; (B, W, C) every position of those pieces, start, end and padding included; (B, W) the question's own tokens
+    image_clip: Tensor | None = _signal("BND", "the patches in CLIP's joint space", "joint")
+    text_clip: Tensor | None = _signal("BTD", "the question in CLIP's joint space", "joint")
+    word_clip: Tensor | None = _signal("BTD", "the question's words in CLIP's joint space", "joint")
+    word_mask: Tensor | None = _signal("BT", "", "joint")
     tower: Mapping[int | str, Block] = field(default_factory=dict)  # by 0-based block, "8/24", "read", "last", "latest"
     decoder: Block | None = None  # layer=k: block k-1
-    text: Tensor | None = None  # (B, T, D) input embeddings of the prompt's text
-    text_mask: Tensor | None = None  # (B, T) bool
-    after_image: Tensor | None = None  # (B, T) bool
-    image_clip: Tensor | None = None  # (B, N, C) CLIP's joint space
-    text_clip: Tensor | None = None  # (B, Q, C) of the question, one embedding per piece that CLIP's text tower takes
-    word_clip: Tensor | None = None  # (B, W, C) every position of those pieces, start, end and padding included
-    word_mask: Tensor | None = None  # (B, W) bool, the question's own tokens among them
     cache: CacheBlock | None = None
 
     @property
@@ -209,6 +253,22 @@ class Signals:
         gone = self.shape[1] < self.original
         why = "an earlier stage has taken tokens from it" if gone else "its tokens come from several tiles"
         raise FoveateError(f"{method} needs the whole grid of the image, but {why}; {otherwise}")
+
+
+@functools.cache
+def described(kind: type) -> Mapping[str, Described]:
+    """The signals that are fields of Signals, Block or CacheBlock, by name."""
+    found = {one.name: one.metadata.get("described") for one in dataclasses.fields(kind)}
+    return {name: what for name, what in found.items() if what is not None}
+
+
+def names_of(kind: type, *, room: str = "", of: str | None = None, attention: str = "") -> tuple[str, ...]:
+    """Names of a kind's signals: of one room, of the patches or a token beside them, or of one kind of attention."""
+    return tuple(
+        name
+        for name, what in described(kind).items()
+        if (not room or room in what.rooms) and (of is None or what.of == of) and attention in ("", what.attention)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from foveate.core import Merger
+from foveate.core import Block, Merger, names_of
 from foveate.cost.flops import Convention, lvpruning_modules
 from foveate.cost.operators import Operator
 from foveate.cost.plan import Plan
@@ -18,8 +18,8 @@ from foveate.cost.shapes import DecoderShape, ModelShape
 if TYPE_CHECKING:
     from foveate.core import Method
 
-_SUMS = {"received", "given", "received_all"}  # signals that sum a whole map of attention
-_ROWS = {"cls_attention", "last_query", "next_query", "cross_attention"}  # signals that are one row of it
+_SUMS = {*names_of(Block, attention="sums")}  # signals that sum a whole map of attention
+_ROWS = {*names_of(Block, attention="row")}  # signals that are one row of it
 _LAUNCHES = 20  # kernels of one reading: products, softmax, sums
 
 

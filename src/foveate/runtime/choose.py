@@ -11,26 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.core import Block, FoveateError, Grid, Merger, Method, Selection, Signals, StageRecord
+from foveate.core import Block, FoveateError, Grid, Merger, Method, Selection, Signals, StageRecord, described, names_of
 from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 
 if TYPE_CHECKING:
     from foveate.runtime.joint_space import JointSpace
 
-JOINT = ("image_clip", "text_clip", "word_clip", "word_mask")
+JOINT = names_of(Signals, room="joint")
 """Signals that need question and picture in CLIP's joint space."""
 
-# The axis of each Block field that counts visual tokens; the others hold one value per image.
-TOKEN_AXIS = {
-    "hidden": 1,
-    "cls_attention": 2,
-    "received": 1,
-    "given": 1,
-    "received_all": 1,
-    "keys": 2,
-    "cross_attention": 2,
-}
+TOKEN_AXIS = {name: what.axes.index("N") for name, what in described(Block).items() if "N" in what.axes}
+"""The axis of each Block field that counts visual tokens; the others hold one value per image."""
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.core import Block, FoveateError
+from foveate.core import Block, FoveateError, names_of
 from foveate.families import Family, Tower
 from foveate.ops.padding import joined
 from foveate.ops.scores import attention_sums, row_attention
@@ -26,12 +26,12 @@ from foveate.runtime.choose import TOKEN_AXIS
 PROBE = "foveate_probe"
 """Name under which the observing attention is registered. It stays registered: transformers cannot take it back."""
 
-_SUMS = ("received", "given", "received_all")
-_OF_CLS = ("cls", "cls_attention", "key_cls", "query_cls")
-FIELDS = ("hidden", *_OF_CLS, *_SUMS, "keys")
+_SUMS = names_of(Block, room="encoder", attention="sums")
+_OF_CLS = names_of(Block, of="cls")
+FIELDS = names_of(Block, room="encoder")
 LATEST = "latest"
 """Name of the block that has run last where a stage inside the encoder acts."""
-OF_COMPANION = ("cross", "cross_key", "cross_attention")
+OF_COMPANION = names_of(Block, of="companion")
 """What that block shows of a token that runs beside CLS."""
 
 

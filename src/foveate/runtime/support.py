@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate import methods
-from foveate.core import FoveateError, Method, check_depths
+from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, check_depths, names_of
 from foveate.cost.configs import assume_model
 from foveate.cost.plan import visual_per_layer
 from foveate.cost.shapes import ModelShape
@@ -24,22 +24,8 @@ from foveate.spec import format as format_spec
 SITES = ("tower", "input", "layer", "cache")
 """Sites at which the runtime can act."""
 
-_GIVEN = ("features", "text", "text_mask", "after_image")
-_DECODER = (
-    "hidden",
-    "keys",
-    "last_query",
-    "text_query",
-    "next_query",
-    "text_hidden",
-    "text_keys",
-    "normed",
-    "text_normed",
-)
 _FORMS = ("attention", "space")
 """Fields whose choices ask different things of an encoder."""
-
-_CACHE = ("scores", "age", "keys", "window_queries")
 
 
 def check_parts(model: Any, parts: Sequence[Method]) -> None:
@@ -143,15 +129,15 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
         room, _, field = need.partition(".")
         if part.site != "tower" and need.startswith(f"tower.{LATEST}."):
             missing.append(f"{need} outside the encoder")
-        if room == "decoder" and part.site == "layer" and field in _DECODER:
+        if room == "decoder" and part.site == "layer" and field in names_of(Block, room="decoder"):
             continue
-        if room == "cache" and part.site == "cache" and field in _CACHE:
+        if room == "cache" and part.site == "cache" and field in names_of(CacheBlock, room="cache"):
             continue
         if room != "tower" and part.site == "tower":
             missing.append(f"{need} inside the encoder")
         elif need in JOINT and tower.joint:
             continue
-        elif room != "tower" and need not in _GIVEN:
+        elif room != "tower" and need not in names_of(Signals, room="prompt"):
             missing.append(need)
     return missing
 
