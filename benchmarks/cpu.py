@@ -30,6 +30,7 @@ from foveate.ops.scores import attention_sums
 from foveate.runs import write_text
 from foveate.runtime import probe as probes
 from foveate.runtime.record import Stopwatch
+from foveate.runtime.seams import CACHE
 
 Row = dict[str, Any]
 
@@ -227,7 +228,7 @@ def layers_alone(decoder: Any, length: int, count: int) -> Callable[[], float]:
     def run() -> None:
         cache, states = transformers.DynamicCache(), hidden
         for layer in decoder.layers[:count]:
-            states = layer(states, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
+            states = layer(states, attention_mask=None, position_embeddings=rotary, **{CACHE: cache})
 
     return clock(run)
 

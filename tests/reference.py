@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.runtime.seams import CACHE
+
 
 @dataclass(frozen=True, eq=False)
 class Drop:
@@ -135,7 +137,7 @@ def decode(model: Any, prompt: Prompt, follow: Tensor, words: Tensor | None = No
             attention_mask=_mask(order, window, seen).to(hidden.dtype)[None, None],
             position_ids=None,
             position_embeddings=_rotary(decoder, number, hidden[None], positions.unsqueeze(-2)),
-            past_key_values=None,
+            **{CACHE: None},
             use_cache=False,
             **({} if own is None else {"per_layer_input": own[None, :, number]}),
             **({"shared_kv_states": shared} if hasattr(layer.self_attn, "store_full_length_kv") else {}),

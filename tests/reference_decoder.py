@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Block, Method, Selection, Signals
+from foveate.runtime.seams import CACHE
 
 
 @dataclass(eq=False)
@@ -161,7 +162,7 @@ class Conversation:
             attention_mask=mask[None],
             position_ids=positions[None],
             position_embeddings=(cos, sin),
-            past_key_values=None,
+            **{CACHE: None},
             use_cache=False,
         )[0]
 

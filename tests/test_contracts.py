@@ -18,6 +18,7 @@ import foveate
 from foveate import families, methods
 from foveate.core import Call, Method, Selection, Signals
 from foveate.runtime import support
+from foveate.runtime.seams import CACHE
 
 STEPS = 8
 ATTENTION = ("sdpa", "eager")
@@ -156,7 +157,7 @@ def test_a_second_turn_equals_the_reference(name: str, family: str, attn: str, s
     with untouched(model), tiny.prune(model, method) as trace:
         out = generate(model, first, max_new_tokens=3)
         given = continued(first, out.sequences, second)
-        out = generate(model, {**given, "pixel_values": second["pixel_values"]}, past_key_values=out.past_key_values)
+        out = generate(model, {**given, "pixel_values": second["pixel_values"]}, **{CACHE: getattr(out, CACHE)})
     assert len(trace.history) == 2
     merged = merged_features(model, seen, trace.history)
     whole = {**given, "pixel_values": turns_in_row_order(model, first, second)}

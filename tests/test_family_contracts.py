@@ -33,6 +33,7 @@ from foveate.cost.flops import decoder_flops, projector_flops, tower_flops
 from foveate.cost.shapes import ModelShape
 from foveate.families import family_of
 from foveate.runtime import support
+from foveate.runtime.seams import CACHE
 from foveate.runtime.share import share_encoding
 
 STEPS = 4
@@ -279,9 +280,9 @@ def test_a_second_turn_equals_the_reference(name: str, family: str, asked: Any) 
         needed = family_of(model).later_turns
         if needed is not None and Version(transformers.__version__) < Version(needed):
             with pytest.raises(FoveateError, match="picture wrongly that comes in a later turn"):
-                generate(model, given, past_key_values=out.past_key_values)
+                generate(model, given, **{CACHE: getattr(out, CACHE)})
             return
-        out = generate(model, given, past_key_values=out.past_key_values)
+        out = generate(model, given, **{CACHE: getattr(out, CACHE)})
     assert len(trace.history) == 2
     prefix = first["attention_mask"].sum(dim=1).tolist()
     check_agreement(model, whole, out, trace.history, seen, prefix)
@@ -377,7 +378,7 @@ def test_a_video_in_the_turn_after_a_picture(name: str, family: str, asked: Any)
     with tiny.prune(model, method) as trace:
         out = generate(model, first, max_new_tokens=3)
         given, whole = first.continued(out.sequences, second)
-        out = generate(model, given, past_key_values=out.past_key_values)
+        out = generate(model, given, **{CACHE: getattr(out, CACHE)})
     check_agreement(model, whole, out, trace.history, seen)
 
 
@@ -418,7 +419,7 @@ def test_direct_calls_equal_generation(name: str, family: str) -> None:
         logits, mask = [step.logits[:, -1]], given["attention_mask"]
         for token in out.sequences[0, -STEPS:-1]:
             mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-            step = model(input_ids=token[None, None], attention_mask=mask, past_key_values=step.past_key_values)
+            step = model(input_ids=token[None, None], attention_mask=mask, **{CACHE: getattr(step, CACHE)})
             logits.append(step.logits[:, -1])
     torch.testing.assert_close(torch.cat(logits), torch.cat(out.logits), atol=agreement.TOLERANCE, rtol=0)
 

@@ -32,6 +32,7 @@ from foveate.cost.shapes import ModelShape
 from foveate.evaluate.check import check
 from foveate.families import FAMILIES, family_of
 from foveate.generic import GenericFamily
+from foveate.runtime.seams import CACHE
 
 STEPS = 4
 
@@ -292,7 +293,7 @@ def test_a_later_turn_where_pictures_look_ahead() -> None:
         given = looked_at(whole, [1])
         again = model.generate(
             **given,
-            past_key_values=out.past_key_values,
+            **{CACHE: getattr(out, CACHE)},
             max_new_tokens=STEPS,
             return_dict_in_generate=True,
             output_logits=True,

@@ -15,6 +15,7 @@ from foveate.core import FoveateError
 from foveate.cost import PRESETS, DecoderShape, ModelShape, ProjectorShape, TowerShape, decoder_flops, shape
 from foveate.cost.operators import decoder_block
 from foveate.cost.shapes import Experts
+from foveate.runtime.seams import CACHE
 
 # The entries of LLaVA-1.5-7B that a published config.json states; the decoder's sizes are left to llama's defaults.
 LLAVA_7B: dict[str, Any] = {
@@ -259,7 +260,7 @@ def test_blocks_that_differ_weigh_and_hold_what_the_real_ones_do(family: str) ->
     assert shape.head_weights + sum(rows * width for rows, width in shape.tables) == sum(tables)
     given = tiny.inputs(model, "1i2")  # shorter than a window
     with torch.no_grad(), foveate.prune(model, "random:keep=0.5") as trace:
-        cache = model(**given, use_cache=True).past_key_values
+        cache = getattr(model(**given, use_cache=True), CACHE)
     held = [one for layer in cache.layers for one in (layer.keys, layer.values) if one is not None]
     assert trace.kv_bytes == sum(one.numel() * 4 for one in held)
     text = model.config.to_dict()["text_config"]

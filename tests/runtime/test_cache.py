@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 import foveate
 from foveate import FoveateError, Random
+from foveate.runtime.seams import CACHE
 
 ROWS = ("3i4", "2i1i5", "6", "1i")
 STEPS = 4
@@ -60,10 +61,10 @@ def test_a_second_turn_of_text(decoder: str, cache: str, ids: str) -> None:
     if decoder != "llama":
         hidden = torch.ones_like(hidden)  # stock windows count padding in the middle
     with foveate.prune(model, Ragged()) as trace:
-        out = generate(model, first, past_key_values=held)
+        out = generate(model, first, **{CACHE: held})
         whole = say_more(first, out, words, hidden)
         reached = whole["input_ids"].shape[1] - 5  # the last token of an answer is not in the cache
-        again = generate(model, whole if ids == "all" else new_part(whole, reached), past_key_values=held)
+        again = generate(model, whole if ids == "all" else new_part(whole, reached), **{CACHE: held})
     assert again.sequences.shape[1] == (reached + 5 if ids == "all" else 5) + STEPS
     assert len(trace.history) == 1, "a turn of text is no prefill with an image"
     rows = agreement.prompts(model, {**whole, "pixel_values": first["pixel_values"]}, trace.latest)
@@ -78,11 +79,11 @@ def test_an_answer_that_ended_early_is_hidden_in_the_next_turn(cache: str) -> No
     text = model.config.get_text_config()
     held: Any = DynamicCache(config=text) if cache == "dynamic" else StaticCache(config=text, max_cache_len=150)
     with foveate.prune(model, Ragged()) as trace:
-        out = generate(model, first, past_key_values=held)
+        out = generate(model, first, **{CACHE: held})
         whole = say_more(first, out, torch.tensor([[5, 6, 7]] * 2))
         end = first["input_ids"].shape[1] + 2
         whole["attention_mask"][0, end : end + 2] = 0
-        again = generate(model, whole, past_key_values=held)
+        again = generate(model, whole, **{CACHE: held})
     rows = agreement.prompts(model, {**whole, "pixel_values": first["pixel_values"]}, trace.latest)
     assert [prompt.next_position for prompt in rows] == [7 + 36 + 5, 8 + 72 + 7]
     assert agreement.worst(model, rows, again, STEPS) < agreement.TOLERANCE
@@ -103,8 +104,8 @@ def test_three_turns_with_a_picture_each(decoder: str, ids: str) -> None:
                 "attention_mask": torch.ones_like(whole),
                 "pixel_values": turn["pixel_values"],
             }
-            out = generate(model, given, past_key_values=cache)
-            said, cache = torch.cat([whole, out.sequences[:, -STEPS:]], dim=1), out.past_key_values
+            out = generate(model, given, **{CACHE: cache})
+            said, cache = torch.cat([whole, out.sequences[:, -STEPS:]], dim=1), getattr(out, CACHE)
     pictures = torch.cat([turn["pixel_values"] for turn in turns])
     given = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "pixel_values": pictures}
     rows = agreement.prompts(model, given, *trace.history)
@@ -123,7 +124,7 @@ def test_a_turn_after_several_samples_of_each_row() -> None:
         out = generate(model, first, do_sample=True, num_return_sequences=2)
         doubled = {**first, "attention_mask": first["attention_mask"].repeat_interleave(2, dim=0)}
         whole = say_more(doubled, out, torch.tensor([[5, 6, 7]] * 4))
-        again = generate(model, whole, past_key_values=out.past_key_values)
+        again = generate(model, whole, **{CACHE: getattr(out, CACHE)})
     # Row 0 has picture 0, row 1 the pictures 1 and 2; twice each.
     owners, pictures = [0, 1, 2, 2, 3, 3], [0, 0, 1, 2, 1, 2]
     images = [
@@ -141,7 +142,7 @@ def test_a_pruned_cache_of_other_rows_is_refused() -> None:
         out = generate(model, first)
         one = tiny.inputs(model, "3")
         with pytest.raises(FoveateError, match="the cache holds 2 rows, the prompt has 1"):
-            model(input_ids=one["input_ids"], past_key_values=out.past_key_values)
+            model(input_ids=one["input_ids"], **{CACHE: getattr(out, CACHE)})
 
 
 def test_a_prompt_without_new_tokens_is_refused() -> None:
@@ -151,7 +152,7 @@ def test_a_prompt_without_new_tokens_is_refused() -> None:
         out = generate(model, first)
         message = "the cache holds 46 tokens already and the prompt brings no new one"
         with pytest.raises(FoveateError, match=message):
-            generate(model, {"input_ids": first["input_ids"]}, past_key_values=out.past_key_values)
+            generate(model, {"input_ids": first["input_ids"]}, **{CACHE: getattr(out, CACHE)})
 
 
 # -- the caller's own operations --------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def answered() -> Any:
 
 def follow(model: Any, cache: Any, tokens: Tensor) -> Tensor:
     """Logits of tokens (B, T) that follow a cache."""
-    return model(input_ids=tokens, past_key_values=cache).logits
+    return model(input_ids=tokens, **{CACHE: cache}).logits
 
 
 def expected_logits(model: Any, given: dict[str, Tensor], call: Any, answers: Tensor, order: list[int]) -> Tensor:
@@ -180,7 +181,7 @@ def expected_logits(model: Any, given: dict[str, Tensor], call: Any, answers: Te
 
 def test_rows_that_are_repeated_selected_and_reordered(answered: Any) -> None:
     model, given, handle, out = answered
-    call, cache, answers = handle.trace.latest, out.past_key_values, out.sequences[:, -5:]
+    call, cache, answers = handle.trace.latest, getattr(out, CACHE), out.sequences[:, -5:]
     cache.batch_repeat_interleave(2)
     order = [0, 0, 1, 1, 2, 2]
     cache.reorder_cache(torch.tensor([5, 4, 3, 2, 1, 0]))
@@ -204,7 +205,7 @@ def test_a_cut_of_the_answer_and_of_the_text_after_the_image(tokens: int) -> Non
     with torch.no_grad(), foveate.prune(model, Ragged()) as trace:
         out = generate(model, given, max_new_tokens=5)
         call = trace.latest
-        cache = out.past_key_values
+        cache = getattr(out, CACHE)
         cache.crop(-tokens)
         held = torch.cat([given["input_ids"], out.sequences[:, -5:-1]], dim=1)[:, :-tokens]
         words = torch.tensor([[7, 8, 9]] * 2)
@@ -227,7 +228,7 @@ def test_a_cut_through_visual_tokens_is_refused(row: str, kept: tuple[int, ...],
     model = tiny.model()
     given = tiny.inputs(model, row)
     with foveate.prune(model, Fixed(kept)):
-        cache = generate(model, given, max_new_tokens=1).past_key_values
+        cache = getattr(generate(model, given, max_new_tokens=1), CACHE)
         length = int(cache.get_seq_length())
         with pytest.raises(FoveateError, match=r"crop removes \d+ of the \d+ prompt entries and cuts through pruned"):
             cache.crop(-tokens)
@@ -239,29 +240,29 @@ def test_reset_makes_the_cache_empty_and_free() -> None:
     given = tiny.inputs(model, "3i4")
     handle = foveate.prune(model, Random(keep=0.25)).start()
     out = generate(model, given)
-    cache = out.past_key_values
+    cache = getattr(out, CACHE)
     cache.reset()
     assert int(cache.get_seq_length()) == 0
-    again = generate(model, given, past_key_values=cache)
-    assert again.past_key_values is cache
+    again = generate(model, given, **{CACHE: cache})
+    assert getattr(again, CACHE) is cache
     assert torch.equal(again.sequences, out.sequences)
     cache.reset()
     handle.stop()
     unpruned = generate(model, given)
-    assert torch.equal(generate(model, given, past_key_values=cache).sequences, unpruned.sequences)
+    assert torch.equal(generate(model, given, **{CACHE: cache}).sequences, unpruned.sequences)
 
 
 def test_a_reset_cache_that_was_filled_elsewhere_is_refused() -> None:
     model = tiny.model()
     given = tiny.inputs(model, "3i4")
     handle = foveate.prune(model, Random(keep=0.25)).start()
-    cache = generate(model, given).past_key_values
+    cache = getattr(generate(model, given), CACHE)
     handle.stop()
     cache.reset()
-    generate(model, given, past_key_values=cache)
+    generate(model, given, **{CACHE: cache})
     handle.start()
     with pytest.raises(FoveateError, match="holds 46 tokens of a prompt that was not pruned"):
-        generate(model, given, past_key_values=cache)
+        generate(model, given, **{CACHE: cache})
     handle.stop()
 
 
@@ -271,11 +272,11 @@ def test_a_copied_cache_goes_on_by_itself() -> None:
     given = tiny.inputs(model, "3i4", "2i1i5")
     with torch.no_grad(), foveate.prune(model, Ragged()) as trace:
         prefix = DynamicCache(config=model.config.get_text_config())
-        first = generate(model, given, past_key_values=prefix, max_new_tokens=1)
+        first = generate(model, given, **{CACHE: prefix}, max_new_tokens=1)
         for words in ([[5, 6]] * 2, [[7, 8]] * 2):
             whole = say_more(given, first, torch.tensor(words))
             mine = copy.deepcopy(prefix)
-            out = generate(model, whole, past_key_values=mine)
+            out = generate(model, whole, **{CACHE: mine})
             rows = agreement.prompts(model, {**whole, "pixel_values": given["pixel_values"]}, trace.latest)
             assert agreement.worst(model, rows, out, STEPS) < agreement.TOLERANCE
         copied = copy.deepcopy(prefix)
@@ -293,11 +294,9 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_of_it() -> None:
         with torch.inference_mode():
             out = generate(model, given)
         whole = say_more(given, out, torch.tensor([[5, 6]] * 2))
-        after = generate(
-            model, {key: value.clone() for key, value in whole.items()}, past_key_values=out.past_key_values
-        )
+        after = generate(model, {key: value.clone() for key, value in whole.items()}, **{CACHE: getattr(out, CACHE)})
         expected = generate(model, given)
-        expected = generate(model, whole, past_key_values=expected.past_key_values)
+        expected = generate(model, whole, **{CACHE: getattr(expected, CACHE)})
     assert torch.equal(after.sequences, expected.sequences)
 
 
@@ -315,8 +314,8 @@ def test_an_empty_cache_is_upgraded_in_place(kind: str) -> None:
     given = tiny.inputs(model, "3i4")
     with foveate.prune(model, Random(keep=0.25)) as trace:
         plain = generate(model, given)
-        out = generate(model, given, past_key_values=cache)
-    assert out.past_key_values is cache
+        out = generate(model, given, **{CACHE: cache})
+    assert getattr(out, CACHE) is cache
     assert isinstance(cache, before)
     assert torch.equal(out.sequences, plain.sequences)
     assert int(cache.layers[0].get_seq_length()) == trace.length + STEPS - 1
@@ -330,22 +329,22 @@ def test_a_stopped_handles_cache_is_an_error_until_it_starts_again() -> None:
     whole = say_more(given, out, torch.tensor([[5, 6]]))
     expected = handle.trace.latest
     handle.stop()
-    cache = out.past_key_values
+    cache = getattr(out, CACHE)
     message = "this cache was pruned by a handle that has been stopped.*call handle.start\\(\\) again, or reset\\(\\)"
     for call in (
-        lambda: generate(model, whole, past_key_values=cache),
-        lambda: model(input_ids=torch.tensor([[7]]), past_key_values=cache),
-        lambda: model.model(input_ids=torch.tensor([[7]]), past_key_values=cache),
+        lambda: generate(model, whole, **{CACHE: cache}),
+        lambda: model(input_ids=torch.tensor([[7]]), **{CACHE: cache}),
+        lambda: model.model(input_ids=torch.tensor([[7]]), **{CACHE: cache}),
         lambda: cache.get_seq_length(),
     ):
         with pytest.raises(FoveateError, match=message):
             call()
     other = foveate.prune(model, Random(keep=0.25)).start()
     with pytest.raises(FoveateError, match=message):
-        generate(model, whole, past_key_values=cache)
+        generate(model, whole, **{CACHE: cache})
     other.stop()
     handle.start()
-    again = generate(model, whole, past_key_values=cache)
+    again = generate(model, whole, **{CACHE: cache})
     handle.stop()
     rows = agreement.prompts(model, {**whole, "pixel_values": given["pixel_values"]}, expected)
     assert agreement.worst(model, rows, again, STEPS) < agreement.TOLERANCE
@@ -355,13 +354,13 @@ def test_another_handles_cache_is_refused() -> None:
     mine, other = tiny.model(), tiny.model()
     given = tiny.inputs(mine, "3i4")
     with foveate.prune(mine, Random(keep=0.25)), foveate.prune(other, Random(keep=0.25)):
-        cache = generate(other, given).past_key_values
+        cache = getattr(generate(other, given), CACHE)
         with pytest.raises(
             FoveateError, match="this cache was pruned by another handle; give each handle a cache of its"
         ):
-            generate(mine, given, past_key_values=cache)
+            generate(mine, given, **{CACHE: cache})
         with pytest.raises(FoveateError, match="pruned by another handle"), torch.no_grad():
-            mine(**given, past_key_values=cache)
+            mine(**given, **{CACHE: cache})
 
 
 class _Foreign(Cache):
@@ -372,7 +371,7 @@ def refused_caches(model: Any, given: dict[str, Tensor]) -> dict[str, tuple[Any,
     """Caches that pruning cannot work with, and what is said of them."""
     text = model.config.get_text_config()
     filled = DynamicCache(config=text)
-    model.generate(**given, past_key_values=filled, max_new_tokens=1)
+    model.generate(**given, **{CACHE: filled}, max_new_tokens=1)
     offloaded = DynamicCache(config=text)
     offloaded.offloading = True  # asked for by argument, it opens a stream on a device that may not be there
     empty = "use an empty DynamicCache or StaticCache, or none"
@@ -397,9 +396,9 @@ def test_caches_that_cannot_be_pruned_are_refused(kind: str) -> None:
     model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
     with foveate.prune(model, Random(keep=0.25)), torch.no_grad():
         with pytest.raises(FoveateError, match=re.escape(message)):
-            model.generate(**given, past_key_values=cache, max_new_tokens=1)
+            model.generate(**given, **{CACHE: cache}, max_new_tokens=1)
         with pytest.raises(FoveateError, match=re.escape(message)):
-            model(**given, past_key_values=cache)
+            model(**given, **{CACHE: cache})
     assert not encoded, "refused before any work"
 
 
@@ -410,7 +409,7 @@ def test_a_quantized_cache_is_refused() -> None:
     model = tiny.model()
     message = "QuantizedCache cannot hold a pruned prompt; use an empty DynamicCache"
     with foveate.prune(model, Random(keep=0.25)), pytest.raises(FoveateError, match=message):
-        model.generate(**tiny.inputs(model, "3i4"), past_key_values=cache, max_new_tokens=1)
+        model.generate(**tiny.inputs(model, "3i4"), **{CACHE: cache}, max_new_tokens=1)
 
 
 # -- what the trace says of it ----------------------------------------------------------------------------------------
@@ -422,11 +421,11 @@ def test_lengths_and_bytes_are_those_of_the_cache(decoder: str, options: dict[st
     model = tiny.model(decoder=decoder)
     given = tiny.inputs(model, *ROWS)
     with foveate.prune(model, Ragged()) as trace:
-        cache = generate(model, given, max_new_tokens=1, **options).past_key_values
+        cache = getattr(generate(model, given, max_new_tokens=1, **options), CACHE)
     assert trace.kv_lengths == tuple(layer.keys.shape[2] for layer in cache.layers)
     held = sum(one.numel() * one.element_size() for layer in cache.layers for one in (layer.keys, layer.values))
     assert trace.kv_bytes == trace.budget.kv_bytes == held
-    unpruned = generate(model, given, max_new_tokens=1, **options).past_key_values
+    unpruned = getattr(generate(model, given, max_new_tokens=1, **options), CACHE)
     held = sum(one.numel() * one.element_size() for layer in unpruned.layers for one in (layer.keys, layer.values))
     assert trace.unpruned.kv_bytes == held
 
@@ -437,12 +436,15 @@ def test_lengths_and_bytes_of_a_second_turn() -> None:
     with foveate.prune(model, Ragged()) as trace:
         out = generate(model, first)
         whole = say_more(first, out, second["input_ids"], second["attention_mask"])
-        cache = generate(
-            model,
-            {**whole, "pixel_values": second["pixel_values"]},
-            past_key_values=out.past_key_values,
-            max_new_tokens=1,
-        ).past_key_values
+        cache = getattr(
+            generate(
+                model,
+                {**whole, "pixel_values": second["pixel_values"]},
+                **{CACHE: getattr(out, CACHE)},
+                max_new_tokens=1,
+            ),
+            CACHE,
+        )
     assert trace.kv_lengths == tuple(layer.keys.shape[2] for layer in cache.layers)
     assert trace.kv_bytes == sum(one.numel() * 4 for layer in cache.layers for one in (layer.keys, layer.values))
 
@@ -452,5 +454,5 @@ def test_bytes_of_half_precision() -> None:
     given = tiny.inputs(model, "3i4")
     given["pixel_values"] = given["pixel_values"].to(torch.bfloat16)
     with foveate.prune(model, "fopru:keep=0.25") as trace:
-        cache = generate(model, given, max_new_tokens=1).past_key_values
+        cache = getattr(generate(model, given, max_new_tokens=1), CACHE)
     assert trace.kv_bytes == sum(one.numel() * 2 for layer in cache.layers for one in (layer.keys, layer.values))

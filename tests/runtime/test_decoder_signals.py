@@ -11,6 +11,7 @@ import torch
 import foveate
 from foveate import DART, FastV
 from foveate.core import Method, Selection, Signals
+from foveate.runtime.seams import CACHE
 
 ROWS = ("3i4", "1i9", "2i2")
 
@@ -46,7 +47,7 @@ def test_keys_and_normed_states_of_visual_and_text_tokens(decoder: str, attn: st
         with torch.no_grad():
             plain = model(**alone, output_hidden_states=True, use_cache=True)
         normed = model.get_decoder().norm(plain.hidden_states[layer][0])
-        keys = plain.past_key_values.layers[layer - 1].keys[0]
+        keys = getattr(plain, CACHE).layers[layer - 1].keys[0]
         visual = alone["input_ids"][0] == tiny.IMAGE
         words = shown.text_mask[row]
         torch.testing.assert_close(seen.normed[row], normed[visual], atol=2e-5, rtol=0)

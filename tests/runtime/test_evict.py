@@ -33,6 +33,7 @@ from untouched import untouched
 import foveate
 from foveate import H2O, FastV, FoPru, ImageTextInteraction, PyramidDrop, SnapKV
 from foveate.core import CacheSelection, FoveateError, Grid, Method, Signals, Site
+from foveate.runtime.seams import CACHE
 
 METHODS: dict[str, list[Method]] = {
     "h2o": [H2O(heavy=0.2, recent=0.1)],
@@ -98,7 +99,7 @@ def test_a_second_turn_of_text_equals_the_reference(name: str, decoder: str, att
     with untouched(model), foveate.prune(model, METHODS[name]) as trace:
         out = generate(model, first, max_new_tokens=3)
         turns = [Turn(first, out.sequences[:, -3:], trace.latest)]
-        out = generate(model, continued(first, out.sequences, then), past_key_values=out.past_key_values)
+        out = generate(model, continued(first, out.sequences, then), **{CACHE: getattr(out, CACHE)})
         turns.append(Turn(then, out.sequences[:, -STEPS:], None))
     assert worst(out, rows_of(turns, model, METHODS[name])) < 1e-4
 
@@ -112,7 +113,7 @@ def test_a_new_picture_in_a_second_turn_equals_the_reference(name: str, decoder:
     with untouched(model), foveate.prune(model, METHODS[name]) as trace:
         out = generate(model, first, max_new_tokens=3)
         turns = [Turn(first, out.sequences[:, -3:], trace.latest)]
-        out = generate(model, continued(first, out.sequences, then), past_key_values=out.past_key_values)
+        out = generate(model, continued(first, out.sequences, then), **{CACHE: getattr(out, CACHE)})
         turns.append(Turn(then, out.sequences[:, -STEPS:], trace.latest))
     assert worst(out, rows_of(turns, model, METHODS[name])) < 1e-4
 
@@ -148,12 +149,12 @@ def test_the_cache_holds_what_the_reference_holds(name: str, decoder: str) -> No
     given = tiny.inputs(model, *ROWS)
     with foveate.prune(model, METHODS[name]) as trace:
         out = generate(model, given, max_new_tokens=1)
-        cache = out.past_key_values
+        cache = getattr(out, CACHE)
         assert list(trace.kv_lengths) == [shape[2] for shape in sizes(cache)]
         assert trace.kv_bytes == held_by(cache)
         turn = Turn(given, out.sequences[:, -1:], trace.latest)
         repeated = generate(model, given, max_new_tokens=1, num_beams=2)
-        assert trace.kv_bytes == held_by(repeated.past_key_values) == 2 * held_by(cache)
+        assert trace.kv_bytes == held_by(getattr(repeated, CACHE)) == 2 * held_by(cache)
     for row in range(3):
         _, talk = logits_of([turn], model, METHODS[name], row)
         for number, layer in enumerate(cache.layers):
@@ -175,7 +176,7 @@ def test_budgets_cap_the_cache_while_decoding() -> None:
     for method, after in ((H2O(heavy=3, recent=2), 5), (H2O(heavy=0.5, recent=0.5), prompt),
                           (SnapKV(capacity=9, window=3), 9 + STEPS - 1)):  # fmt: skip
         with foveate.prune(model, method):
-            cache = generate(model, given).past_key_values
+            cache = getattr(generate(model, given), CACHE)
             assert {shape[2] for shape in sizes(cache)} == {after}
             assert cache.get_seq_length() == prompt + STEPS - 1, "of the sequence, not of the tensors"
 
@@ -192,11 +193,11 @@ def test_a_loop_by_hand_equals_the_reference(name: str, padding: str) -> None:
     tokens = torch.randint(2, tiny.IMAGE, (3, 4), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), untouched(model), foveate.prune(model, METHODS[name]) as trace:
         out = model(**given)
-        call, cache, mask = trace.latest, out.past_key_values, given["attention_mask"]
+        call, cache, mask = trace.latest, getattr(out, CACHE), given["attention_mask"]
         steps = []
         for token in tokens[:, :-1].T:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            steps.append(model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache).logits[:, -1])
+            steps.append(model(input_ids=token[:, None], attention_mask=mask, **{CACHE: cache}).logits[:, -1])
     for row, logits in enumerate(rows_of([Turn(given, tokens, call)], model, METHODS[name])):
         torch.testing.assert_close(torch.stack(steps)[:, row], logits[1:], atol=1e-4, rtol=0)
 
@@ -215,9 +216,9 @@ def test_rows_of_a_cache_are_selected_repeated_and_reordered() -> None:
     mask = torch.cat([given["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)
     with torch.no_grad(), foveate.prune(model, methods) as trace:
         for order, change in changes.items():
-            cache, rows = model(**given).past_key_values, torch.tensor(order)
+            cache, rows = getattr(model(**given), CACHE), torch.tensor(order)
             change(cache)
-            found.append(model(input_ids=tokens[rows, :1], attention_mask=mask[rows], past_key_values=cache).logits)
+            found.append(model(input_ids=tokens[rows, :1], attention_mask=mask[rows], **{CACHE: cache}).logits)
     expected = torch.stack(rows_of([Turn(given, tokens, trace.latest)], model, methods))[:, 1]
     for logits, order in zip(found, changes, strict=True):
         torch.testing.assert_close(logits[:, -1], expected[list(order)], atol=1e-4, rtol=0)
@@ -228,11 +229,11 @@ def test_an_evicted_cache_is_not_cropped_but_reset() -> None:
     given = tiny.inputs(model, "3i4")
     with foveate.prune(model, METHODS["h2o"]):
         cache = DynamicCache(config=model.config.get_text_config())
-        first = generate(model, given, past_key_values=cache)
+        first = generate(model, given, **{CACHE: cache})
         with pytest.raises(FoveateError, match=r"evicted.*cannot be cropped; reset"):
             cache.crop(-1)
         cache.reset()
-        again = generate(model, given, past_key_values=cache)
+        again = generate(model, given, **{CACHE: cache})
     assert torch.equal(torch.stack(first.logits), torch.stack(again.logits))
 
 
@@ -244,15 +245,15 @@ def test_a_cache_without_its_handle_is_refused(name: str) -> None:
         out = generate(model, given)
     longer = torch.cat([given["attention_mask"], torch.ones(3, STEPS + 1, dtype=torch.int64)], dim=1)
     ids = torch.cat([out.sequences, out.sequences[:, -1:]], dim=1)
-    cache = out.past_key_values
+    cache = getattr(out, CACHE)
     with pytest.raises(FoveateError, match="handle that has been stopped"):
-        model(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache)
+        model(input_ids=ids[:, -1:], attention_mask=longer, **{CACHE: cache})
     with pytest.raises(FoveateError, match="handle that has been stopped"):
-        model(input_ids=ids[:, -1:], past_key_values=cache)
+        model(input_ids=ids[:, -1:], **{CACHE: cache})
     with pytest.raises(FoveateError, match="handle that has been stopped"):
-        model.generate(input_ids=ids, attention_mask=longer, past_key_values=cache, max_new_tokens=1)
+        model.generate(input_ids=ids, attention_mask=longer, **{CACHE: cache}, max_new_tokens=1)
     with foveate.prune(model, METHODS[name]), pytest.raises(FoveateError, match=r"stopped|another handle"):
-        model.generate(input_ids=ids, attention_mask=longer, past_key_values=cache, max_new_tokens=1)
+        model.generate(input_ids=ids, attention_mask=longer, **{CACHE: cache}, max_new_tokens=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,9 +268,9 @@ def test_static_caches_are_refused() -> None:
             generate(model, given, cache_implementation="static")
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
         with pytest.raises(FoveateError, match="static cache cannot shrink"):
-            generate(model, given, past_key_values=cache)
+            generate(model, given, **{CACHE: cache})
         with pytest.raises(FoveateError, match="static cache cannot shrink"):
-            model(**given, past_key_values=cache)
+            model(**given, **{CACHE: cache})
         with pytest.raises(FoveateError, match="use_cache=False leaves it no place"):
             model(**given, use_cache=False)
         generate(model, given, max_new_tokens=1)
@@ -281,12 +282,12 @@ def test_a_new_picture_after_eviction_with_stages_is_refused() -> None:
     first, then = tiny.inputs(model, "3i4"), tiny.inputs(model, "1i2", seed=1)
     with untouched(model), foveate.prune(model, METHODS["fastv+h2o"]) as trace:
         out = generate(model, first, max_new_tokens=3)
-        cache, calls = out.past_key_values, len(trace.history)
+        cache, calls = getattr(out, CACHE), len(trace.history)
         with pytest.raises(FoveateError, match=r"fastv:.*cannot follow a new image .* new cache"):
-            generate(model, continued(first, out.sequences, then), past_key_values=cache)
+            generate(model, continued(first, out.sequences, then), **{CACHE: cache})
         assert len(trace.history) == calls, "a refused call is no call"
         text = tiny.inputs(model, "2", seed=1)
-        again = generate(model, continued(first, out.sequences, text), past_key_values=cache)
+        again = generate(model, continued(first, out.sequences, text), **{CACHE: cache})
     turns = [
         Turn(first, out.sequences[:, -3:], trace.latest),
         Turn(text, again.sequences[:, -STEPS:], None),

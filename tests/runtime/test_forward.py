@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 import foveate
 from foveate import FoveateError, Pool, Random
 from foveate.core import Call
+from foveate.runtime.seams import CACHE
 
 ROWS = ("3i4", "2i1i5", "6", "1i")
 
@@ -165,7 +166,7 @@ def test_decoding_by_hand_equals_generate(rows: tuple[str, ...], decoder: str, w
             answer.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(answer[-1])], dim=1)
             more = {"attention_mask": mask} if with_mask else {}
-            out = model(input_ids=answer[-1], past_key_values=out.past_key_values, **more)
+            out = model(input_ids=answer[-1], **{CACHE: getattr(out, CACHE)}, **more)
     assert torch.equal(torch.cat(answer, dim=1), expected.sequences[:, -5:])
     torch.testing.assert_close(torch.stack(logits), torch.stack(expected.logits), atol=agreement.TOLERANCE, rtol=0)
 
@@ -182,7 +183,7 @@ def test_decoding_by_hand_after_right_padding() -> None:
         token = out.logits[torch.arange(4), ends.argmax(dim=1)].argmax(dim=-1, keepdim=True)
         answer, logits = [token], []
         for _ in range(4):
-            out = model(input_ids=answer[-1], past_key_values=out.past_key_values)
+            out = model(input_ids=answer[-1], **{CACHE: getattr(out, CACHE)})
             logits.append(out.logits[:, -1])
             answer.append(logits[-1].argmax(dim=-1, keepdim=True))
     answers = torch.cat(answer, dim=1)
@@ -198,10 +199,10 @@ def test_several_tokens_at_once_after_the_prompt() -> None:
     given = tiny.inputs(model, "3i")
     more = torch.tensor([[7, 8, 9]])
     with foveate.prune(model, Fixed((0, 3, 17))):
-        cache = model(**given).past_key_values
-        together = model(input_ids=more, past_key_values=cache).logits
-        cache = model(**given).past_key_values
-        single = [model(input_ids=more[:, place, None], past_key_values=cache).logits for place in range(3)]
+        cache = getattr(model(**given), CACHE)
+        together = model(input_ids=more, **{CACHE: cache}).logits
+        cache = getattr(model(**given), CACHE)
+        single = [model(input_ids=more[:, place, None], **{CACHE: cache}).logits for place in range(3)]
     torch.testing.assert_close(together, torch.cat(single, dim=1), atol=agreement.TOLERANCE, rtol=0)
 
 
@@ -212,7 +213,7 @@ def test_a_second_picture_by_hand() -> None:
     with foveate.prune(model, Random(keep=0.25)) as trace:
         out = model(**first)
         after = model(
-            input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=out.past_key_values
+            input_ids=second["input_ids"], pixel_values=second["pixel_values"], **{CACHE: getattr(out, CACHE)}
         )
     ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
     pictures = torch.cat([first["pixel_values"], second["pixel_values"]])
@@ -238,10 +239,10 @@ def test_the_callers_empty_cache_is_used_in_place(kind: str) -> None:
     given = tiny.inputs(model, "3i4")
     with foveate.prune(model, Random(keep=0.25)) as trace:
         plain = model(**given)
-        out = model(**given, past_key_values=cache)
-        step = model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
-        expected = model(input_ids=torch.tensor([[7]]), past_key_values=plain.past_key_values).logits
-    assert out.past_key_values is cache
+        out = model(**given, **{CACHE: cache})
+        step = model(input_ids=torch.tensor([[7]]), **{CACHE: cache}).logits
+        expected = model(input_ids=torch.tensor([[7]]), **{CACHE: getattr(plain, CACHE)}).logits
+    assert getattr(out, CACHE) is cache
     assert isinstance(cache, DynamicCache if kind != "static" else StaticCache)
     assert int(cache.layers[0].get_seq_length()) == trace.length + 1
     torch.testing.assert_close(out.logits, plain.logits, atol=agreement.TOLERANCE, rtol=0)
@@ -253,10 +254,10 @@ def test_no_cache_comes_back_where_none_is_wanted() -> None:
     model = tiny.model()
     given = tiny.inputs(model, "3i4")
     with foveate.prune(model, Random(keep=0.25)):
-        assert model(**given, use_cache=False).past_key_values is None
-        assert model(**given, use_cache=True).past_key_values is not None
+        assert getattr(model(**given, use_cache=False), CACHE) is None
+        assert getattr(model(**given, use_cache=True), CACHE) is not None
         model.config.get_text_config().use_cache = False
-        assert model(**given).past_key_values is None
+        assert getattr(model(**given), CACHE) is None
         model.config.get_text_config().use_cache = True
 
 
@@ -297,7 +298,7 @@ def test_a_short_mask_in_a_later_step_is_refused() -> None:
         with pytest.raises(
             FoveateError, match=r"shape \(1, 17\); a mask of \(rows, 44\) is needed: one column for each"
         ):
-            model(input_ids=torch.tensor([[7]]), past_key_values=out.past_key_values, attention_mask=short)
+            model(input_ids=torch.tensor([[7]]), **{CACHE: getattr(out, CACHE)}, attention_mask=short)
 
 
 @torch.no_grad()

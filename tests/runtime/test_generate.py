@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 import foveate
 from foveate import FoPru, FoveateError, Pool, Random, Uniform, families
 from foveate.core import Selection, Signals
+from foveate.runtime.seams import CACHE
 
 STEPS = 8
 ROWS = ("3i4", "2i1i5", "6", "1i")  # text after, between and after, none, image at the very end
@@ -158,7 +159,7 @@ def test_a_static_cache_equals_a_dynamic_one(decoder: str) -> None:
             dynamic = generate(model, given)
             static = generate(model, given, cache_implementation="static")
             own = StaticCache(config=model.config.get_text_config(), max_cache_len=150)
-            owned = generate(model, given, past_key_values=own)
+            owned = generate(model, given, **{CACHE: own})
         for other in (static, owned):
             assert torch.equal(other.sequences, dynamic.sequences)
             torch.testing.assert_close(torch.stack(other.logits), torch.stack(dynamic.logits), atol=1e-4, rtol=0)

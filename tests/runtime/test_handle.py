@@ -20,6 +20,7 @@ import foveate
 from foveate import FoPru, FoveateError, Random
 from foveate.core import Method, Selection
 from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.seams import CACHE
 from foveate.runtime.tower import TowerStages
 
 STEPS = 4
@@ -375,11 +376,11 @@ def test_a_later_turn_with_pictures_that_do_not_belong() -> None:
         ids = torch.cat([out.sequences, second["input_ids"]], dim=1)
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with pytest.raises(FoveateError, match="has 36 visual placeholders but its 0 images give 0 tokens"):
-            generate(model, whole, past_key_values=out.past_key_values)
+            generate(model, whole, **{CACHE: getattr(out, CACHE)})
         both = torch.cat([first["pixel_values"], second["pixel_values"]])
         with pytest.raises(FoveateError, match="has 36 visual placeholders but its 2 images give 72 tokens"):
-            generate(model, {**whole, "pixel_values": both}, past_key_values=out.past_key_values)
-        generate(model, {**whole, "pixel_values": second["pixel_values"]}, past_key_values=out.past_key_values)
+            generate(model, {**whole, "pixel_values": both}, **{CACHE: getattr(out, CACHE)})
+        generate(model, {**whole, "pixel_values": second["pixel_values"]}, **{CACHE: getattr(out, CACHE)})
 
 
 def test_an_encoder_that_saw_other_pictures_than_the_prompt() -> None:

@@ -34,6 +34,7 @@ from untouched import untouched
 import foveate
 from foveate import FastV, FoPru, PyramidDrop, SparseVLM
 from foveate.core import FoveateError, Method, Site
+from foveate.runtime.seams import CACHE
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def test_a_second_turn_equals_the_reference(name: str, decoder: str, attn: str, 
         out = generate(model, first, max_new_tokens=3)
         turns = [Turn(first, out.sequences[:, -3:], trace.latest)]
         before = len(trace.history)
-        out = generate(model, continued(first, out.sequences, then), past_key_values=out.past_key_values)
+        out = generate(model, continued(first, out.sequences, then), **{CACHE: getattr(out, CACHE)})
         turns.append(Turn(then, out.sequences[:, -STEPS:], trace.latest if len(trace.history) > before else None))
     assert worst(out, rows_of(turns, model, METHODS[name])) < 1e-4
 
@@ -157,7 +158,7 @@ def test_keeping_everything_is_bit_identical(decoder: str, attn: str) -> None:
                    SparseVLM(layers=(1, 2), keep=(1.0, 1.0), recycle=True)):  # fmt: skip
         out, _ = answered(model, given, [method])
         assert torch.equal(torch.stack(out.logits), torch.stack(stock.logits))
-        assert sizes(out.past_key_values) == sizes(stock.past_key_values)
+        assert sizes(getattr(out, CACHE)) == sizes(getattr(stock, CACHE))
 
 
 def test_deep_layers_hold_less_and_the_trace_says_how_much() -> None:
@@ -166,14 +167,14 @@ def test_deep_layers_hold_less_and_the_trace_says_how_much() -> None:
     length = given["input_ids"].shape[1]
     with foveate.prune(model, [FoPru(keep=0.5), PyramidDrop(layers=(1, 3), keep=(0.25, 5))]) as trace:
         out = generate(model, given, max_new_tokens=1)
-        lengths = [shape[2] for shape in sizes(out.past_key_values)]
+        lengths = [shape[2] for shape in sizes(getattr(out, CACHE))]
         text = 8  # of the longest row, which has two pictures
         assert lengths == [text + 36, text + 18, text + 18, text + 10] and length == text + 72
-        assert list(trace.kv_lengths) == lengths and trace.kv_bytes == held_by(out.past_key_values)
+        assert list(trace.kv_lengths) == lengths and trace.kv_bytes == held_by(getattr(out, CACHE))
         assert trace.budget.tokens == (18.0, 9.0, 9.0, 5.0)
         assert [stage.layer for stage in trace.images[0].stages] == [None, 1, 3]
         out = generate(model, given, max_new_tokens=1, num_beams=3)
-        assert trace.kv_bytes == held_by(out.past_key_values)
+        assert trace.kv_bytes == held_by(getattr(out, CACHE))
 
 
 @each_decoder("llama", "mistral, wide window")
@@ -182,10 +183,10 @@ def test_the_trace_counts_what_the_tensors_hold(name: str, decoder: str) -> None
     model = made(decoder)
     with foveate.prune(model, METHODS[name]) as trace:
         out = generate(model, tiny.inputs(model, *ROWS), max_new_tokens=1)
-        assert list(trace.kv_lengths) == [shape[2] for shape in sizes(out.past_key_values)]
-        assert trace.kv_bytes == held_by(out.past_key_values)
+        assert list(trace.kv_lengths) == [shape[2] for shape in sizes(getattr(out, CACHE))]
+        assert trace.kv_bytes == held_by(getattr(out, CACHE))
         model(**tiny.inputs(model, *ROWS))
-        assert trace.kv_bytes == held_by(out.past_key_values)
+        assert trace.kv_bytes == held_by(getattr(out, CACHE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,8 +203,8 @@ def test_a_static_cache_equals_a_dynamic_one(name: str, decoder: str) -> None:
         static = generate(model, given, cache_implementation="static")
     assert torch.equal(static.sequences[:, -STEPS:], turn.answer)
     assert worst(static, rows_of([turn], model, METHODS[name])) < 1e-4
-    widths = [shape[2] for shape in sizes(static.past_key_values)]
-    removed = [sizes(dynamic.past_key_values)[0][2] - shape[2] for shape in sizes(dynamic.past_key_values)]
+    widths = [shape[2] for shape in sizes(getattr(static, CACHE))]
+    removed = [sizes(getattr(dynamic, CACHE))[0][2] - shape[2] for shape in sizes(getattr(dynamic, CACHE))]
     assert [widths[0] - width for width in widths] == removed
 
 
@@ -223,9 +224,9 @@ def test_a_compiled_decode_equals_the_reference(name: str, rows: tuple[str, ...]
     stock = model.forward
     try:
         with foveate.prune(model, METHODS[name]) as trace:
-            first = generate(model, given, past_key_values=cache, max_new_tokens=1)
+            first = generate(model, given, **{CACHE: cache}, max_new_tokens=1)
             model.forward = torch.compile(model.forward, backend="eager")
-            then = generate(model, continued(given, first.sequences, _nothing(given)), past_key_values=cache)
+            then = generate(model, continued(given, first.sequences, _nothing(given)), **{CACHE: cache})
             call = trace.latest
     finally:
         model.forward = stock
@@ -248,9 +249,9 @@ def test_a_static_cache_goes_through_a_second_turn(second: str) -> None:
     first, then = tiny.inputs(model, *ROWS), tiny.inputs(model, *SECOND_TURNS[second], seed=1)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=192)
     with foveate.prune(model, methods) as trace:
-        out = generate(model, first, max_new_tokens=3, past_key_values=cache)
+        out = generate(model, first, max_new_tokens=3, **{CACHE: cache})
         turns = [Turn(first, out.sequences[:, -3:], trace.latest)]
-        out = generate(model, continued(first, out.sequences, then), past_key_values=cache)
+        out = generate(model, continued(first, out.sequences, then), **{CACHE: cache})
         turns.append(Turn(then, out.sequences[:, -STEPS:], trace.latest if second != "text only" else None))
     assert worst(out, rows_of(turns, model, methods)) < 1e-4
 
@@ -262,7 +263,7 @@ def test_a_static_cache_goes_through_a_second_turn(second: str) -> None:
 def step(model: Any, cache: Any, mask: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
     """One token further by hand: logits (B, V) and the longer mask."""
     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    out = model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache)
+    out = model(input_ids=token[:, None], attention_mask=mask, **{CACHE: cache})
     return out.logits[:, -1], mask
 
 
@@ -274,7 +275,7 @@ def test_a_loop_by_hand_equals_the_reference(name: str, padding: str) -> None:
     tokens = torch.randint(2, tiny.IMAGE, (3, 4), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), untouched(model), foveate.prune(model, METHODS[name]) as trace:
         out = model(**given)
-        call, cache, mask = trace.latest, out.past_key_values, given["attention_mask"]
+        call, cache, mask = trace.latest, getattr(out, CACHE), given["attention_mask"]
         steps = []
         for token in tokens[:, :-1].T:
             logits, mask = step(model, cache, mask, token)
@@ -296,7 +297,7 @@ def test_rows_of_a_cache_are_selected_repeated_and_reordered() -> None:
     found = []
     with torch.no_grad(), foveate.prune(model, methods) as trace:
         for order, change in changes.items():
-            cache, rows = model(**given).past_key_values, torch.tensor(order)
+            cache, rows = getattr(model(**given), CACHE), torch.tensor(order)
             change(cache)
             found.append(step(model, cache, given["attention_mask"][rows], tokens[rows, 0])[0])
     assert len(trace.history) == 3
@@ -312,18 +313,18 @@ def test_a_cache_is_cropped_behind_its_pictures_only() -> None:
     ids, mask = given["input_ids"], given["attention_mask"]
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), foveate.prune(model, methods):
-        cache = model(**given).past_key_values
+        cache = getattr(model(**given), CACHE)
         _, longer = step(model, cache, mask, torch.tensor([9]))
         cache.crop(-1)
         _, longer = step(model, cache, mask, tokens[:, 0])
         after, _ = step(model, cache, longer, tokens[:, 1])
 
-        cache = model(**given).past_key_values
+        cache = getattr(model(**given), CACHE)
         cache.crop(-2)  # the last two words of the prompt
         shorter, _ = step(model, cache, mask[:, :-2], ids[:, -2])
         assert [shape[2] for shape in sizes(cache)] == [44, 26, 17, 12]
 
-        cache = model(**given).past_key_values
+        cache = getattr(model(**given), CACHE)
         with pytest.raises(FoveateError, match=r"crop removes 10 .* visual tokens .* reset"):
             cache.crop(-10)
     expected, talk = logits_of([Turn(given, tokens, None)], model, methods, 0)
@@ -338,7 +339,7 @@ def test_a_refused_crop_leaves_the_cache_as_it_was() -> None:
     methods: list[Method] = [Fixed(kept=tuple(range(20, 36))), FastV(layer=3, keep=1)]
     tokens = torch.tensor([[5, 6]])
     with torch.no_grad(), foveate.prune(model, methods):
-        cache = model(**given).past_key_values
+        cache = getattr(model(**given), CACHE)
         with pytest.raises(FoveateError, match="layer 3 has dropped"):
             cache.crop(-5)
         logits, _ = step(model, cache, given["attention_mask"], tokens[:, 0])
@@ -349,7 +350,7 @@ def test_a_refused_crop_leaves_the_cache_as_it_was() -> None:
 def test_a_cache_that_slides_is_not_cropped() -> None:
     model = tiny.model(decoder="qwen2-mixed")
     with torch.no_grad(), foveate.prune(model, METHODS["fastv"]):
-        cache = model(**tiny.inputs(model, "3i4")).past_key_values
+        cache = getattr(model(**tiny.inputs(model, "3i4")), CACHE)
         with pytest.raises(FoveateError, match=r"layer 2 slides and has forgotten all but 7 .* reset"):
             cache.crop(-1)
 
@@ -359,9 +360,9 @@ def test_a_reset_cache_starts_anew() -> None:
     given = tiny.inputs(model, *ROWS)
     with foveate.prune(model, METHODS["ragged"]):
         cache = DynamicCache(config=model.config.get_text_config())
-        first = generate(model, given, past_key_values=cache)
+        first = generate(model, given, **{CACHE: cache})
         cache.reset()
-        again = generate(model, given, past_key_values=cache)
+        again = generate(model, given, **{CACHE: cache})
     assert torch.equal(torch.stack(first.logits), torch.stack(again.logits))
 
 
@@ -372,19 +373,19 @@ def test_a_cache_without_its_handle_is_refused(kind: str) -> None:
     handle = foveate.prune(model, METHODS["fastv"])
     with handle:
         out = generate(model, given, cache_implementation=kind)
-    cache = out.past_key_values
+    cache = getattr(out, CACHE)
     longer = torch.cat([given["attention_mask"], torch.ones(3, STEPS + 1, dtype=torch.int64)], dim=1)
     ids = torch.cat([out.sequences, out.sequences[:, -1:]], dim=1)
     with pytest.raises(FoveateError, match="handle that has been stopped"):
-        model(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache)
+        model(input_ids=ids[:, -1:], attention_mask=longer, **{CACHE: cache})
     with pytest.raises(FoveateError, match="handle that has been stopped"):
-        model.generate(input_ids=ids, attention_mask=longer, past_key_values=cache, max_new_tokens=1)
+        model.generate(input_ids=ids, attention_mask=longer, **{CACHE: cache}, max_new_tokens=1)
     with foveate.prune(model, METHODS["fastv"]), pytest.raises(FoveateError, match=r"stopped|another handle"):
-        model.generate(input_ids=ids, attention_mask=longer, past_key_values=cache, max_new_tokens=1)
+        model.generate(input_ids=ids, attention_mask=longer, **{CACHE: cache}, max_new_tokens=1)
     with handle:  # which makes it usable again
         if kind == "dynamic":  # the static one was allocated for this answer alone
             mask = longer[:, :-1]
-            model.generate(input_ids=ids[:, :-1], attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+            model.generate(input_ids=ids[:, :-1], attention_mask=mask, **{CACHE: cache}, max_new_tokens=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 
+import foveate
 from foveate.runtime import cache, handle
-from foveate.runtime.seams import SEAMS, Seam
+from foveate.runtime.seams import CACHE, SEAMS, Seam
 
 VERSION = f"transformers {transformers.__version__}"
 
@@ -143,7 +145,7 @@ def test_what_a_decoder_hands_its_layers() -> None:
         )
     given = tiny.inputs(model, "3i4", "2i1i5")
     model(**given, use_cache=True)
-    wanted = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
+    wanted = {"attention_mask", "position_embeddings", "position_ids", CACHE}
     for arguments, options, output in seen:
         assert wanted <= options.keys(), f"{VERSION} hands decoder layers {sorted(options)}"
         assert len(arguments) == 1
@@ -164,18 +166,40 @@ def test_attention_asks_its_own_configuration_each_time(part: str) -> None:
         model(**tiny.inputs(model, "1i1"))
 
 
+def test_either_name_of_a_cache_is_taken() -> None:
+    """A caller's code need not change with the release: generate() and direct calls, the name of now and the other."""
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    longer = {"input_ids": torch.cat([given["input_ids"], torch.tensor([[7]])], dim=1)}
+    found: list[list[torch.Tensor]] = []
+    with warnings.catch_warnings(), foveate.prune(model, "fastv:layer=2,keep=0.5"):
+        warnings.simplefilter("error")
+        for name in ("cache", "past_key_values"):
+            cache = DynamicCache(config=model.config.text_config)
+            first = model.generate(**given, **{name: cache}, max_new_tokens=1, return_dict_in_generate=True)
+            assert getattr(first, CACHE) is cache
+            assert [layer.keys.shape[2] for layer in cache.layers] == [43, 43, 25, 25]
+            again = model.generate(**longer, **{name: cache}, max_new_tokens=2)
+            direct = DynamicCache(config=model.config.text_config)
+            logits = [model(**given, **{name: direct}).logits, model(torch.tensor([[7]]), **{name: direct}).logits]
+            assert [layer.keys.shape[2] for layer in direct.layers] == [44, 44, 26, 26]
+            found.append([again, *logits])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_a_layer_of_a_cache_tells() -> None:
     model = tiny.model()
     given = tiny.inputs(model, "3i4")
     dynamic = DynamicCache(config=model.config.text_config)
-    model(**given, past_key_values=dynamic)
+    model(**given, **{CACHE: dynamic})
     layer: Any = dynamic.layers[1]
     assert layer.keys.shape == layer.values.shape == (1, 2, 43, 8)
     assert layer.get_seq_length() == 43
     static = StaticCache(config=model.config.text_config, max_cache_len=50)
     fixed: Any = static.layers[1]
     assert (fixed.is_compileable, fixed.is_initialized, fixed.max_cache_len) == (True, False, 50)
-    model(**given, past_key_values=static)
+    model(**given, **{CACHE: static})
     assert (fixed.is_initialized, int(fixed.cumulative_length), fixed.keys.shape[2]) == (True, 43, 50)
 
 

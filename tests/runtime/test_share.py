@@ -14,6 +14,7 @@ import foveate
 from foveate.core import FoveateError
 from foveate.families import family_of
 from foveate.prune import share_encoding
+from foveate.runtime.seams import CACHE
 
 RIVALS = ("fopru:keep=4", "random:keep=4", "fopru:keep=6+fastv:layer=2,keep=3")
 NEEDS = {need for rival in RIVALS for stage in foveate.spec.parse_stages(rival) for need in stage.needs}
@@ -111,7 +112,7 @@ def test_pictures_and_videos_are_remembered_side_by_side(name: str) -> None:
             given, _ = pictures.continued(out.sequences, videos)
             later = model.generate(
                 **given,
-                past_key_values=out.past_key_values,
+                **{CACHE: getattr(out, CACHE)},
                 max_new_tokens=3,
                 return_dict_in_generate=True,
                 output_logits=True,

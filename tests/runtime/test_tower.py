@@ -20,6 +20,7 @@ from untouched import untouched
 import foveate
 from foveate import H2O, FastV, FoPru, FoveateError, ImageTextInteraction, Random, cost, families
 from foveate.core import Call, Grid, ImageRecord, Method, Selection, Signals, Site
+from foveate.runtime.seams import CACHE
 
 ATTENTION = ("sdpa", "eager")
 READ = 2  # the block behind which the tiny models' projectors read, of 0..3
@@ -578,7 +579,7 @@ def test_a_second_turn_equals_the_reference(name: str, second: tuple[str, str], 
         out = generate(model, first)
         call = trace.latest
         given = continued(first, out.sequences, then)
-        again = generate(model, given, past_key_values=out.past_key_values)
+        again = generate(model, given, **{CACHE: getattr(out, CACHE)})
     encoder_by_hand(first, call, *depths)
     turns = [Turn(first, out.sequences[:, -STEPS:], call)]
     later = trace.latest if "i" in second[0] else None
@@ -640,12 +641,12 @@ def test_half_and_half_loses_nothing_in_the_prompt_and_stops_growing_there() -> 
     out, call = answered(model, given, ImageTextInteraction(where=2))
     prompt = 7 + call.images[0].after
     assert torch.equal(out.logits[0], visual.logits[0])
-    assert sizes(out.past_key_values) == [(1, 2, prompt, 8)] * 4
-    assert sizes(visual.past_key_values) == [(1, 2, prompt + STEPS - 1, 8)] * 4
+    assert sizes(getattr(out, CACHE)) == [(1, 2, prompt, 8)] * 4
+    assert sizes(getattr(visual, CACHE)) == [(1, 2, prompt + STEPS - 1, 8)] * 4
     assert call.kv_lengths == (prompt,) * 4
     lengths: list[int] = []
     model.model.language_model.register_forward_hook(
-        lambda module, arguments, output: lengths.append(output.past_key_values.layers[0].keys.shape[2])
+        lambda module, arguments, output: lengths.append(getattr(output, CACHE).layers[0].keys.shape[2])
     )
     with foveate.prune(model, ImageTextInteraction(where=2)):
         generate(model, given, max_new_tokens=STEPS)
@@ -658,7 +659,7 @@ def test_below_one_in_total_it_prunes_in_the_prompt_too() -> None:
     prompt = 7 + call.images[0].after
     held = 2 * int(prompt * 0.25)
     assert call.kv_lengths == (held,) * 4
-    assert sizes(out.past_key_values) == [(1, 2, held, 8)] * 4
+    assert sizes(getattr(out, CACHE)) == [(1, 2, held, 8)] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from foveate.families import family_of
 from foveate.methods.crossget import CrossGET
 from foveate.methods.dynamicvit import DynamicViT
 from foveate.methods.tome import ToMe
+from foveate.runtime.seams import CACHE
 
 OPEN = {family.name for family in ROWS_OF_FAMILIES if family.inside is None}
 FAMILIES = tuple(name for name in tiny_families.KINDS if name.partition("/")[0] in OPEN)
@@ -314,7 +315,7 @@ def test_a_later_turn_brings_another_picture(family: str) -> None:
         needed = family_of(model).later_turns
         if needed is not None and Version(transformers.__version__) < Version(needed):
             pytest.skip(f"pictures in later turns of {family} need transformers {needed}")
-        again = model.generate(**given, past_key_values=out.past_key_values, max_new_tokens=3)
+        again = model.generate(**given, **{CACHE: getattr(out, CACHE)}, max_new_tokens=3)
     assert len(trace.history) == 2
     hand = by_hand(model, second, drops=dropping(method))
     for number, image in enumerate(trace.latest.images):

@@ -14,6 +14,7 @@ from torch import Tensor
 import foveate
 from foveate import FoPru, FoveateError, Pool, Random, cost
 from foveate.core import Trace
+from foveate.runtime.seams import CACHE
 
 ROWS = ("3i4", "2i1i5", "6", "1i")
 
@@ -137,7 +138,7 @@ def test_a_step_of_the_answer_is_no_call() -> None:
     model = tiny.model()
     with foveate.prune(model, Random(keep=9)) as trace, torch.no_grad():
         out = model(**tiny.inputs(model, "3i4"))
-        model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+        model(input_ids=torch.tensor([[5]]), **{CACHE: getattr(out, CACHE)})
         model.generate(**tiny.inputs(model, "3i4"), max_new_tokens=5, num_beams=2)
     assert len(trace.history) == 2
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 import foveate
 from foveate import FoPru, Random
+from foveate.runtime.seams import CACHE
 
 STEPS = 6
 ROWS = ("3i4", "2i1i5", "6", "1i")
@@ -68,7 +69,7 @@ def test_without_a_mask_and_a_cache_the_runtime_brings_a_mask() -> None:
         model(**given, use_cache=False)
         model.generate(**given, use_cache=False, max_new_tokens=2)
     for call in seen:
-        assert call["past_key_values"] is None
+        assert call[CACHE] is None
         assert call["attention_mask"] is not None
         assert call["attention_mask"].all()
     assert seen[0]["position_ids"][0].diff().max() > 1, "the positions have gaps"
@@ -84,9 +85,9 @@ def test_decoder_blocks_see_no_positions() -> None:
     with foveate.prune(model, Fixed((0, 3, 17))):
         out = generate(model, first)
         ids = torch.cat([out.sequences, torch.tensor([[5, 6]])], dim=1)
-        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=out.past_key_values)
-        cache = model(**first).past_key_values
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **{CACHE: getattr(out, CACHE)})
+        cache = getattr(model(**first), CACHE)
+        model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
     assert len(seen) == 2 * STEPS + 2
     assert all(call["position_ids"] is None for call in seen)
     seen.clear()
@@ -293,7 +294,7 @@ def test_an_attention_mask_of_ones_is_as_good_as_none() -> None:
         with_mask = generate(model, tiny.inputs(model, "3i4"))
         without = generate(model, tiny.inputs(model, "3i4", batch_mask=False))
         cache = DynamicCache(config=model.config.get_text_config())
-        cached = generate(model, tiny.inputs(model, "3i4"), past_key_values=cache)
+        cached = generate(model, tiny.inputs(model, "3i4"), **{CACHE: cache})
     assert torch.equal(with_mask.sequences, without.sequences)
     assert torch.equal(with_mask.sequences, cached.sequences)
 

@@ -25,6 +25,7 @@ from foveate.runtime.joint_space import JointSpace
 from foveate.runtime.layers import Descent, decode_mask, stages_of
 from foveate.runtime.prefill import Prefill, Shortened, renamed
 from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.seams import CACHE
 from foveate.runtime.tower import TowerStages
 from foveate.spec import format as format_spec
 
@@ -237,7 +238,7 @@ class Handle:
         kind = given.get("cache_implementation", config.cache_implementation)
         if kind in _UNSUPPORTED_CACHES:
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
-        caches.check_usable(given.get("past_key_values"), self)
+        caches.check_usable(given.get(CACHE), self)
         if self._stages or self._evictor is not None:
             self._check_inside(config, given)
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
@@ -255,7 +256,7 @@ class Handle:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
         ids = given.get("input_ids", given.get("inputs"))
         if isinstance(ids, Tensor):
-            self._prefill.check_images(ids, given, given.get("past_key_values"))
+            self._prefill.check_images(ids, given, given.get(CACHE))
 
     def _check_inside(self, config: Any, given: dict[str, Any]) -> None:
         """What stages inside the decoder cannot work with."""
@@ -270,7 +271,7 @@ class Handle:
         if given.get("use_cache", config.use_cache) is False:
             raise FoveateError(f"{name} acts {where} and keeps its choice there, so use_cache=False leaves it no place")
         kind = given.get("cache_implementation", config.cache_implementation)
-        if self._evictor is not None and (kind == "static" or isinstance(given.get("past_key_values"), StaticCache)):
+        if self._evictor is not None and (kind == "static" or isinstance(given.get(CACHE), StaticCache)):
             raise FoveateError(f"{name} evicts entries, and a static cache cannot shrink; use a dynamic cache")
 
     def _expand(
@@ -316,7 +317,7 @@ class Handle:
         result = self._stock["_prepare_cache_for_generation"](generation_config, model_kwargs, *rest, **options)
         shortened = None if self._run is None else self._run.shortened
         if shortened is not None:
-            held = model_kwargs.get("past_key_values")
+            held = model_kwargs.get(CACHE)
             if held is not None:
                 caches.check_usable(held, self)
                 caches.attach(held, shortened.timeline)
@@ -327,7 +328,7 @@ class Handle:
 
     def _prepare_positions(self, inputs: Tensor, options: dict[str, Any]) -> Any:
         """Where positions have several axes, a model knows those of the pruned part from its handle alone."""
-        if self.family.positions is not None and caches.timeline_of(options.get("past_key_values")) is not None:
+        if self.family.positions is not None and caches.timeline_of(options.get(CACHE)) is not None:
             return GenerationMixin._prepare_position_ids_for_generation(self.model, inputs, options)
         return self._stock["_prepare_position_ids_for_generation"](inputs, options)
 
@@ -367,7 +368,7 @@ class Handle:
     def _generate_step(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """generate() counts on from the last token that stayed; where the prompt ended in dropped ones it lags."""
         shortened = None if self._run is None else self._run.shortened
-        positions, cache = options.get("position_ids"), options.get("past_key_values")
+        positions, cache = options.get("position_ids"), options.get(CACHE)
         if shortened is None or shortened.timeline.lag is None or positions is None:
             return None
         held = 0 if cache is None else cache.get_seq_length()
@@ -395,7 +396,7 @@ class Handle:
             return None
         # Rotary embeddings are computed by now; gappy positions would only be mistaken for packed sequences.
         options = {**options, "position_ids": None} if options.get("position_ids") is not None else options
-        timeline = caches.timeline_of(options.get("past_key_values"))
+        timeline = caches.timeline_of(options.get(CACHE))
         if self._evictor is not None and timeline is not None and number == 0:
             hidden = arguments[0] if arguments else options["hidden_states"]
             timeline.before, timeline.seen = timeline.seen, timeline.seen + hidden.shape[1]
@@ -414,7 +415,7 @@ class Handle:
     def _after_layer(
         self, number: int, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
     ) -> None:
-        cache: Any = options.get("past_key_values")
+        cache: Any = options.get(CACHE)
         timeline = caches.timeline_of(cache)
         if self._evictor is not None and timeline is not None:
             self._evictor.after_layer(number, timeline, cache.layers[number])

@@ -19,6 +19,7 @@ from foveate.runtime.cache import Group, Timeline, group_of
 from foveate.runtime.choose import Depth, Image, Prompt, choose
 from foveate.runtime.probe import DecoderProbe, Seen
 from foveate.runtime.record import Stopwatch
+from foveate.runtime.seams import CACHE
 from foveate.runtime.shorten import Plan
 
 
@@ -199,9 +200,9 @@ class Descent:
             options["position_embeddings"] = self._once(
                 ("rotary", id(rotary), id(group)), (rotary, group), lambda: _gather_rotary(rotary, rows)
             )
-        width = fit_static_layer(options.get("past_key_values"), number, group.reach - group.kept.shape[1])
+        width = fit_static_layer(options.get(CACHE), number, group.reach - group.kept.shape[1])
         if width is not None:
-            group.fill(width, options["past_key_values"].layers[0].max_cache_len)
+            group.fill(width, options[CACHE].layers[0].max_cache_len)
         options["attention_mask"] = self._once(
             ("mask", id(mask), id(group), window, width),
             (mask, group),
@@ -307,7 +308,7 @@ def decode_mask(timeline: Timeline, number: int, layer: nn.Module, options: dict
     group = timeline.group(number)
     if group is None:
         return options
-    cache, mask = options["past_key_values"], options.get("attention_mask")
+    cache, mask = options[CACHE], options.get("attention_mask")
     if group.static is not None:
         return {**options, "attention_mask": _static_mask(group, cache, mask)}
     if mask is None and group.whole and window_of(layer) is None:

@@ -27,6 +27,7 @@ from foveate.runtime.lanes import Lanes, settle
 from foveate.runtime.packing import Apart, to_tokens
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
+from foveate.runtime.seams import CACHE, FORMER
 from foveate.runtime.shorten import Plan, Side, find_images, padding_side, place_images, plan
 from foveate.runtime.support import shape_of
 from foveate.runtime.tower import Brought, TowerStages
@@ -36,8 +37,6 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """Arguments of a call that have a column for each token, beside ids and mask."""
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-# What some processors still call an argument, and its name now.
-_FORMER = {"pixel_values_images": "pixel_values"}
 _OF_ENCODER = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
 
 
@@ -187,7 +186,7 @@ class Prefill:
         if pictures and needed is not None and Version(found) < Version(needed):
             raise FoveateError(
                 f"transformers {found} masks a {self.family.name} picture wrongly that comes in a later turn, pruned "
-                f"or not; use {needed} or newer, or give the whole conversation without past_key_values"
+                f"or not; use {needed} or newer, or give the whole conversation without {CACHE}"
             )
 
     def _check_kinds(self, given: dict[str, Any]) -> None:
@@ -221,7 +220,7 @@ class Prefill:
         """Pictures of a prompt are about to be encoded: the stages inside the encoder must know how they lie."""
         if not isinstance(ids, Tensor):
             return
-        cache: Any = given.get("past_key_values")
+        cache: Any = given.get(CACHE)
         timeline = timeline_of(cache)
         if timeline is not None and contains_past:
             ids = ids[:, timeline.reached(int(cache.get_seq_length())) :]
@@ -239,7 +238,7 @@ class Prefill:
             ids: (B, S), or (B, reached + S) when `contains_past`.
             given: what the caller gave, sizes of the pictures among it.
         """
-        cache = options.get("past_key_values")
+        cache = options.get(CACHE)
         new = self._input(ids, options, cache, contains_past, given)
         outputs = (options.get("mm_encoder_outputs") or {}).items()
         kind, encoded = next(((kind, output) for kind, output in outputs if output is not None), ("image", None))
@@ -268,7 +267,7 @@ class Prefill:
 
     def for_forward(self, given: dict[str, Any]) -> Shortened:
         """Shorten a direct call of the model: encodes its pictures, or follows a pruned cache one step on."""
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        ids, cache = given.get("input_ids"), given.get(CACHE)
         if ids is None or given.get("mm_encoder_outputs"):
             raise FoveateError("pruning needs input_ids and pixel_values; embeddings hide what is visual")
         check_usable(cache, self.owner)
@@ -313,7 +312,7 @@ class Prefill:
         if wanted is None:
             wanted = text_config(self.model).use_cache and not self.model.training
         if cache is None and wanted:
-            cache = options["past_key_values"] = TimelineCache(config=text_config(self.model))
+            cache = options[CACHE] = TimelineCache(config=text_config(self.model))
         if cache is None and self.evicting:
             raise FoveateError("a method on the cache needs one; use_cache=False leaves it no place")
         if cache is not None:
@@ -521,9 +520,9 @@ class Prefill:
 
 
 def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that they have now."""
+    """The arguments of a call by the names that this transformers has for them."""
     made = dict(given)
-    for former, name in _FORMER.items():
+    for former, name in FORMER.items():
         value = made.pop(former, None)
         if value is not None and made.get(name) is None:
             made[name] = value

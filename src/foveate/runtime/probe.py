@@ -22,6 +22,7 @@ from foveate.families import Family, Tower
 from foveate.ops.padding import joined
 from foveate.ops.scores import attention_sums, row_attention
 from foveate.runtime.choose import TOKEN_AXIS
+from foveate.runtime.seams import CACHE
 
 PROBE = "foveate_probe"
 """Name under which the observing attention is registered. It stays registered: transformers cannot take it back."""
@@ -590,8 +591,8 @@ class DecoderProbe:
         The block's attention runs without cache and without attending; keys of an earlier prompt come from the cache.
         """
         layer, watch = self._layers[number], self._watches[number]
-        cache: Any = options.get("past_key_values")
-        options = {name: value for name, value in options.items() if name not in {"past_key_values", "use_cache"}}
+        cache: Any = options.get(CACHE)
+        options = {name: value for name, value in options.items() if name not in {CACHE, "use_cache"}}
         mask, was_open, past = options.pop("attention_mask", None), watch.open, watch.past
         watch.open, watch.stub, watch.past = True, True, 0
         try:

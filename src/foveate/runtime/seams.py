@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+
+from transformers import GenerationMixin
+
+_CACHE_NAMES = ("cache", "past_key_values")
+_TAKEN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+CACHE = next((name for name in _CACHE_NAMES if name in _TAKEN), _CACHE_NAMES[0])
+"""What a cache is called where this transformers hands it on, to a model as to its layers, and where it gives it back:
+`cache` since 5.24, `past_key_values` before."""
+
+FORMER = {"pixel_values_images": "pixel_values"} | {name: CACHE for name in _CACHE_NAMES if name != CACHE}
+"""What some processors and callers call an argument of a model, and its name in this transformers."""
 
 _GENERATE = "transformers.generation.utils.GenerationMixin."
 
