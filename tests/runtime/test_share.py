@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from untouched import untouched
 
 import foveate
+from foveate import methods
 from foveate.core import FoveateError
 from foveate.families import family_of
 from foveate.prune import share_encoding
@@ -168,6 +170,42 @@ def test_what_changes_the_encoding_cannot_share_it() -> None:
         pytest.raises(FoveateError, match=r"image_text_interaction.* changes the encoding, so it cannot share it"),
     ):
         foveate.prune(model, "image_text_interaction").start()
+
+
+def needs_of(name: str) -> frozenset[str]:
+    return frozenset(need for part in methods.get(name).example().parts() for need in part.needs)
+
+
+# Methods that look at the encoding and leave it as it is.
+BEHIND = [name for name in methods.names() if all(part.site != "tower" for part in methods.get(name).example().parts())]
+# One of each set of needs: two methods share what the encoder shows, and those that need the same are alike to a third.
+KINDS = {needs_of(name): name for name in BEHIND}
+
+
+def test_any_two_methods_stand_side_by_side() -> None:
+    model = tiny.model(blocks=6)
+    given = tiny.inputs(model, "3i4")
+    handles = {name: tiny.prune(model, methods.get(name).example(model.config)) for name in KINDS.values()}
+
+    def logits(name: str) -> torch.Tensor:
+        with handles[name], torch.no_grad():
+            return model(**given).logits
+
+    alone = {name: logits(name) for name in handles}
+    for (needs, name), (more, other) in itertools.combinations(KINDS.items(), 2):
+        with share_encoding(model, needs | more):
+            for one in (name, other):
+                assert torch.equal(logits(one), alone[one]), f"{name} and {other}"
+
+
+def test_what_was_not_asked_for_is_missed_at_once() -> None:
+    model = tiny.model()
+    with (
+        untouched(model),
+        share_encoding(model, {"tower.read.hidden"}),
+        pytest.raises(FoveateError, match=r"shows no tower\.2\.given, tower\.2\.received; give share_encoding\(\)"),
+    ):
+        foveate.prune(model, "fopru:keep=4").start()
 
 
 def test_a_model_that_is_being_pruned_shares_nothing() -> None:

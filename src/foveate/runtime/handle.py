@@ -65,8 +65,7 @@ class Handle:
         decoder = model.get_decoder()
         self._layers: Sequence[nn.Module] = decoder.layers
         self._stages = stages_of(self.parts, len(decoder.layers))
-        needs = {need for part in parts for need in part.needs}
-        self._probe = Probe(model, self.family, needs if joint_space is None else {*needs, "tower.read.hidden"})
+        self._probe = Probe(model, self.family, {need for part in parts for need in part.needs})
         evicting = [part for part in self.parts if part.site == "cache"]
         self._evictor = Evictor(evicting[0], decoder.layers) if evicting else None
         self._decoder_probe = DecoderProbe(decoder.layers, self._stages, everywhere=bool(evicting))
@@ -129,6 +128,7 @@ class Handle:
                 self._hooks.append(layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True))
         if self._stages:
             self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
+        self._tower.check_alone()
         # The probe's hook on a block runs before the stage's hook on the next one, so both see the same tokens.
         self._probe.install()
         self._tower.install()

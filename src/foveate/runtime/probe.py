@@ -21,7 +21,7 @@ from foveate.core import Block, FoveateError, names_of
 from foveate.families import Family, Tower
 from foveate.ops.padding import joined
 from foveate.ops.scores import attention_sums, row_attention
-from foveate.runtime.choose import TOKEN_AXIS
+from foveate.runtime.choose import JOINT, TOKEN_AXIS
 from foveate.runtime.seams import CACHE
 
 PROBE = "foveate_probe"
@@ -45,6 +45,12 @@ def tower_needs(needs: Iterable[str]) -> dict[str, set[str]]:
             block, _, name = rest.partition(".")
             wanted.setdefault(block, set()).add(name)
     return wanted
+
+
+def with_joint(needs: Iterable[str]) -> set[str]:
+    """Needs, and what CLIP's head maps into the joint space where they speak of that: what the projector reads."""
+    given = set(needs)
+    return {*given, "tower.read.hidden"} if given.intersection(JOINT) else given
 
 
 def missing_signals(needs: Iterable[str], tower: Tower) -> list[str]:
@@ -296,7 +302,7 @@ class Probe:
         self._names: dict[str, int] = {}
         self._whole: dict[str, int] = {}  # where attention is read for a name whose own block sees windows only
         whole = row.whole(tower.config) if row.whole is not None else None
-        for name, fields in tower_needs(needs).items():
+        for name, fields in tower_needs(with_joint(needs)).items():
             if name == LATEST:
                 continue  # whoever runs the stages says which block that is
             self._names[name] = number = block_number(name, read, len(blocks))
@@ -328,6 +334,7 @@ class Probe:
         _register()
         self._shared = getattr(self._model, "_foveate_encoding", None)
         if self._shared is not None:
+            self._check_shared(self._shared.probe)
             return
         if self._video_blocks is not None:
             for number, watch in self._watches.items():
@@ -336,6 +343,17 @@ class Probe:
                 self._of_videos[number] = Watch(block, attention, set(watch.fields), self._row.summary)
         for watch in self._all():
             watch.install()
+
+    def _check_shared(self, other: Probe) -> None:
+        """Refuse a shared encoding of which less is read than is needed here."""
+        for number, watch in self._watches.items():
+            read = other._watches[number].fields if number in other._watches else set()
+            if not watch.fields <= read:
+                lacking = ", ".join(f"tower.{number}.{field}" for field in sorted(watch.fields - read))
+                raise FoveateError(
+                    f"the encoding that is shared here shows no {lacking}; give share_encoding() the needs of every "
+                    "method that will run"
+                )
 
     def remove(self) -> None:
         """Stop observing; the encoder is as it was."""

@@ -178,12 +178,19 @@ class TowerStages:
                     f"{self.probe.runs(block)}, and that has not run by then"
                 )
 
+    def check_alone(self) -> None:
+        """Refuse to change an encoding that others look at.
+
+        Raises:
+            FoveateError: the model's encoding is shared, and a part acts inside the encoder.
+        """
+        if self.stages and hasattr(self.model, "_foveate_encoding"):
+            raise FoveateError(f"{format_spec(self.parts[0])} changes the encoding, so it cannot share it with others")
+
     def install(self) -> None:
         """Start shortening."""
         if not self.stages:
             return
-        if hasattr(self.model, "_foveate_encoding"):
-            raise FoveateError(f"{format_spec(self.parts[0])} changes the encoding, so it cannot share it with others")
         for number, block in enumerate(self.blocks):
             hook = partial(self._before_block, number)
             self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
