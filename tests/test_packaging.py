@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tomllib
 import zipfile
 from importlib import metadata
@@ -18,6 +19,7 @@ from foveate.families import FAMILIES
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 INSTALLED_BY_MAKE = ("dev", "draw", "train")
+USED_THROUGH_TRANSFORMERS = {"tensorboard"}  # its Trainer writes what tensorboard shows
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,21 @@ def test_the_version_is_written_once() -> None:
     import foveate
 
     assert foveate.__version__ == PROJECT["version"]
+
+
+def imported() -> set[str]:
+    """Names of the packages that some module of the source imports, whenever it does."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"].keys() - {"dev"}))
+def test_an_extra_has_code_behind_it(extra: str) -> None:
+    needed = {Requirement(text).name.replace("-", "_") for text in PROJECT["optional-dependencies"][extra]}
+    assert needed - imported() - USED_THROUGH_TRANSFORMERS == set()
 
 
 def pins(file: str = "constraints.txt") -> dict[str, str]:
