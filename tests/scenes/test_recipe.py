@@ -32,8 +32,25 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
+def figures(folder: Path) -> list[dict]:
+    """The log without what a clock says."""
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines(folder)]
+
+
 class Killed(Exception):
     """Stands for the power that fails."""
+
+
+def dies_at(last: int) -> Any:
+    """A step that the run does not survive once so many are done."""
+    step = recipe._Session._step
+
+    def dies(self: Any, phase: Phase, number: int) -> Any:
+        if self.done.step == last:
+            raise Killed
+        return step(self, phase, number)
+
+    return dies
 
 
 def test_losses_fall_on_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,15 +85,8 @@ def test_an_exam_keeps_the_best_weights(tmp_path: Path) -> None:
 
 def test_resuming_equals_never_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_mini(tmp_path / "whole", phases=SHORT, **TINY)
-    step = recipe._Session._step
-
-    def dies(self, phase, number):
-        if self.done.step == 3:
-            raise Killed
-        return step(self, phase, number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(recipe._Session, "_step", dies)
+        patch.setattr(recipe._Session, "_step", dies_at(3))
         with pytest.raises(Killed):
             train_mini(tmp_path / "halves", phases=SHORT, save_seconds=0.0, **TINY)
     assert json.loads(read_header(tmp_path / "halves")["progress"])["step"] == 3
@@ -86,6 +96,39 @@ def test_resuming_equals_never_stopping(tmp_path: Path, monkeypatch: pytest.Monk
     for name, value in whole.items():
         assert torch.equal(value, halves[name]), name
     assert any(name.startswith("optimizer/") for name in whole)
+    assert figures(tmp_path / "halves") == figures(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stopped", [3, 4, 5])
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    """Lines after two steps; the run stops in the middle of a line, between lines, and where the phase has changed."""
+    monkeypatch.setattr(recipe, "LOG_STEPS", 2)
+    phases = (Phase("ideal", 3, 1e-3, 1e-3, warmup=1), Phase("joint", 4, 1e-3, 1e-3, warmup=1))
+    train_mini(tmp_path / "whole", phases=phases, **TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._Session, "_step", dies_at(stopped))
+        with pytest.raises(Killed):
+            train_mini(tmp_path / "halves", phases=phases, save_seconds=0.0, **TINY)
+    train_mini(tmp_path / "halves", phases=phases, resume=True, **TINY)
+    whole = figures(tmp_path / "whole")
+    assert figures(tmp_path / "halves") == whole
+    assert [line["step"] for line in whole] == [2, 4, 6, 7]
+    assert "contrast" in whole[1] and "contrast" not in whole[2]
+
+
+def test_a_figure_that_some_steps_say_is_a_mean_over_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([{"answer": 4.0, "contrast": 6.0}, {"answer": 2.0, "contrast": 2.0}, {"answer": 3.0}])
+
+    def said(self: Any, phase: Phase, step: int) -> dict[str, torch.Tensor]:
+        self.done.step += 1
+        return {name: torch.tensor(value) for name, value in next(losses).items()}
+
+    monkeypatch.setattr(recipe._Session, "_step", said)
+    train_mini(tmp_path / "run", phases=[Phase("joint", 3, 1e-3, 1e-3)], **TINY)
+    (line,) = lines(tmp_path / "run")
+    assert (line["answer"], line["contrast"]) == (3.0, 4.0)
 
 
 def test_the_time_limit_holds_and_everything_is_saved(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from foveate.scenes.curriculum import ideal_tokens
 from foveate.scenes.exam import quick_exam
 from foveate.scenes.generator import Scenes, generate
 from foveate.scenes.learner import Learner, answer_loss, encoder_losses
+from foveate.scenes.means import Means
 from foveate.scenes.packing import ask
 from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
 from foveate.scenes.targets import objects_first, targets, thinned
@@ -195,6 +196,7 @@ class _Session:
         self.average = [parameter.detach().clone() for parameter in self.names]
         self.half = device.type == "cuda" or _bfloat16_cpu()
         self.done = Progress()
+        self.means = Means()  # since the last line of the log
         self.best = -1.0
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -211,7 +213,8 @@ class _Session:
         tensors: dict[str, Tensor] = {f"weights/{name}": parameter for parameter, name in self.names.items()}
         tensors |= {f"average/{name}": mean for name, mean in zip(self.names.values(), self.average, strict=True)}
         tensors |= optimizer_tensors(self.optimizer, self.names)
-        tensors["best"] = torch.tensor(self.best, dtype=torch.float64)
+        tensors |= {f"means/{name}": _exact(*pair) for name, pair in self.means.state().items()}
+        tensors["best"] = _exact(self.best)
         self.run.save(self.done, tensors)
 
     @torch.no_grad()
@@ -221,6 +224,8 @@ class _Session:
             parameter.copy_(tensors[f"weights/{name}"])
             mean.copy_(tensors[f"average/{name}"])
         load_optimizer(self.optimizer, self.names, tensors)
+        means = {name.removeprefix("means/"): pair for name, pair in tensors.items() if name.startswith("means/")}
+        self.means.restore({name: pair.tolist() for name, pair in means.items()}, self.device)
         self.best = tensors["best"].item()
         self.run.rewind_log(self.done.step)
 
@@ -246,15 +251,12 @@ class _Session:
         begin = saved = time.monotonic()
         before = self.done.seconds
         last = sum(phase.steps for phase in self.phases)
-        sums: dict[str, Tensor] = {}
         while self.done.step < last and time.monotonic() - begin < max_seconds:
             phase, step = self._phase()
-            for name, value in self._step(phase, step).items():
-                sums[name] = sums.get(name, 0) + value.detach()
+            self.means.add(self._step(phase, step))
             self.done.seconds = before + time.monotonic() - begin
             if self.done.step % LOG_STEPS == 0 or self.done.step == last:
-                self._log(phase, step, sums, report)
-                sums = {}
+                self._log(phase, step, report)
             if check_steps and self.done.step % check_steps == 0:
                 self._exam(check_pictures, report)
             if time.monotonic() - saved > save_seconds:
@@ -316,11 +318,11 @@ class _Session:
         share = 1 - min(0.997, (number + 1) / (number + 10))
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.names], share)
 
-    def _log(self, phase: Phase, step: int, sums: dict[str, Tensor], report: Report) -> None:
-        count = (self.done.step - 1) % LOG_STEPS + 1
+    def _log(self, phase: Phase, step: int, report: Report) -> None:
         line: dict[str, Any] = {**vars(self.done), "phase": phase.kind, "rate": phase.encoder_rate * phase.rate(step)}
         line["seconds"] = round(line["seconds"], 2)
-        line |= {name: round(value.item() / count, 5) for name, value in sums.items()}
+        line |= {name: round(value.item(), 5) for name, value in self.means.current().items()}
+        self.means.clear()
         self.run.log(line)
         report(line)
 
@@ -342,6 +344,11 @@ class _Session:
 def first(scenes: Scenes, rows: int) -> Scenes:
     """The first pictures of a batch."""
     return Scenes(*(getattr(scenes, field.name)[:rows] for field in dataclasses.fields(scenes)))
+
+
+def _exact(*values: float) -> Tensor:
+    """Numbers of Python as a tensor that holds every bit of them."""
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _bfloat16_cpu() -> bool:
