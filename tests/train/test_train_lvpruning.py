@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from foveate.modules.lvpruning import for_model, load
 from foveate.train.conversations import Row
 from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning
+from foveate.train.runs import last_checkpoint
 from foveate.train.softened import Softened
 
 TESTS = Path(__file__).parents[1]
@@ -120,6 +123,63 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(finished: tuple[Path, list[dict[
     assert not same(out, finished[0])
     train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
     assert same(out, finished[0])
+
+
+class Killed(Exception):
+    """Stands for the power that fails."""
+
+
+class Dying(Few):
+    """Rows of which only so many can be read."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
+
+    def __getitem__(self, number: int) -> Row:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().__getitem__(number)
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    """Lines after four steps, checkpoints after two: a run that dies in the fifth step goes on in the middle of a line,
+    one that dies in the third as well, and the last line is about all six."""
+    settings = dataclasses.replace(SETTINGS, log_steps=4)
+
+    def run(name: str, rows: Few, resume: bool = False) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        train_lvpruning(tiny.model(), rows, tmp_path / name, settings, resume=resume, report=lines.append)
+        return lines
+
+    whole = run("whole", Few())
+    assert [line["step"] for line in whole] == [4, 6]
+    first = lines_of_steps(tmp_path / "whole", 4, settings)
+    assert whole[0]["loss"] == pytest.approx(first, rel=1e-5)
+    timed = {name for name in whole[1] if "second" in name or "runtime" in name}
+    assert len(timed) == 4
+    for rows in (11, 18):
+        with pytest.raises(Killed):
+            run(str(rows), Dying(rows))
+        earlier = json.loads((last_checkpoint(tmp_path / str(rows)) / "figures.json").read_text())["seconds"]
+        resumed = run(str(rows), Few(), resume=True)
+        assert [line["step"] for line in resumed][-1] == 6 and resumed[-1]["seconds"] > earlier
+        for line, expected in zip(reversed(resumed), reversed(whole), strict=False):
+            assert {name: line[name] for name in line.keys() - timed} == {
+                name: expected[name] for name in expected.keys() - timed
+            }
+        speed = resumed[-1]
+        assert speed["train_samples_per_second"] == pytest.approx(6 * 4 / speed["train_runtime"], abs=1e-3)
+        shutil.rmtree(tmp_path / str(rows))
+
+
+def lines_of_steps(run: Path, steps: int, settings: Settings) -> float:
+    """The mean loss of the first steps, each of which another run logs by itself."""
+    lines: list[dict[str, Any]] = []
+    each = dataclasses.replace(settings, log_steps=1)
+    train_lvpruning(tiny.model(), Few(), run.with_name("each"), each, report=lines.append)
+    return sum(line["loss"] for line in lines[:steps]) / steps
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from foveate.core import FoveateError, check_choices, check_depths, scaled_layer
 from foveate.modules import lvpruning as modules
 from foveate.train import runs
 from foveate.train.conversations import Row, collate
+from foveate.train.figures import Figures
 from foveate.train.losses import RatioLoss
 from foveate.train.softened import Softened, check_trains
 
@@ -181,9 +182,11 @@ def train_lvpruning(
         gates.start_keeping(0.9)
     trainer = _Trainer(_softened(base.to(arguments.device), gates, settings, arguments), arguments, rows, settings)
     trainer.remove_callback(PrinterCallback)
-    for callback in _callbacks(out, max_seconds, report if first else None):
-        trainer.add_callback(callback)
     checkpoint = runs.last_checkpoint(out) if resume else None
+    if checkpoint is not None:
+        trainer.figures.restore(runs.read_figures(checkpoint), arguments.device)
+    for callback in _callbacks(out, max_seconds, report if first else None, trainer.figures):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if runs.fingerprint(base) != before or any(one.grad is not None for one in base.parameters()):
         raise RuntimeError("training has changed the frozen model")
@@ -302,9 +305,8 @@ class _Trainer(Trainer):
         pad = pad if pad not in visual else next(other for other in range(3) if other not in visual)
         super().__init__(softened, arguments, data_collator=partial(collate, pad=pad), train_dataset=rows)
         self.softened, self.settings = softened, settings
+        self.figures = Figures()
         self._drawn = (-1, 0)  # step, rows drawn for in it
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
         """One forward and backward pass."""
@@ -323,22 +325,32 @@ class _Trainer(Trainer):
         outputs = model(**inputs)
         named = {name: outputs[name] for name in ("causal", "ratio", "hint") if name in outputs}
         named |= {f"kept_{stage}": share for stage, share in enumerate(outputs["kept"].unbind(), start=1)}
-        for key, value in named.items():
-            self._sums[key] = self._sums.get(key, 0) + value.float()
-        self._count += 1
+        self.figures.add({"loss": outputs["loss"], **named})
         return outputs["loss"]
 
     def log(self, logs: dict[str, float], *rest: Any, **options: Any) -> None:
-        """Add the means since the last line, over all processes."""
-        if self._count:
-            means = torch.stack(list(self._sums.values())) / self._count
-            means = self.accelerator.reduce(means, "mean")
-            logs = {**logs, **dict(zip(self._sums, means.tolist(), strict=True))}
-            self._sums, self._count = {}, 0
+        """Add the means since the last line, over all processes, and to the last line those of the whole run.
+
+        The Trainer's own figures know nothing of what was before a resumption.
+        """
+        logs = {**logs, **self.figures.line(self._over_processes)}
+        if "train_loss" in logs:
+            logs |= self.figures.run(self._over_processes, self.state.global_step, self.settings.batch)
         super().log(logs, *rest, **options)
 
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        """What is added up belongs to a checkpoint, which is complete once the Trainer's own state is written."""
+        figures = self.figures.state(self._over_processes)
+        if self.args.should_save:
+            runs.write_figures(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", figures)
+        super()._save_checkpoint(*arguments, **options)
 
-def _callbacks(out: Path, max_seconds: float | None, report: Report | None) -> list[TrainerCallback]:
+    def _over_processes(self, values: Tensor) -> Tensor:
+        means: Tensor = self.accelerator.reduce(values.to(self.args.device), "mean")
+        return means
+
+
+def _callbacks(out: Path, max_seconds: float | None, report: Report | None, figures: Figures) -> list[TrainerCallback]:
     from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
     found: list[TrainerCallback] = []
@@ -347,7 +359,7 @@ def _callbacks(out: Path, max_seconds: float | None, report: Report | None) -> l
         board.logging_dir = str(out / "tensorboard")
         found.append(board)
     if report is not None:
-        found.append(_Reporter(report))
+        found.append(_Reporter(report, figures))
     if max_seconds is not None:
         found.append(_Deadline(max_seconds))
     return found
@@ -356,13 +368,13 @@ def _callbacks(out: Path, max_seconds: float | None, report: Report | None) -> l
 class _Reporter(TrainerCallback):
     """Hands each line of the log on."""
 
-    def __init__(self, report: Report) -> None:
-        self.report, self.start = report, time.monotonic()
+    def __init__(self, report: Report, figures: Figures) -> None:
+        self.report, self.figures = report, figures
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """A line has been written."""
         line = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        self.report({"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **line})
+        self.report({"step": state.global_step, "seconds": round(self.figures.seconds, 1), **line})
 
 
 class _Deadline(TrainerCallback):

@@ -15,7 +15,7 @@ from torch import nn
 from foveate.core import FoveateError
 from foveate.runs import make_folder, write_json
 
-SETTINGS = "run.json"
+SETTINGS, FIGURES = "run.json", "figures.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LAST_WRITTEN = "trainer_state.json"
 
@@ -68,6 +68,25 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def write_figures(checkpoint: Path, figures: Mapping[str, Any]) -> None:
+    """Put what a run has added up into a checkpoint that is being written."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / FIGURES).write_text(json.dumps(figures) + "\n", encoding="utf-8")
+
+
+def read_figures(checkpoint: Path) -> dict[str, Any]:
+    """What `write_figures` wrote.
+
+    Raises:
+        FoveateError: it is not there or damaged.
+    """
+    try:
+        figures: dict[str, Any] = json.loads((checkpoint / FIGURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{checkpoint / FIGURES} cannot be read ({error}); start again in another folder") from error
+    return figures
 
 
 @torch.no_grad()
