@@ -83,11 +83,11 @@ def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_state_of_training_survives_a_full_disk(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", {"a": 1}, resume=False)
+    run = Run(runs.make_folder(tmp_path / "run"))
     run.save(Progress(step=1), {"weights": torch.ones(8)})
     with small_files(), pytest.raises(FoveateError, match=r"state\.safetensors cannot be written: .*File too large"):
         run.save(Progress(step=2), {"weights": nn.Linear(64, 64).weight})
-    progress, tensors = run.load()
+    progress, tensors = run.load() or pytest.fail("no state")
     assert progress.step == 1 and tensors["weights"].tolist() == [1.0] * 8
 
 
@@ -172,3 +172,60 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FoveateError, match=f"^{tmp_path / 'file'} is a file; give a folder$"):
         runs.make_folder(tmp_path / "file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run in a folder
+
+
+def test_a_run_goes_on_with_equal_settings_only(tmp_path: Path) -> None:
+    settings = {"rate": 1e-3, "layers": (1, 2), "data": {"kind": "scenes"}}
+    folder = tmp_path / "run"
+    with runs.run_folder(folder, settings, resume=False) as held:
+        assert held == folder
+    with runs.run_folder(folder, settings, resume=True):
+        pass
+    for changed, resume, message in [
+        (settings, False, "already holds a run; go on with it by resume=True, or give another folder"),
+        ({**settings, "rate": 2e-3}, True, r"was begun with rate=0\.001, not rate=0\.002; resume with the same"),
+        ({**settings, "data": {"kind": "other"}}, True, "begun with data=.*scenes"),
+        ({"rate": 1e-3}, True, "holds a run of another kind, or of another version of Foveate"),
+    ]:
+        with pytest.raises(FoveateError, match=message), runs.run_folder(folder, changed, resume):
+            pytest.fail("it began")
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(FoveateError, match="holds no run to go on with"), runs.run_folder(folder, {}, resume=True):
+        pytest.fail("it began")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / runs.SETTINGS).write_text("{")
+    with pytest.raises(FoveateError, match=r"run\.json cannot be read"), runs.run_folder(folder, {}, resume=True):
+        pytest.fail("it began")
+
+
+def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has begun, and ended, between this one's first look and its lock."""
+    hold = runs.hold
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[Path]:
+        monkeypatch.setattr(runs, "hold", hold)
+        with runs.run_folder(folder, {"a": 1}, resume=False):
+            pass
+        with hold(folder) as held:
+            yield held
+
+    monkeypatch.setattr(runs, "hold", late)
+    with pytest.raises(FoveateError, match="already holds a run"), runs.run_folder(tmp_path, {"a": 2}, resume=False):
+        pytest.fail("it began")
+    assert (tmp_path / runs.SETTINGS).read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_of_several_processes_the_first_one_holds_the_folder(tmp_path: Path) -> None:
+    with runs.run_folder(tmp_path, {"a": 1}, resume=False), runs.run_folder(tmp_path, {"a": 1}, False, first=False):
+        pass
+    with pytest.raises(FoveateError, match="begun with a=1"), runs.run_folder(tmp_path, {"a": 2}, True, first=False):
+        pytest.fail("it began")

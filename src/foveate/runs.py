@@ -7,18 +7,18 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from foveate.core import FoveateError
-from foveate.paths import Given, checked, folder_target
+from foveate.paths import Given, checked, folder_target, read_json
 
 PART = ".part-"
 """What names of files and folders begin with while they are being written."""
 
-LOCK = ".lock"
+LOCK, SETTINGS = ".lock", "run.json"
 _LAST = ".safetensors"  # a folder with weights is a folder with everything else
 
 
@@ -136,9 +136,63 @@ def hold(folder: Given) -> Iterator[Path]:
             raise FoveateError(
                 f"another run is at work in {folder}; wait for its end, or give another folder"
             ) from error
-        for left in folder.glob(f"{PART}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for pattern in (f"{PART}*", f"*/{PART}*"):  # models are written to folders inside
+            for left in folder.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield folder
+
+
+@contextmanager
+def run_folder(folder: Given, settings: Mapping[str, Any], resume: bool, first: bool = True) -> Iterator[Path]:
+    """The folder of a run that begins or goes on, for this process alone until the block ends.
+
+    Args:
+        settings: whatever must be equal for a run to go on as if it had never stopped; JSON values.
+        resume: go on with the run in `folder` instead of starting one there.
+        first: False in all processes of a run but the first, which holds the folder for them.
+
+    Raises:
+        FoveateError: as `check_run` and `hold`, or the run was begun with other settings.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if first or resume:
+        check_run(folder, resume)
+    with hold(folder) if first else nullcontext(checked(folder)) as path:
+        if resume:
+            _check_settings(path, wanted)
+        elif first:
+            check_run(path, resume)  # once more, since another process may have been faster
+            write_json(path / SETTINGS, wanted)
+        yield path
+
+
+def check_run(folder: Given, resume: bool) -> None:
+    """Refuse, before any work, a folder in which a run cannot be begun, or resumed.
+
+    Raises:
+        FoveateError: `folder` holds a run and `resume` is False, it holds none and `resume` is True, or no folder can
+            be there.
+    """
+    path = folder_target(folder)
+    there = (path / SETTINGS).exists()
+    if there and not resume:
+        raise FoveateError(f"{path} already holds a run; go on with it by resume=True, or give another folder")
+    if resume and not there:
+        raise FoveateError(f"{path} holds no run to go on with; start one there with resume=False")
+
+
+def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
+    before = read_json(folder / SETTINGS, str(folder / SETTINGS))
+    if not isinstance(before, dict) or before.keys() != wanted.keys():
+        raise FoveateError(
+            f"{folder} holds a run of another kind, or of another version of Foveate; start in another folder"
+        )
+    for name, value in wanted.items():
+        if before[name] != value:
+            raise FoveateError(
+                f"{folder} was begun with {name}={before[name]!r}, not {name}={value!r}; resume with the same "
+                "settings, model and data, or start in another folder"
+            )
 
 
 def _lock(descriptor: int) -> None:

@@ -113,7 +113,10 @@ def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
     method = foveate.LVPruning.from_pretrained(str(tmp_path / "run"), keep=(9, 5, 2))
     assert method.count(36) == (9, 5, 2), "the run's folder stands for the modules in it"
     again = call("train", "lvpruning", *where, *"--batch 2 --epochs 2 --rate 1e-3 --no-bf16 --device cpu".split())
-    assert (again.code, again.out) == (1, "") and "already holds a run; resume it" in again.err
+    assert (again.code, again.out) == (
+        1,
+        "",
+    ) and "already holds a run; go on with it by --resume, or give another folder" in again.err
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
         (["--ratios", "half"], "could not convert string to float: 'half'; write --layers 1/8/16"),
         (["--layers", "1/x"], "write --layers 1/8/16 and --ratios 0.5/0.3/0.1"),
         (["--ratios", "0.5/0.3"], "2 ratios (0.5, 0.3) for 3 layers"),
-        (["--ratio-loss", "mae"], "ratio_loss='mae' is not among its choices"),
+        (["--ratio-loss", "mae"], "--ratio-loss 'mae' is not among its choices"),
         (["--max-seconds", "0"], "--max-seconds 0 leaves no time"),
         (["--device", "cuda:99"], "torch sees"),
     ],

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from foveate.core import FoveateError
+from foveate.runs import SETTINGS
 from foveate.scenes import mini, recipe
 from foveate.scenes.recipe import FURTHER, PHASES, Phase, train_mini
 from foveate.scenes.runs import LOG, STATE, Progress, Run, read_header
@@ -41,16 +42,18 @@ class Killed(Exception):
     """Stands for the power that fails."""
 
 
+def dies(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
 def dies_at(last: int) -> Any:
     """A step that the run does not survive once so many are done."""
     step = recipe._Session._step
 
-    def dies(self: Any, phase: Phase, number: int) -> Any:
-        if self.done.step == last:
-            raise Killed
-        return step(self, phase, number)
+    def mortal(self: Any, phase: Phase, number: int) -> Any:
+        return dies() if self.done.step == last else step(self, phase, number)
 
-    return dies
+    return mortal
 
 
 def test_losses_fall_on_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +144,7 @@ def test_the_time_limit_holds_and_everything_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_writing_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, {"batch": 1}, resume=False)
+    run = Run(tmp_path)
     run.save(Progress(step=1), {"weights/a": torch.ones(2)})
 
     def half(tensors, path, header):
@@ -152,13 +155,13 @@ def test_a_kill_while_writing_leaves_the_state_before(tmp_path: Path, monkeypatc
         patch.setattr("foveate.scenes.runs.save_file", half)
         with pytest.raises(Killed):
             run.save(Progress(step=2), {"weights/a": torch.zeros(2)})
-    progress, tensors = Run(tmp_path, {"batch": 1}, resume=True).load()
+    progress, tensors = run.load() or pytest.fail("no state")
     assert progress.step == 1
     assert torch.equal(tensors["weights/a"], torch.ones(2))
 
 
 def test_the_log_of_steps_to_be_done_again_is_dropped(tmp_path: Path) -> None:
-    run = Run(tmp_path, {}, resume=False)
+    run = Run(tmp_path)
     for step in (20, 40, 60):
         run.log({"step": step})
     with (tmp_path / LOG).open("a") as file:
@@ -168,20 +171,64 @@ def test_the_log_of_steps_to_be_done_again_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    Run(tmp_path, {}, resume=False).log({"step": 1})
-    with pytest.raises(FoveateError, match="already holds a run; pass resume=True"):
+    train_mini(tmp_path, phases=SHORT, **{**TINY, "max_seconds": 1e-9})
+    with pytest.raises(FoveateError, match="already holds a run; go on with it by resume=True"):
         train_mini(tmp_path, phases=SHORT, **TINY)
 
 
+@pytest.mark.parametrize("written", [(), (SETTINGS,), (SETTINGS, LOG)])
+def test_a_run_killed_before_its_first_state_goes_on_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: tuple[str, ...]
+) -> None:
+    """Killed before anything is written it has not begun; after that it can be resumed, and not be begun again."""
+    monkeypatch.setattr(recipe, "LOG_STEPS", 1)
+    train_mini(tmp_path / "whole", phases=SHORT, **TINY)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if written:
+            patch.setattr(recipe._Session, "_step", dies_at(1 if LOG in written else 0))
+        else:
+            patch.setattr("foveate.runs.write_json", dies)
+        with pytest.raises(Killed):
+            train_mini(out, phases=SHORT, **TINY)
+    assert {path.name for path in out.iterdir()} - {".lock"} == set(written)
+    if written:
+        with pytest.raises(FoveateError, match="already holds a run; go on with it by resume=True"):
+            train_mini(out, phases=SHORT, **TINY)
+    else:
+        with pytest.raises(FoveateError, match="holds no run to go on with; start one there with resume=False"):
+            train_mini(out, phases=SHORT, resume=True, **TINY)
+    train_mini(out, phases=SHORT, resume=bool(written), **TINY)
+    whole, late = (load_file(folder / STATE) for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(value, late[name]) for name, value in whole.items())
+    assert figures(out) == figures(tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+    step = recipe._Session._step
+
+    def meanwhile(self: Any, phase: Phase, number: int) -> Any:
+        if not refused:
+            with pytest.raises(FoveateError) as error:
+                train_mini(tmp_path, phases=SHORT, resume=True, **TINY)
+            refused.append(str(error.value))
+        return step(self, phase, number)
+
+    monkeypatch.setattr(recipe._Session, "_step", meanwhile)
+    train_mini(tmp_path, phases=SHORT, **TINY)
+    assert refused == [f"another run is at work in {tmp_path}; wait for its end, or give another folder"]
+
+
 def test_resuming_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(FoveateError, match=r"holds no state.safetensors to resume"):
+    with pytest.raises(FoveateError, match=r"holds no run to go on with; start one there with resume=False"):
         train_mini(tmp_path / "nothing", phases=SHORT, resume=True, **TINY)
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch": 3}, "batch=2, not 3"), ({"seed": 9}, "seed=0, not 9"), ({"phases": SHORT[:1]}, "phases=")],
+    [({"batch": 3}, "batch=2, not batch=3"), ({"seed": 9}, "seed=0, not seed=9"), ({"phases": SHORT[:1]}, "phases=")],
 )
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     train_mini(tmp_path, phases=SHORT, **{**TINY, "max_seconds": 1e-9})
@@ -193,7 +240,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict, m
 def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / STATE).write_bytes(content)
     with pytest.raises(FoveateError, match=r"is damaged|is no state of a training run"):
-        Run(tmp_path, {}, resume=True)
+        Run(tmp_path).load()
 
 
 @pytest.mark.parametrize(

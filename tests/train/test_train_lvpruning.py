@@ -23,10 +23,11 @@ from untouched import untouched
 import foveate
 from foveate.core import FoveateError
 from foveate.modules.lvpruning import for_model, load
+from foveate.runs import hold
+from foveate.train.checkpoints import last_checkpoint
 from foveate.train.conversations import Row
 from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning
-from foveate.train.runs import last_checkpoint
 from foveate.train.softened import Softened
 
 TESTS = Path(__file__).parents[1]
@@ -121,6 +122,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(finished: tuple[Path, list[dict[
     train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", max_seconds=1e-9)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     assert not same(out, finished[0])
+    with hold(out), pytest.raises(FoveateError, match="another run is at work in"):
+        train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
     train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
     assert same(out, finished[0])
 
@@ -216,7 +219,7 @@ def test_a_run_does_not_go_on_with_anything_else(finished: tuple[Path, list[dict
             train_lvpruning(model, rows, out, settings, resume=True)
     with pytest.raises(FoveateError, match="already holds a run"):
         train_lvpruning(tiny.model(), Few(), out, SETTINGS)
-    with pytest.raises(FoveateError, match=r"holds no run\.json to resume"):
+    with pytest.raises(FoveateError, match="holds no run to go on with"):
         train_lvpruning(tiny.model(), Few(), tmp_path / "none", SETTINGS, resume=True)
 
 

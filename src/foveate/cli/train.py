@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from foveate.cli import train_lvpruning
-from foveate.cli.errors import usage
+from foveate.cli.errors import in_options, usage
 
 app = typer.Typer(
     help="Train the shipped model, or the modules of a learned method.", rich_markup_mode=None, no_args_is_help=False
@@ -58,16 +58,17 @@ def mini(
             "  ".join(f"{name} {_figure(value)}" for name, value in line.items()), markup=False, soft_wrap=True
         )
 
-    finished = train_mini(
-        out,
-        max_seconds=max_seconds,
-        start=source,
-        device=place,
-        batch=batch,
-        resume=resume,
-        seed=seed,
-        progress=report,
-    )
+    with in_options(mini):
+        finished = train_mini(
+            out,
+            max_seconds=max_seconds,
+            start=source,
+            device=place,
+            batch=batch,
+            resume=resume,
+            seed=seed,
+            progress=report,
+        )
     typer.echo(finished)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import usage
+from foveate.cli.errors import in_options, usage
 from foveate.cli.loading import Device, Dtype, Trust
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ def command(
     """
     given = dict(locals())  # every option by its name
     own: dict[str, Any] = MINI if model == "mini" and data == SCENES else {}
-    with usage():
-        _check(data, images, own, steps, max_seconds)
-        settings = _settings({**own, **{name: value for name, value in given.items() if value is not None}})
     from foveate.cli.loading import load
 
-    loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code)
-    _train(loaded, data, images, out, settings, pool=pool, resume=resume, max_seconds=max_seconds)
+    with in_options(command):
+        with usage():
+            _check(data, images, own, steps, max_seconds)
+            settings = _settings({**own, **{name: value for name, value in given.items() if value is not None}})
+        loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code)
+        _train(loaded, data, images, out, settings, pool=pool, resume=resume, max_seconds=max_seconds)
 
 
 def _own(device: str) -> str:

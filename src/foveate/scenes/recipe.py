@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from foveate.core import FoveateError
+from foveate.runs import check_run, run_folder
 from foveate.scenes import mini
 from foveate.scenes.curriculum import ideal_tokens
 from foveate.scenes.exam import quick_exam
@@ -103,10 +104,11 @@ def train_mini(
 ) -> Path:
     """Train `mini` and return the folder of the finished model, `out`/mini.
 
-    `out` holds `state.safetensors` (weights, their running average and the optimizer, every `save_seconds`),
-    `log.jsonl`, `best` (the averaged weights that did best on held-out pictures so far) and, once the phases or the
-    time are over, `mini` (the averaged weights of the last step). Pictures, questions and rates depend on `seed` and
-    the step alone, so a resumed run does what the uninterrupted one would have done.
+    `out` holds `run.json` (what a resumed run must find equal), `state.safetensors` (weights, their running average
+    and the optimizer, every `save_seconds`), `log.jsonl`, `best` (the averaged weights that did best on held-out
+    pictures so far) and, once the phases or the time are over, `mini` (the averaged weights of the last step).
+    Pictures, questions and rates depend on `seed` and the step alone, so a resumed run does what the uninterrupted one
+    would have done, however early it was killed.
 
     Args:
         out: the run's folder.
@@ -125,24 +127,23 @@ def train_mini(
         check_pictures: pictures of an exam.
 
     Raises:
-        FoveateError: a run in `out` and no `resume`, none and `resume`, or other settings than it was begun with.
+        FoveateError: a run in `out` and no `resume`, none and `resume`, one that is still at work, or other settings
+            than it was begun with.
     """
     place = _device(device)
     phases = tuple(phases or (FURTHER if start else PHASES))
     batch = batch or (128 if place.type == "cuda" else 16)
     _check(max_seconds, batch, phases)
-    settings = {
-        "batch": batch,
-        "seed": seed,
-        "start": str(start) if start else None,
-        "phases": [dataclasses.asdict(phase) for phase in phases],
-    }
+    check_run(out, resume)
+    settings: dict[str, Any] = {"batch": batch, "seed": seed, "start": str(start) if start else None}
+    settings["phases"] = [dataclasses.asdict(phase) for phase in phases]
     model = _model(start, seed, config)
-    session = _Session(Run(out, settings, resume), model, place, compiled, batch, seed, phases)
-    if resume:
-        session.restore()
-    session.train(max_seconds, save_seconds, check_steps, check_pictures, progress or (lambda line: None))
-    return session.export(Path(out) / "mini")
+    with run_folder(out, settings, resume) as folder:
+        session = _Session(Run(folder), model, place, compiled, batch, seed, phases)
+        if resume:
+            session.restore()
+        session.train(max_seconds, save_seconds, check_steps, check_pictures, progress or (lambda line: None))
+        return session.export(folder / "mini")
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -219,7 +220,13 @@ class _Session:
 
     @torch.no_grad()
     def restore(self) -> None:
-        self.done, tensors = self.run.load()
+        saved = self.run.load()
+        if saved is not None:
+            self._take_up(*saved)
+        self.run.rewind_log(self.done.step)
+
+    def _take_up(self, done: Progress, tensors: dict[str, Tensor]) -> None:
+        self.done = done
         for (parameter, name), mean in zip(self.names.items(), self.average, strict=True):
             parameter.copy_(tensors[f"weights/{name}"])
             mean.copy_(tensors[f"average/{name}"])
@@ -227,7 +234,6 @@ class _Session:
         means = {name.removeprefix("means/"): pair for name, pair in tensors.items() if name.startswith("means/")}
         self.means.restore({name: pair.tolist() for name, pair in means.items()}, self.device)
         self.best = tensors["best"].item()
-        self.run.rewind_log(self.done.step)
 
     def export(self, folder: Path) -> Path:
         """Write the averaged weights as a model folder."""

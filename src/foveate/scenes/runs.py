@@ -1,4 +1,4 @@
-"""A training run's folder: settings, a state that survives a kill at any moment, a log of one JSON object per line."""
+"""What training `mini` keeps: a state that survives a kill at any moment, a log of one JSON object per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveate.core import FoveateError
-from foveate.runs import append_line, make_folder, whole_file, write_text
+from foveate.runs import append_line, whole_file, write_text
 
 STATE, LOG = "state.safetensors", "log.jsonl"
 
@@ -29,50 +29,26 @@ class Progress:
 
 
 class Run:
-    """The folder of one run.
+    """State and log in the folder of one run."""
 
-    Args:
-        folder: where state and log lie.
-        settings: whatever must be equal for a run to go on as if it had never stopped; JSON values.
-        resume: go on with the run in `folder` instead of starting one there.
-
-    Raises:
-        FoveateError: `folder` holds a run and `resume` is False, or it holds none, a damaged one or one with other
-            settings and `resume` is True.
-    """
-
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.folder = Path(folder)
-        self.settings = json.loads(json.dumps(settings))
-        there = (self.folder / STATE).exists() or (self.folder / LOG).exists()
-        if there and not resume:
-            raise FoveateError(
-                f"{self.folder} already holds a run; pass resume=True to go on with it, or another folder"
-            )
-        if resume:
-            self._check()
-        make_folder(self.folder)
-
-    def _check(self) -> None:
-        if not (self.folder / STATE).exists():
-            raise FoveateError(f"{self.folder} holds no {STATE} to resume; start a run there with resume=False")
-        before = json.loads(read_header(self.folder)["settings"])
-        for name in sorted({*before, *self.settings}):
-            if before.get(name) != self.settings.get(name):
-                raise FoveateError(
-                    f"{self.folder} was trained with {name}={before.get(name)!r}, not {self.settings.get(name)!r}; "
-                    "resume with the same settings, or start in another folder"
-                )
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state by this one; a kill leaves the old state or the new one, never half of one."""
-        header = {"progress": json.dumps(vars(progress)), "settings": json.dumps(self.settings)}
+        header = {"progress": json.dumps(vars(progress))}
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with whole_file(self.folder / STATE) as temporary:
             save_file(whole, temporary, header)
 
-    def load(self) -> tuple[Progress, dict[str, Tensor]]:
-        """The state that `save` wrote last."""
+    def load(self) -> tuple[Progress, dict[str, Tensor]] | None:
+        """The state that `save` wrote last; None for a run that was killed before its first.
+
+        Raises:
+            FoveateError: the state is damaged.
+        """
+        if not (self.folder / STATE).exists():
+            return None
         progress = Progress(**json.loads(read_header(self.folder)["progress"]))
         with safe_open(self.folder / STATE, "pt") as file:
             return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -104,7 +80,7 @@ def read_header(folder: Path) -> dict[str, str]:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise FoveateError(f"{folder / STATE} is damaged ({error}); start again in another folder") from error
-    if not {"progress", "settings"} <= set(header):
+    if "progress" not in header:
         raise FoveateError(f"{folder / STATE} is no state of a training run; start in another folder")
     return dict(header)
 

@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from foveate.core import FoveateError, check_choices, check_depths, scaled_layers
 from foveate.modules import lvpruning as modules
-from foveate.train import runs
+from foveate.runs import run_folder
+from foveate.train import checkpoints
 from foveate.train.conversations import Row, collate
 from foveate.train.figures import Figures
 from foveate.train.losses import RatioLoss
@@ -162,14 +163,15 @@ def train_lvpruning(
 
     Raises:
         FoveateError: a model that cannot be trained for, settings that cannot be met, a run in `out` and no `resume`,
-            none and `resume`, or another model, other data or settings than it was begun with.
+            none and `resume`, one that is still at work, or another model, other data or settings than it was begun
+            with.
     """
     settings, out = settings or Settings(), Path(out)
     check_trains(base, settings.checkpointing)
-    before = runs.fingerprint(base)
+    before = checkpoints.fingerprint(base)
     arguments = _arguments(settings, out, len(rows), base.device)
     first = arguments.process_index == 0
-    runs.begin(out, _identity(settings, before, base, rows, arguments.world_size), resume, write=first)
+    identity = _identity(settings, before, base, rows, arguments.world_size)
     gates = modules.for_model(
         base.config,
         layers=settings.depths(len(base.get_decoder().layers)),
@@ -180,21 +182,27 @@ def train_lvpruning(
     )
     if settings.anneal:
         gates.start_keeping(0.9)
-    trainer = _Trainer(_softened(base.to(arguments.device), gates, settings, arguments), arguments, rows, settings)
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = runs.last_checkpoint(out) if resume else None
+    with run_folder(out, identity, resume, first):
+        trainer = _Trainer(_softened(base.to(arguments.device), gates, settings, arguments), arguments, rows, settings)
+        _run(trainer, out, resume, max_seconds, report if first else None)
+        if checkpoints.fingerprint(base) != before or any(one.grad is not None for one in base.parameters()):
+            raise RuntimeError("training has changed the frozen model")
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what was sharded
+        if first:
+            card = card or describe(name, settings, gates, rows, trainer.state.global_step)
+            _export(gates.config, weights, out / modules.FOLDER, card)
+    return out / modules.FOLDER
+
+
+def _run(trainer: _Trainer, out: Path, resume: bool, max_seconds: float | None, report: Report | None) -> None:
+    """Train until the steps or the time are over, from the last checkpoint where one is to be resumed."""
+    checkpoint = checkpoints.last_checkpoint(out) if resume else None
     if checkpoint is not None:
-        trainer.figures.restore(runs.read_figures(checkpoint), arguments.device)
-    for callback in _callbacks(out, max_seconds, report if first else None, trainer.figures):
+        trainer.figures.restore(checkpoints.read_figures(checkpoint), trainer.args.device)
+    trainer.remove_callback(PrinterCallback)
+    for callback in _callbacks(out, max_seconds, report, trainer.figures):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if runs.fingerprint(base) != before or any(one.grad is not None for one in base.parameters()):
-        raise RuntimeError("training has changed the frozen model")
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what was sharded
-    if first:
-        card = card or describe(name, settings, gates, rows, trainer.state.global_step)
-        _export(gates.config, weights, out / modules.FOLDER, card)
-    return out / modules.FOLDER
 
 
 def _export(config: modules.LVPruningConfig, weights: dict[str, Tensor], folder: Path, card: str) -> None:
@@ -342,7 +350,7 @@ class _Trainer(Trainer):
         """What is added up belongs to a checkpoint, which is complete once the Trainer's own state is written."""
         figures = self.figures.state(self._over_processes)
         if self.args.should_save:
-            runs.write_figures(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", figures)
+            checkpoints.write_figures(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", figures)
         super()._save_checkpoint(*arguments, **options)
 
     def _over_processes(self, values: Tensor) -> Tensor:
