@@ -330,6 +330,19 @@ def test_keeping_everything_changes_nothing(name: str, family: str, attn: str) -
     torch.testing.assert_close(direct[valid], model(**given).logits[valid], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("name", ["fopru", "divprune", "fastervlm", "random"])
+@pytest.mark.parametrize("keep", [0.5, 0.3])
+def test_a_share_is_one_of_each_image(keep: float, name: str, family: str) -> None:
+    """Whatever its tiles: InternVL's here have 9 tokens each, of which a half cannot stay."""
+    model = model_of(family)
+    given = tiny.inputs(model, "2i1i1i2")
+    settings = {"attention": "received"} if "attention" in fields_of(name) else {}
+    with tiny.prune(model, dataclasses.replace(methods.get(name)(), keep=keep, **settings)) as trace:
+        generate(model, given, max_new_tokens=1)
+    assert [image.after for image in trace.images] == [round(image.original * keep) for image in trace.images]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", ["fopru", "divprune", "fastv"])

@@ -154,8 +154,8 @@ def test_context_of_tiles() -> None:
     assert values(selection) == pytest.approx([1.5, -1, 5, 7])
 
 
-def test_shares_of_tiles_are_rounded_in_each() -> None:
-    assert VisionZip(keep=0.3).count(20, tiles=4) == (8,), "2 of 5 in each"
+def test_shares_of_tiles_are_rounded_once() -> None:
+    assert VisionZip(keep=0.3).count(20, tiles=4) == (6,), "not 2 of 5 in each"
     assert VisionZip(keep=0.3, budget="image").count(20, tiles=4) == (6,)
     assert VisionZip(keep=64).count(2880, tiles=5) == (64,)
 

@@ -7,9 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from foveate.core import Block, Keep, Selection, Signals
+from foveate.core import Block, Keep, Selection, Signals, tokens_to_keep
 from foveate.methods._attention import Attention, attended
-from foveate.methods._tiles import kept_of
 from foveate.ops.subsets import split_budget
 from foveate.ops.tiles import Pools, by_tile, whole_images
 
@@ -28,7 +27,7 @@ def choose_sets(
         share: takes the pools and the tokens to keep of an image; gives the tokens to keep of each pool of each image;
             by default equal ones, the remainder to the first.
     """
-    kept = kept_of(keep, signals, budget)
+    kept = tokens_to_keep(keep, signals.original, signals.shape[1])
     if kept == signals.shape[1]:
         return Selection(list(signals.index.sort(dim=-1).values))
     apart = None if budget == "image" else signals.tile

@@ -23,32 +23,7 @@ class TileMethod(Method):
         check_choices(self)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
-
-
-def tiles_to_keep(keep: Keep, original: int, tiles: int, budget: Literal["tile", "image"]) -> int:
-    """Tokens that `keep` asks of an image of `original` tokens in `tiles` tiles.
-
-    With budget "tile" a share is rounded within one tile where all are of one size, as code that prunes tile by tile
-    does it; otherwise it is rounded once per image.
-
-    Raises:
-        FoveateError: `keep` asks for more tokens than there are.
-    """
-    if budget == "tile" and tiles > 1 and isinstance(keep, float) and original % tiles == 0:
-        return tiles * tokens_to_keep(keep, original // tiles)
-    return tokens_to_keep(keep, original)
-
-
-def kept_of(keep: Keep, signals: Signals, budget: Literal["tile", "image"]) -> int:
-    """Tokens to keep of what is left of an image at this stage.
-
-    Raises:
-        FoveateError: `keep` asks for more tokens than are left.
-    """
-    left = signals.shape[1]
-    tokens_to_keep(keep, signals.original, left)
-    return min(tiles_to_keep(keep, signals.original, signals.tiles, budget), left)
+        return (tokens_to_keep(self.keep, original),)
 
 
 def choose_by_tile(

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Scorer, Selection, Signals, Site, check_choices
+from foveate.core import Grid, Keep, Scorer, Selection, Signals, Site, check_choices, tokens_to_keep
 from foveate.methods._attention import Attention, attended, attention_signal
-from foveate.methods._tiles import kept_of, tiles_to_keep
 from foveate.ops.subsets import top_k_by_tile
 
 
@@ -45,7 +44,7 @@ class FasterVLM(Scorer):
         return (attention_signal(self.attention),)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tiles_to_keep(self.keep, original, tiles, self.budget),)
+        return (tokens_to_keep(self.keep, original),)
 
     def score(self, signals: Signals) -> Tensor:
         return attended(signals.tower["read"], self.attention)
@@ -53,5 +52,6 @@ class FasterVLM(Scorer):
     def select(self, signals: Signals) -> Selection:
         if signals.tile is None or self.budget == "image":
             return super().select(signals)
-        kept = top_k_by_tile(self.score(signals), signals.tile, kept_of(self.keep, signals, self.budget))
+        count = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        kept = top_k_by_tile(self.score(signals), signals.tile, count)
         return Selection([index[row].sort().values for index, row in zip(signals.index, kept, strict=True)])

@@ -34,12 +34,13 @@ class FoPru(Method):
 
     Args:
         keep: tokens per image, or a share of them. Rounding: round(N * keep) tokens for `rank`,
-            max(1, round(rows * keep)) whole rows for `row`; the paper states ratios only.
+            max(1, round(rows * keep)) whole rows for `row`; the paper states ratios only. Of an image with tiles a
+            share is rounded once, not in every tile.
         strategy: "rank" (global) or "row" (local, continuous).
         direction: "high" takes the vector of larger variance, "low" the other (ablation "w/o Variance", Table 3).
         reorder: False hands the tokens on in order of significance (ablation "w/o Reordering", Table 3).
-        budget: with several tiles, "tile" shares the budget evenly (the paper's ratios are per 576-token tile),
-            "image" lets the tiles compete.
+        budget: with several tiles, "tile" shares the budget evenly, the remainder to the base (the paper's ratios are
+            per 576-token tile), "image" lets the tiles compete.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.14164"
@@ -61,8 +62,6 @@ class FoPru(Method):
         if self.strategy == "row":
             height, width = grid or _square(original)
             return (self._rows(height, width) * width,)
-        if self.budget == "tile" and tiles > 1 and isinstance(self.keep, float) and original % tiles == 0:
-            return (tiles * tokens_to_keep(self.keep, original // tiles),)
         return (tokens_to_keep(self.keep, original),)
 
     def select(self, signals: Signals) -> Selection:
@@ -95,11 +94,7 @@ class FoPru(Method):
         return kept
 
     def _tile_shares(self, capacity: list[int], original: int) -> list[int]:
-        left = sum(capacity)
-        tokens_to_keep(self.keep, original, left)  # refuses a budget above what is left
-        counted = self.count(original, tiles=len(capacity))
-        assert counted is not None
-        return split_budget(min(counted[0], left), capacity)
+        return split_budget(tokens_to_keep(self.keep, original, sum(capacity)), capacity)
 
     def _best_rows(self, significance: Tensor, signals: Signals) -> list[Tensor]:
         height, width = signals.raster("FoPru strategy='row'", "put FoPru first or use strategy='rank'")

@@ -19,6 +19,7 @@ from foveate.core import (
     Site,
     check_choices,
     check_keep,
+    tokens_to_keep,
 )
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._merged import (
@@ -32,7 +33,6 @@ from foveate.methods._merged import (
     merged_tokens,
     tile_by_tile,
 )
-from foveate.methods._tiles import kept_of, tiles_to_keep
 from foveate.ops.pooling import joined, most_similar, others, take
 from foveate.ops.subsets import descending
 
@@ -109,14 +109,14 @@ class VisionZip(Method):
         return (merged_signal(self.space), *(("tower.read.cls",) if self.attention == "cls" else ()), *ranking)
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        total = tiles_to_keep(self.keep, original, tiles, self.budget)
+        total = tokens_to_keep(self.keep, original)
         self._check_contextual(total)
         return (total,)
 
     def select(self, signals: Signals) -> Selection:
         read, left = signals.tower["read"], signals.shape[1]
         assert read.keys is not None
-        total = kept_of(self.keep, signals, self.budget)
+        total = tokens_to_keep(self.keep, signals.original, left)
         self._check_contextual(total)
         if total == left:
             return everything(signals)

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import Keep, Selection, Signals, Site
+from foveate.core import Keep, Selection, Signals, Site, tokens_to_keep
 from foveate.methods._attention import Attention, RankingMethod, attended
 from foveate.methods._checks import check_share
-from foveate.methods._tiles import choose_by_tile, kept_of
+from foveate.methods._tiles import choose_by_tile
 from foveate.ops.scores import cosines
 from foveate.ops.subsets import descending, without_duplicates
 
@@ -59,7 +59,8 @@ class VisPruner(RankingMethod):
             rows = images[:, None]
             return torch.cat(self.chosen(attention[rows, positions], hidden[rows, positions], count), dim=1)
 
-        return choose_by_tile(signals, kept_of(self.keep, signals, self.budget), self.budget, choose)
+        kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        return choose_by_tile(signals, kept, self.budget, choose)
 
     def chosen(self, attention: Tensor, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(B, N), (B, N, E) -> positions of the important and of the diverse tokens, `count` in all, as listed."""

@@ -26,7 +26,6 @@ from foveate.core import (
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._merged import Tokens, everything, handed_on, in_raster_order, tile_by_tile
 from foveate.methods._stages import check_layers, stage_depths
-from foveate.methods._tiles import kept_of, tiles_to_keep
 from foveate.ops.pooling import joined, most_similar, others, take
 from foveate.ops.subsets import descending, split_budget, top_k
 from foveate.ops.windows import best_of_windows
@@ -149,7 +148,7 @@ class VScan(Method):
             return (*first, tokens_to_keep(second[0], original, first[0], "keep inside the decoder"))
         if self.where == "layer":
             return (tokens_to_keep(self._budget(), original),)
-        total = tiles_to_keep(self._budget(), original, tiles, self.budget)
+        total = tokens_to_keep(self._budget(), original)
         if not self.official:
             return (total,)
         if self.budget == "image" or tiles == 1:
@@ -170,7 +169,7 @@ class VScan(Method):
             kept = tokens_to_keep(self._budget(), signals.original, signals.shape[1])
             places = top_k(signals.decoder.next_query.float().mean(dim=1), kept)
             return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, places, strict=True)])
-        total = kept_of(self._budget(), signals, self.budget)
+        total = tokens_to_keep(self._budget(), signals.original, signals.shape[1])
         return everything(signals) if total == signals.shape[1] else self._scan(signals, total)
 
     def _scan(self, signals: Signals, total: int) -> Selection:
