@@ -14,7 +14,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import foveate
-from foveate.runtime import cache, handle
+from foveate.runtime import cache, generating
 from foveate.runtime.seams import CACHE, SEAMS, Seam
 
 VERSION = f"transformers {transformers.__version__}"
@@ -75,7 +75,7 @@ def test_a_name_that_moves_is_reported() -> None:
 
 def test_everything_that_is_replaced_is_listed() -> None:
     listed = {seam.name.rsplit(".", 1)[1] for seam in SEAMS}
-    assert set(handle._OVERRIDDEN) <= listed
+    assert set(generating.OVERRIDDEN) <= listed
     extended = {
         name for name, value in vars(cache._Timelined).items() if callable(value) and hasattr(cache.Cache, name)
     }
