@@ -7,18 +7,21 @@ say why.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import agreement
 import family_reference
 import pytest
 import tiny
 import tiny_families
+import tiny_processors
 import torch
 import tower_by_hand
 import transformers
@@ -31,7 +34,7 @@ from foveate import methods
 from foveate.core import Call, FoveateError, Method, Selection, Signals
 from foveate.cost.flops import decoder_flops, projector_flops, tower_flops
 from foveate.cost.shapes import ModelShape
-from foveate.families import family_of
+from foveate.families import FAMILIES, family_of
 from foveate.runtime import support
 from foveate.runtime.seams import CACHE
 from foveate.runtime.share import share_encoding
@@ -395,12 +398,65 @@ def test_a_video_in_the_turn_after_a_picture(name: str, family: str, asked: Any)
     check_agreement(model, whole, out, trace.history, seen)
 
 
-def test_videos_where_they_are_not_described() -> None:
-    model = model_of("internvl")
+FRAMES = tuple(family.name for family in FAMILIES if family.frames)
+
+
+def video_in_words(family: str, frames: int) -> tuple[Any, str]:
+    """What the stock processor of a family writes for a video, and a tokenizer that knows its tokens."""
+    module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
+    if family == "internvl":
+        processor = tiny_processors.PROCESSORS[family]()
+        return processor.tokenizer, processor.replace_video_token({"pixel_values_videos": [torch.zeros(frames, 1)]}, 0)
+    marks = ("<fake_token_around_image>", "<global-img>")
+    names = dict(image_seq_len=16, image_token="<image>", fake_image_token=marks[0], global_image_token=marks[1])
+    told = SimpleNamespace(fps=1, timestamps=list(range(frames)), duration=frames)
+    with mock.patch.object(module, "num2words", str):
+        text = module.SmolVLMProcessor.replace_video_token(
+            SimpleNamespace(**names), {"pixel_values": torch.zeros(1, frames, 1), "video_metadata": [told]}, 0
+        )
+    return tiny_processors.tokenizer(more=marks), text
+
+
+@pytest.mark.parametrize("family", FRAMES)
+@pytest.mark.parametrize("name", ["fopru", "divprune", "fastv", "pyramiddrop", "tome"])
+def test_frames_that_are_handed_over_as_pictures(name: str, family: str, asked: Any) -> None:
+    """Text stands between them, so each is pruned as the same picture alone is."""
+    model = model_of(family)
+    method = served(model, name)
+    pictures = tiny.inputs(model, "1i1i1i").pictures[0]
+    frames = [dataclasses.replace(one, tokens=9, pixels=one.pixels[:1]) for one in pictures]
+    frames = frames if family == "internvl" else pictures
+    tokenizer, text = video_in_words(family, len(frames))
+    ids = tokenizer(f"w7 w8 {text}\nw9", return_tensors="pt")["input_ids"]
+    given = tiny_families.call(model, ids, torch.ones_like(ids), [frames])
+    seen = asked(method)
+    with untouched(model), tiny.prune(model, method) as trace:
+        out = generate(model, given)
+        if "tower" not in {part.site for part in method.parts()}:
+            check_agreement(model, given, out, trace.history[:1], seen)
+        together = trace.images
+        assert [image.original for image in together] == [9 if family == "internvl" else 16] * 3
+        if {part.site for part in method.parts()} == {"layer"}:
+            return  # chosen by the text as well
+        for frame, image in zip(frames, together, strict=True):
+            alone = torch.cat([ids[:, :1], ids[ids == tiny_families.IMAGE][None, : frame.tokens], ids[:, -1:]], dim=1)
+            generate(model, tiny_families.call(model, alone, torch.ones_like(alone), [[frame]]))
+            assert torch.equal(image.kept, trace.images[0].kept)
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("internvl", "internvl takes the frames of a video as pictures; pass them as pixel_values"),
+        ("gemma3", "videos of gemma3 cannot be pruned; pictures can"),
+    ],
+)
+def test_videos_where_they_are_not_described(family: str, told: str) -> None:
+    model = model_of(family)
     given = tiny.inputs(model, "1i")
     with tiny.prune(model, methods.get("fastv")()), pytest.raises(FoveateError) as error:
         generate(model, {**given, "pixel_values_videos": given["pixel_values"]})
-    assert str(error.value) == "videos of internvl cannot be pruned; pictures can"
+    assert str(error.value) == told
 
 
 def test_pictures_beside_sounds() -> None:

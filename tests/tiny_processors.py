@@ -46,7 +46,7 @@ _MODULES = {
 }
 
 
-def _tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, ...] = (), **names: str) -> Any:
+def tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, ...] = (), **names: str) -> Any:
     """Words to the ids of the tiny models: w2 ..., and a special token of its own for each of `more`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -81,7 +81,7 @@ def _llava_next() -> Any:
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
     )
     more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    return _made("LlavaNextProcessor", "<image>", image_processor=pictures, tokenizer=_tokenizer(), **more)
+    return _made("LlavaNextProcessor", "<image>", image_processor=pictures, tokenizer=tokenizer(), **more)
 
 
 def _llava_next_video() -> Any:
@@ -93,7 +93,7 @@ def _llava_next_video() -> Any:
 
 def _video_llava() -> Any:
     pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    parts = dict(image_processor=pictures, tokenizer=_tokenizer(), video_processor=_NO_VIDEOS)
+    parts = dict(image_processor=pictures, tokenizer=tokenizer(), video_processor=_NO_VIDEOS)
     return _made("VideoLlavaProcessor", "<image>", **parts, patch_size=4)
 
 
@@ -102,14 +102,14 @@ def _glm4v() -> Any:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 512, "longest_edge": 3072}
     )
     start, end = "<|begin_of_image|>", "<|end_of_image|>"
-    tokens = _tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
+    tokens = tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
     parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
     return _made("Glm4vProcessor", f"{start}<|image|>{end}", **parts)
 
 
 def _video_llama_3() -> Any:
     pictures = transformers.VideoLlama3ImageProcessorPil(patch_size=4, merge_size=1, min_pixels=128, max_pixels=384)
-    tokens = _tokenizer("<|image_pad|>", "<|video_pad|>")
+    tokens = tokenizer("<|image_pad|>", "<|video_pad|>")
     parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
     return _made("VideoLlama3Processor", "<|image_pad|>", **parts)
 
@@ -119,7 +119,7 @@ def _paddleocr() -> Any:
         patch_size=4, merge_size=2, temporal_patch_size=1, min_pixels=512, max_pixels=1536
     )
     image, start, end = "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"
-    parts = dict(image_processor=pictures, tokenizer=_tokenizer(image, "<|video_pad|>", (start, end)))
+    parts = dict(image_processor=pictures, tokenizer=tokenizer(image, "<|video_pad|>", (start, end)))
     return _made("PaddleOCRVLProcessor", f"{start}{image}{end}", **parts)
 
 
@@ -129,7 +129,7 @@ def _onevision() -> Any:
     )
     more = dict(num_image_tokens=16, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2")
     more["video_processor"] = _NO_VIDEOS
-    return _made("LlavaOnevisionProcessor", "<image>", image_processor=pictures, tokenizer=_tokenizer(), **more)
+    return _made("LlavaOnevisionProcessor", "<image>", image_processor=pictures, tokenizer=tokenizer(), **more)
 
 
 def _qwen(kind: str) -> Callable[[], Any]:
@@ -138,7 +138,7 @@ def _qwen(kind: str) -> Callable[[], Any]:
             patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=512, max_pixels=1536
         )
         image, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
-        tokens = _tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
+        tokens = tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
         parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
         return _made(kind, f"{start}{image}{end}", **parts)
 
@@ -150,7 +150,7 @@ def _internvl() -> Any:
         size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
     )
     context, start, end = "<IMG_CONTEXT>", "<img>", "</img>"
-    tokens = _tokenizer(context, "<video>", (start, end), start_image=start, end_image=end, context_image=context)
+    tokens = tokenizer(context, "<video>", (start, end), start_image=start, end_image=end, context_image=context)
     parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS, image_seq_length=9)
     return _made("InternVLProcessor", context, **parts)
 
@@ -158,14 +158,14 @@ def _internvl() -> Any:
 def _gemma3() -> Any:
     pictures = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     start, end = "<start_of_image>", "<end_of_image>"
-    tokens = _tokenizer("<image_soft_token>", "<video>", (start, end), boi=start, eoi=end)
+    tokens = tokenizer("<image_soft_token>", "<video>", (start, end), boi=start, eoi=end)
     return _made("Gemma3Processor", start, image_processor=pictures, tokenizer=tokens, image_seq_length=16)
 
 
 def _idefics3() -> Any:
     pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     places = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
-    tokens = _tokenizer(more=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places))
+    tokens = tokenizer(more=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places))
     return _made("Idefics3Processor", "<image>", image_processor=pictures, tokenizer=tokens, image_seq_len=16)
 
 
@@ -175,7 +175,7 @@ def _aya() -> Any:
     )
     tiles = tuple(f"TILE_{number}" for number in range(1, 5))
     marks = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *tiles)
-    tokens = _tokenizer("<|IMG_PATCH|>", "<video>", (*marks, "<image>"))
+    tokens = tokenizer("<|IMG_PATCH|>", "<video>", (*marks, "<image>"))
     more = dict(patch_size=4, img_size=32, downsample_factor=2)
     return _made("AyaVisionProcessor", "<image>", image_processor=pictures, tokenizer=tokens, **more)
 

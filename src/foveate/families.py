@@ -120,6 +120,7 @@ class Family:
         fixed: every image has that raster.
         layouts: how the pictures of one call come from the encoder's patches.
         videos: how its videos do; None where videos are not described.
+        frames: its processor hands over the frames of a video as pictures, with text between them.
         video_tower: attribute path to the encoder of videos, of the same kind; None where one sees both.
         reads: further encoder blocks whose output is read beside that of the usual one, by number of how many.
         inside: why no method can act inside the encoder; None where they can.
@@ -152,6 +153,7 @@ class Family:
     fixed: bool = True
     layouts: Callable[[Encoded], list[Layout]] = plain
     videos: Callable[[Encoded], list[Layout]] | None = None
+    frames: bool = False
     video_tower: str | None = None
     reads: Callable[[Any, int], list[int]] | None = None
     inside: str | None = None
@@ -483,7 +485,8 @@ FAMILIES = (
         types=("internvl",),
         hub_ids=("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF"),
         towers=("internvl_vision",),
-        image="a picture with all its tiles",
+        image="a picture with all its tiles, or a frame of a video",
+        frames=True,
         read=_llava_read,
         grid=lambda config: _grid(config, _shuffle(config)),
         pointwise=False,
@@ -558,7 +561,8 @@ FAMILIES = (
         transformers="5.21",  # older ones refuse prompts with different numbers of pictures
         hub_ids=("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct"),
         towers=("smolvlm_vision",),
-        **_IDEFICS,
+        frames=True,
+        **{**_IDEFICS, "image": _ONE_TILE + ", or a frame of a video"},
     ),
     Family(
         name="mistral3",

@@ -42,7 +42,8 @@ def test_the_families() -> None:
     assert len(lines) == 2 + len(FAMILIES)
     for family, line in zip(FAMILIES, lines[2:], strict=True):
         assert line.startswith(f"| {family.name} | `{family.hub_ids[0]}`")
-        assert (" | yes | " in line) == (family.videos is not None)
+        assert (" | yes | " in line) == (family.videos is not None or family.frames)
+        assert (" | yes | " in line) == ("video" in family.image)
         assert f"| {family.image} |" in line
 
 

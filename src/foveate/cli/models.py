@@ -21,7 +21,7 @@ def command(
             "types": list(family.types),
             "models": [*(["mini"] if "llava" in family.types else []), *family.hub_ids],
             "image": family.image,
-            "videos": family.videos is not None,
+            "videos": family.videos is not None or family.frames,
             "transformers": family.transformers,
         }
         for family in FAMILIES

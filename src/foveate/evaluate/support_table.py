@@ -73,7 +73,7 @@ def families_markdown() -> str:
     lines = ["| family | checkpoints | one image is | videos | transformers |", "|---|---|---|---|---|"]
     for family in FAMILIES:
         models = ", ".join(f"`{name}`" for name in family.hub_ids)
-        videos = "no" if family.videos is None else "yes"
+        videos = "yes" if family.videos is not None or family.frames else "no"
         lines.append(f"| {family.name} | {models} | {family.image} | {videos} | >= {family.transformers} |")
     return "\n".join([*lines, ""])
 

@@ -192,6 +192,8 @@ class Prefill:
     def _check_kinds(self, given: dict[str, Any]) -> None:
         """Refuse videos where they are not described, and videos beside pictures."""
         kinds = [kind for kind, name in _PIXELS.items() if given.get(name) is not None]
+        if "video" in kinds and self.family.frames:
+            raise FoveateError(f"{self.family.name} takes the frames of a video as pictures; pass them as pixel_values")
         if "video" in kinds and self.family.videos is None:
             raise FoveateError(f"videos of {self.family.name} cannot be pruned; pictures can")
         if "video" in kinds and self.family.video_tower is not None:
