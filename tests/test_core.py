@@ -218,6 +218,21 @@ def test_the_shape_and_the_tiles_of_signals() -> None:
     assert Signals(original=6, index=torch.arange(6)[None], tile=torch.tensor([[0, 0, 1, 1, 2, 2]])).tiles == 3
 
 
+def test_what_signals_lack() -> None:
+    given = torch.zeros(1, 4)
+    signals = Signals(
+        original=4,
+        index=given.long(),
+        features=given[..., None],
+        tower={"read": Block(hidden=given[..., None]), "8/24": Block(received=given)},
+        cache=CacheBlock(age=given),
+    )
+    there = ("features", "tower.read.hidden", "tower.8/24.received", "cache.age")
+    missing = ["text", "tower.read.keys", "tower.7.hidden", "decoder.normed", "cache.keys", "no", "no.sense"]
+    assert signals.lacking(there) == []
+    assert signals.lacking([*there, *missing]) == missing
+
+
 def test_memory_is_not_shared_between_signals() -> None:
     first, second = (Signals(original=1, index=torch.zeros(1, 1)) for _ in range(2))
     first.memory["raters"] = 1

@@ -242,6 +242,17 @@ class Signals:
         """Tiles of the image; 1 without anyres."""
         return 1 if self.tile is None else int(self.tile.max()) + 1
 
+    def lacking(self, needs: Iterable[str]) -> list[str]:
+        """Which of a method's needs ("features", "tower.read.hidden") nobody has filled in."""
+        missing = []
+        for need in needs:
+            room, _, rest = need.partition(".")
+            block, _, name = rest.rpartition(".")
+            holder: Any = self.tower.get(block) if room == "tower" else getattr(self, room, None) if rest else self
+            if getattr(holder, name if rest else room, None) is None:
+                missing.append(need)
+        return missing
+
     def raster(self, method: str, otherwise: str) -> Grid:
         """The grid, for a method that cannot do without; `otherwise` says what its user can do.
 

@@ -76,7 +76,8 @@ class DynamicViT(TrainedStages):
     def _build(self, width: int) -> Any:
         from foveate.modules.dynamicvit import DynamicViTConfig, build
 
-        return build(DynamicViTConfig(width=width, layers=list(range(1, len(self.keep) + 1))))
+        stages = len(self.keep)
+        return build(DynamicViTConfig(width=width, blocks=stages, layers=list(range(1, stages + 1))))
 
     def check_model(self, config: Any) -> None:
         """Refuse a model whose encoder the predictors were not trained for, and any where there are none.

@@ -71,9 +71,8 @@ class LVPruning(TrainedStages):
         from foveate.modules.lvpruning import LVPruningConfig, build
 
         stages, heads = len(self.keep), math.gcd(width, 8)
-        return build(
-            LVPruningConfig(width=width, heads=heads, layers=list(range(1, stages + 1)), ratios=[0.5] * stages)
-        )
+        layers, ratios = list(range(1, stages + 1)), [0.5] * stages
+        return build(LVPruningConfig(width=width, heads=heads, layers=layers, base_layers=stages + 1, ratios=ratios))
 
     @classmethod
     def example(cls, config: Any = None) -> LVPruning:

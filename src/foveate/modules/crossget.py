@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from foveate.modules import storage
 
@@ -19,7 +19,7 @@ WHAT = "cross tokens of CrossGET"
 
 
 @strict
-class CrossGETConfig(PreTrainedConfig):
+class CrossGETConfig(storage.ModulesConfig):
     """The shape of the encoder that the cross tokens were trained for.
 
     Attributes:
@@ -32,6 +32,11 @@ class CrossGETConfig(PreTrainedConfig):
     width: int = 1024
     blocks: int = 24
 
+    def check_shape(self) -> None:
+        """Refuse a width or number of blocks that no encoder has; FoveateError."""
+        storage.check_range("width", self.width, storage.WIDEST)
+        storage.check_range("blocks", self.blocks, storage.DEEPEST)
+
 
 class CrossGETTokens(PreTrainedModel):
     """The vectors of all blocks; zero before training."""
@@ -42,6 +47,7 @@ class CrossGETTokens(PreTrainedModel):
 
     def __init__(self, config: CrossGETConfig) -> None:
         super().__init__(config)
+        config.check_shape()
         self.tokens = nn.Parameter(torch.zeros(config.blocks, config.width))
         self.post_init()
 

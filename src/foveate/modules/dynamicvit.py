@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from foveate.core import FoveateError
 from foveate.modules import storage
@@ -20,7 +20,7 @@ WHAT = "predictors of DynamicViT"
 
 
 @strict
-class DynamicViTConfig(PreTrainedConfig):
+class DynamicViTConfig(storage.ModulesConfig):
     """The shape of the predictors, and of the encoder that they were trained for.
 
     Attributes:
@@ -34,6 +34,14 @@ class DynamicViTConfig(PreTrainedConfig):
     width: int = 1024
     blocks: int = 24
     layers: list[int] | tuple[int, ...] = (6, 12, 18)
+
+    def check_shape(self) -> None:
+        """Refuse a width that cannot be halved twice, and depths outside the encoder; FoveateError."""
+        storage.check_range("width", self.width, storage.WIDEST)
+        if self.width % 4:
+            raise FoveateError(f"width={self.width} cannot be halved twice; the predictors need a multiple of 4")
+        storage.check_range("blocks", self.blocks, storage.DEEPEST)
+        storage.check_layers(self.layers, self.blocks)
 
 
 class Predictor(nn.Module):
@@ -74,8 +82,7 @@ class DynamicViTPredictors(PreTrainedModel):
 
     def __init__(self, config: DynamicViTConfig) -> None:
         super().__init__(config)
-        if config.width < 4 or config.width % 4:
-            raise FoveateError(f"width={config.width} cannot be halved twice; the predictors need a multiple of 4")
+        config.check_shape()
         self.stages = nn.ModuleList(Predictor(config.width) for _ in config.layers)
         self.post_init()
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, short
 from foveate.modules import storage
+from foveate.paths import checked
 
 MODEL_TYPE = "foveate_lvpruning"
 WHAT = "decision modules"
@@ -25,9 +26,12 @@ WHAT = "decision modules"
 FOLDER = "lvpruning"
 """Where modules that ship beside a model lie in its folder."""
 
+MOST_BLOCKS = 16
+"""Cross-attention blocks that a module can have; the paper's has 2."""
+
 
 @strict
-class LVPruningConfig(PreTrainedConfig):
+class LVPruningConfig(storage.ModulesConfig):
     """The shape of the modules, and of the model that they were trained for.
 
     Attributes:
@@ -52,6 +56,20 @@ class LVPruningConfig(PreTrainedConfig):
     base_name: str = ""
     ratios: list[float] | tuple[float, ...] = (0.5, 0.3, 0.1)
     answers: bool = False
+
+    def check_shape(self) -> None:
+        """Refuse modules that cannot be built, and depths outside the decoder; FoveateError."""
+        storage.check_range("width", self.width, storage.WIDEST)
+        storage.check_range("heads", self.heads, self.width)
+        if self.width % self.heads:
+            raise FoveateError(f"width={self.width} cannot be shared evenly by heads={self.heads}")
+        storage.check_range("blocks", self.blocks, MOST_BLOCKS)
+        storage.check_range("base_layers", self.base_layers, storage.DEEPEST)
+        storage.check_layers(self.layers, self.base_layers - 1)
+        if len(self.layers) != len(self.ratios):
+            raise FoveateError(f"{len(self.ratios)} ratios for {len(self.layers)} layers; give one for each")
+        if not all(0 < ratio <= 1 for ratio in self.ratios):
+            raise FoveateError(f"ratios={short(repr(self.ratios))} are not all shares in (0, 1]")
 
 
 class CrossAttention(nn.Module):
@@ -116,10 +134,7 @@ class LVPruningModules(PreTrainedModel):
 
     def __init__(self, config: LVPruningConfig) -> None:
         super().__init__(config)
-        if config.width % config.heads:
-            raise FoveateError(f"width={config.width} cannot be shared evenly by heads={config.heads}")
-        if len(config.layers) != len(config.ratios):
-            raise FoveateError(f"{len(config.ratios)} ratios for {len(config.layers)} layers; give one for each")
+        config.check_shape()
         self.stages = nn.ModuleList(
             DecisionModule(config.width, config.heads, config.blocks) for _ in range(len(config.layers))
         )
@@ -180,7 +195,7 @@ class LVPruningModules(PreTrainedModel):
             ("num_hidden_layers", mine.base_layers, text.num_hidden_layers),
         ):
             if trained != found:
-                called = f" ({mine.base_name})" if mine.base_name else ""
+                called = f" ({short(mine.base_name)})" if mine.base_name else ""
                 raise FoveateError(
                     f"these decision modules were trained for a model{called} with {name}={trained!r}, not {found!r}; "
                     "load that model, or modules trained for this one"
@@ -214,7 +229,7 @@ def find(path: str | Path) -> str:
     """
     if str(path) == "mini":
         return str(resources.files("foveate") / "scenes" / "checkpoint" / FOLDER)
-    folder = Path(path).expanduser()
+    folder = checked(path)
     if (folder / FOLDER / "config.json").is_file():
         return str(folder / FOLDER)
     return str(folder) if folder.is_dir() else str(path)

@@ -192,6 +192,10 @@ def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources:
     """Let a method, fitted to these images, choose; `name` is its spec as it was given."""
     group = [images[number] for number in numbers]
     signals = _signals(part, group, numbers, sources)
+    # Between the stages of a part inside the encoder, what a later one reads has not run yet.
+    lacking = [] if part.site == "tower" else signals.lacking(part.needs)
+    if lacking:
+        raise FoveateError(f"{name} reads {', '.join(lacking)}, which this call does not show; use another method")
     # A caller's autocast is for the model: scores and greedy loops need the float32 that they ask for.
     with torch.autocast(signals.index.device.type, enabled=False):
         selection = part.select(signals)

@@ -193,7 +193,11 @@ class Evictor:
             prompt_length=prompt,
         )
         index = torch.arange(count, device=ages.device).expand(len(rows), -1)
-        selection: Any = self.part.select(Signals(original=count, index=index, cache=block))
+        signals = Signals(original=count, index=index, cache=block)
+        lacking = signals.lacking(self.part.needs)
+        if lacking:
+            raise FoveateError(f"{format_spec(self.part)} reads {', '.join(lacking)}, which no layer's cache shows")
+        selection: Any = self.part.select(signals)
         wanted = selection.positions.sort(dim=-1).values
         slots = torch.searchsorted(ages.contiguous(), wanted.contiguous()).clamp(max=count - 1)
         if not torch.equal(ages.gather(2, slots), wanted) or bool((wanted[..., 1:] == wanted[..., :-1]).any()):
