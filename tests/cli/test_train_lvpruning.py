@@ -12,6 +12,7 @@ from PIL import Image
 
 import foveate
 from foveate.modules.lvpruning import load
+from foveate.runs import SETTINGS, make_folder, write_json
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def test_options_reach_the_training(call: Any, given: dict[str, Any], folder: Pa
         "--no-bf16 --seed 9 --save-steps 11 --log-steps 13 --max-seconds 60 --resume --device cpu"
     ).split()
     where = ["--model", folder, "--data", data[0], "--images", data[1], "--out", tmp_path / "run"]
+    write_json(make_folder(tmp_path / "run") / SETTINGS, {})
     result = call("train", "lvpruning", *where, *options)
     assert result.code == 0, result.err
     settings = given["settings"]
@@ -85,6 +87,7 @@ def test_other_models_are_trained_as_in_the_paper(
     assert call("train", "lvpruning", *where).code == 0
     settings = given["settings"]
     assert (settings.rate, settings.batch, settings.ratios) == (2e-6, 64, (0.5, 0.3, 0.1))
+    assert (settings.micro, settings.checkpointing) == (None, None)
     assert (
         settings.decision_clip is None
         and settings.steps is None
@@ -107,6 +110,7 @@ def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
     where = ["--model", tmp_path / "model", "--data", data[0], "--images", data[1], "--out", tmp_path / "run"]
     result = call("train", "lvpruning", *where, *"--batch 2 --epochs 2 --rate 1e-3 --no-bf16 --device cpu".split())
     assert result.code == 0, result.err
+    assert "2 rows at once, 1 times a step, blocks kept: " in result.err
     modules = load(result.out.strip())
     modules.check(tiny.model().config)
     assert list(modules.config.layers) == [1, 2, 3]
@@ -117,6 +121,29 @@ def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
         1,
         "",
     ) and "already holds a run; go on with it by --resume, or give another folder" in again.err
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_read(
+    call: Any, folder: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint in float16, as most are stored, and a folder that is no place for this run."""
+    half = tmp_path / "half"
+    tiny.model().half().save_pretrained(half)
+    data[0].write_text("no JSON")
+    monkeypatch.setattr("foveate.cli.loading._weights", lambda *_: pytest.fail("weights were read"))
+
+    def refused(model: Path, *options: Any) -> str:
+        where = ["--model", model, "--data", data[0], "--images", data[1], "--out", tmp_path / "run", "--device", "cpu"]
+        result = call("train", "lvpruning", *where, *options)
+        assert (result.code, result.out) == (1, "")
+        return result.err
+
+    cannot = "--dtype float16 cannot hold the gradients of masked tokens; load the model with --dtype bfloat16"
+    assert refused(half).startswith(f"foveate: {half} is stored as float16, and {cannot}")
+    assert refused(folder, "--dtype", "float16").startswith(f"foveate: {cannot}")
+    assert "holds no run to go on with; start one there with no --resume" in refused(folder, "--resume")
+    write_json(make_folder(tmp_path / "run") / SETTINGS, {})
+    assert "already holds a run; go on with it by --resume" in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,10 @@ def test_what_cannot_be_trained_with_is_refused() -> None:
         soften(model, _no),
     ):
         pass
-    with pytest.raises(FoveateError, match="use bfloat16 or float32"), soften(tiny.model().half(), _no):
+    with (
+        pytest.raises(FoveateError, match="load the model with dtype=bfloat16, or dtype=float32"),
+        soften(tiny.model().half(), _no),
+    ):
         pass
     model.get_decoder().config._attn_implementation = "flash_attention_2"
     with pytest.raises(FoveateError, match="load the model with sdpa or eager"), soften(model, _no):

@@ -75,6 +75,19 @@ def test_a_broken_picture_is_named_once_and_replaced_by_the_next(folder: Path) -
         rows_of(folder, ENTRIES[4:5])[0]
 
 
+def test_the_longest_row_is_found_without_reading_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [{"image": "a.png", "conversations": said(("w5", "w6 " * (7 if n == 31 else 2)))} for n in range(60)]
+    rows = rows_of(folder, entries)
+    longest = max((rows[number] for number in range(60)), key=lambda row: row.ids.numel())
+    read: list[int] = []
+    row = Conversations.__getitem__
+    monkeypatch.setattr(Conversations, "__getitem__", lambda self, number: read.append(number) or row(self, number))
+    extent = rows.extent(looked_at=4)
+    assert (extent.visual, extent.text) == (tiny.TOKENS, longest.ids.numel() - tiny.TOKENS)
+    assert 31 in read and len(read) == 8
+    assert rows_of(folder, entries, longest=5).extent().text == 5
+
+
 @pytest.mark.parametrize("name", ["../data.json", "coco/../../data.json", "/etc/hosts"])
 def test_paths_stay_in_the_folder(folder: Path, name: str) -> None:
     data = written(folder, [{"image": name, "conversations": said(TURNS[0])}])

@@ -271,7 +271,7 @@ def test_modules_of_another_model_are_refused() -> None:
 def test_a_model_that_takes_no_soft_masks_is_refused_at_once() -> None:
     model = tiny.model()
     gates = for_model(model.config, layers=LAYERS)
-    with pytest.raises(FoveateError, match="use bfloat16 or float32"):
+    with pytest.raises(FoveateError, match="load the model with dtype=bfloat16, or dtype=float32"):
         Softened(model.half(), gates, (0.5, 0.3, 0.1))
 
 

@@ -25,7 +25,7 @@ from foveate.core import FoveateError
 from foveate.modules.lvpruning import for_model, load
 from foveate.runs import hold
 from foveate.train.checkpoints import last_checkpoint
-from foveate.train.conversations import Row
+from foveate.train.conversations import Extent, Row
 from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning
 from foveate.train.softened import Softened
@@ -47,6 +47,9 @@ class Few:
 
     def fingerprint(self) -> dict[str, Any]:
         return {"kind": "few", "count": self.count, "seed": self.seed}
+
+    def extent(self) -> Extent:
+        return Extent(visual=tiny.TOKENS, text=12)
 
     def __getitem__(self, number: int) -> Row:
         time.sleep(self.pause)
@@ -319,6 +322,24 @@ def test_two_processes_train_one_set_of_modules(tmp_path: Path) -> None:
         found.append(weights(tmp_path / str(processes)))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name].float(), value.float(), atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_may_be_of_either_dtype(dtype: torch.dtype, bf16: bool, tmp_path: Path) -> None:
+    """What the modules read is cast to what they are, and what is learned is in their own 32 bits either way."""
+    lines: list[dict[str, Any]] = []
+    told: list[str] = []
+    settings = dataclasses.replace(SETTINGS, micro=None, steps=1, bf16=bf16)
+    model = tiny.model().to(dtype)
+    train_lvpruning(model, Few(), tmp_path / "run", settings, report=lines.append, tell=told.append)
+    assert model.dtype == dtype
+    assert lines[0]["causal"] == pytest.approx(6.4, abs=1.0) and lines[0]["grad_norm"] > 0
+    state = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    (line,) = told
+    assert line.startswith("4 rows at once, 1 times a step, blocks kept: ")
+    assert line.endswith(f"by arithmetic for rows of {tiny.TOKENS} visual tokens and 12 others")
 
 
 def test_noise_depends_on_the_step_and_not_on_the_random_state() -> None:

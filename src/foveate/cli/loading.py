@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,8 +56,18 @@ def find(name: str) -> str:
     return name
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    check: Callable[[Any], None] | None = None,
+) -> Loaded:
     """Load a model and its processor with stock `from_pretrained`.
+
+    Args:
+        check: called with the model's configuration, before its weights are read.
 
     Raises:
         UsageError: an unknown model, device or dtype.
@@ -69,6 +80,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_c
     _quiet()
     config = _config(name, source, trust_remote_code)
     _check_vision(name, config)
+    if check is not None:
+        check(config)
     model = _weights(name, source, config, dtype, trust_remote_code).eval().to(place)
     return Loaded(name, model, _processor(name, source, trust_remote_code))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,12 @@ Anneal = Annotated[float | None, typer.Option(metavar="S", help="Share of the st
 VisualShare = Annotated[
     float | None, typer.Option(metavar="S", help="Look at a random share of each picture's tokens; cheaper.")
 ]
+Micro = Annotated[
+    int | None, typer.Option(metavar="N", help="Rows per process at once; as many as fit a card of 80 GB.")
+]
+Checkpointing = Annotated[
+    bool | None, typer.Option(help="Recompute blocks for their gradients: less memory, more time. Where it is needed.")
+]
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop after S seconds, with everything saved.")]
 
 
@@ -49,7 +56,7 @@ def command(
     ratios: Annotated[str | None, typer.Option(metavar="R/R/R", help="Shares to aim at; 0.5/0.3/0.1.")] = None,
     rate: Annotated[float | None, typer.Option(metavar="R", help="Peak learning rate; 2e-6, mini has its own.")] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Rows per step over all processes; 64.")] = None,
-    micro: Annotated[int | None, typer.Option(metavar="N", help="Rows per process at once.")] = None,
+    micro: Micro = None,
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the data.")] = 1,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Stop after N steps; scenes need it.")] = None,
     causal_weight: CausalWeight = None,
@@ -60,7 +67,7 @@ def command(
     anneal: Anneal = None,
     visual_share: VisualShare = None,
     answers: Annotated[bool, typer.Option("--answers", help="Let the modules read the answers too.")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    checkpointing: Checkpointing = None,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = True,
     pool: Annotated[int, typer.Option(metavar="N", help="Different pictures of scenes.")] = 4096,
     save_steps: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints.")] = 500,
@@ -79,12 +86,16 @@ def command(
     given = dict(locals())  # every option by its name
     own: dict[str, Any] = MINI if model == "mini" and data == SCENES else {}
     from foveate.cli.loading import load
+    from foveate.runs import check_run
 
     with in_options(command):
         with usage():
             _check(data, images, own, steps, max_seconds)
             settings = _settings({**own, **{name: value for name, value in given.items() if value is not None}})
-        loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code)
+        if int(os.environ.get("RANK", "0")) == 0:
+            check_run(out, resume)
+        check = partial(_check_dtype, model, dtype)
+        loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code, check=check)
         _train(loaded, data, images, out, settings, pool=pool, resume=resume, max_seconds=max_seconds)
 
 
@@ -115,6 +126,20 @@ def _check(data: str, images: Path | None, own: dict[str, Any], steps: int | Non
         raise FoveateError("--data scenes never ends; give --steps, such as --steps 3000")
     if max_seconds is not None and max_seconds <= 0:
         raise FoveateError(f"--max-seconds {max_seconds:g} leaves no time; it must be above 0")
+
+
+def _check_dtype(name: str, dtype: str, config: Any) -> None:
+    """Refuse numbers that cannot be trained with before weights and data are read."""
+    import torch
+
+    from foveate.core import FoveateError
+    from foveate.runtime.soften import check_softens_in
+
+    try:
+        check_softens_in(getattr(torch, dtype) if dtype != "auto" else config.dtype)
+    except FoveateError as error:
+        stored = f"{name} is stored as float16, and " if dtype == "auto" else ""
+        raise FoveateError(f"{stored}{error}") from error
 
 
 def _settings(given: dict[str, Any]) -> Any:
@@ -150,6 +175,7 @@ def _train(
     from foveate.train.conversations import Conversations
     from foveate.train.lvpruning import train_lvpruning
     from foveate.train.scene_questions import SceneQuestions
+    from foveate.train.softened import check_trains
 
     console = stderr()
 
@@ -159,6 +185,7 @@ def _train(
     def report(line: dict[str, Any]) -> None:
         say("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
+    check_trains(loaded.model, bool(settings.checkpointing))
     if loaded.model.device.type == "cpu":
         loaded.model.get_decoder().set_attn_implementation("eager")  # takes masks with gradients in half the time
     rows: Any
@@ -174,9 +201,8 @@ def _train(
         if rows.skipped.missing:
             say(f"missing pictures: {', '.join(rows.skipped.missing[:20])}")
     say(f"learning rate {settings.rate:g}, batch {settings.batch}, ratios {'/'.join(map(str, settings.ratios))}")
-    folder = train_lvpruning(
-        loaded.model, rows, out, settings, name=loaded.name, resume=resume, max_seconds=max_seconds, report=report
-    )
+    options: dict[str, Any] = {"name": loaded.name, "resume": resume, "max_seconds": max_seconds}
+    folder = train_lvpruning(loaded.model, rows, out, settings, **options, report=report, tell=say)
     if data != SCENES and rows.skipped.broken:
         say(f"broken pictures: {', '.join(rows.skipped.broken)}")
     typer.echo(folder)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from foveate.cost.presets import PRESETS
     from foveate.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape, shape
     from foveate.cost.sweeps import sweep
+    from foveate.cost.training import TrainingMemory, training_memory
 
 _ROOMS = {
     "estimates": ("Cost", "Stage", "estimate"),
@@ -42,6 +43,7 @@ _ROOMS = {
     "presets": ("PRESETS",),
     "shapes": ("DecoderShape", "ModelShape", "ProjectorShape", "TowerShape", "shape"),
     "sweeps": ("sweep",),
+    "training": ("TrainingMemory", "training_memory"),
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -58,6 +60,7 @@ __all__ = [
     "ProjectorShape",
     "Stage",
     "TowerShape",
+    "TrainingMemory",
     "decode_flops",
     "decoder_flops",
     "equivalent_tokens",
@@ -74,6 +77,7 @@ __all__ = [
     "sweep",
     "token_plan",
     "tower_flops",
+    "training_memory",
     "visual_per_layer",
 ]
 

@@ -159,8 +159,20 @@ def check_softens(model: Any) -> None:
             f"attn_implementation={kind!r} takes no mask with gradients; load the model with "
             f"{' or '.join(IMPLEMENTATIONS)}"
         )
-    if model.dtype == torch.float16:
-        raise FoveateError("dtype=float16 cannot hold the gradients of masked tokens; use bfloat16 or float32")
+    check_softens_in(model.dtype)
+
+
+def check_softens_in(dtype: torch.dtype | None) -> None:
+    """Refuse numbers that soft masks have no gradients in.
+
+    Raises:
+        FoveateError: float16.
+    """
+    if dtype == torch.float16:
+        raise FoveateError(
+            "dtype=float16 cannot hold the gradients of masked tokens; load the model with dtype=bfloat16, or "
+            "dtype=float32"
+        )
 
 
 @contextmanager

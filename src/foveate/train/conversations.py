@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ class Row:
     given: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, their sizes, token types (1, L), by their names
     features: Tensor | None = None  # (pictures, N, D), in place of pixels
     wanted: Tensor | None = None  # (pictures, N) bool, the tokens that the question is about, where that is known
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The longest row to be expected of a data set, as far as a look at some of them tells."""
+
+    visual: int  # placeholders
+    text: int  # all other tokens
+
+
+def extent_of(rows: Iterable[Row], image_token: int) -> Extent:
+    """The most placeholders and the most other tokens among some rows, at least one of each."""
+    held = [(row.ids == image_token) for row in rows]
+    return Extent(max([1, *(int(one.sum()) for one in held)]), max([1, *(int((~one).sum()) for one in held)]))
 
 
 @dataclass
@@ -247,6 +262,13 @@ class Conversations(Dataset[Row]):
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must find again."""
         return {"kind": "conversations", "sha256": self._digest, "entries": len(self), "longest": self.longest}
+
+    def extent(self, looked_at: int = 16) -> Extent:
+        """The longest row to be expected: as many with the longest texts are looked at as from all over the data."""
+        length = lambda number: sum(len(said) for turn in self.entries[number].turns for said in turn)  # noqa: E731
+        numbers = heapq.nlargest(looked_at, range(len(self)), key=length)
+        numbers += range(0, len(self), max(1, len(self) // looked_at))
+        return extent_of((self[number] for number in numbers), self.image_token)
 
     def __getitem__(self, number: int) -> Row:
         for step in range(len(self)):

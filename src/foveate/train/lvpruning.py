@@ -17,17 +17,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from foveate.core import FoveateError, check_choices, check_depths, scaled_layers
 from foveate.modules import lvpruning as modules
-from foveate.runs import run_folder
+from foveate.runs import check_run, run_folder
 from foveate.train import checkpoints
-from foveate.train.conversations import Row, collate
+from foveate.train.conversations import Extent, Row, collate
 from foveate.train.figures import Figures
 from foveate.train.losses import RatioLoss
+from foveate.train.memory import divide
 from foveate.train.softened import Softened, check_trains
 
 Report = Callable[[dict[str, Any]], None]
 
 LAYERS = (1, 8, 16)
 """The paper's depths in a decoder of 32 blocks."""
+
+_NOT_OF_THE_RECIPE = ("steps", "micro", "checkpointing", "save_steps", "log_steps")
 
 
 class Rows(Protocol):
@@ -36,6 +39,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Row: ...
     def fingerprint(self) -> dict[str, Any]: ...
+    def extent(self) -> Extent: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Settings:
         ratios: shares of the visual tokens to keep at each.
         rate: peak learning rate; cosine decay after the warm-up.
         batch: rows per optimizer step, over all processes.
-        micro: rows per process at once; None is as many as fit into a step.
+        micro: rows per process at once; None is as many as fit a card of 80 GB by arithmetic.
         epochs: passes over the data.
         steps: stop after so many optimizer steps, whatever `epochs` says; None is by epochs.
         warmup: share of the steps in which the rate rises.
@@ -65,7 +69,7 @@ class Settings:
             at `ratios` from the start.
         visual_share: of each picture's tokens that a step looks at, drawn at random; below 1 it is cheaper.
         answers: let the modules read the answers as well; they then know what is asked for beforehand.
-        checkpointing: recompute decoder layers in the backward pass.
+        checkpointing: recompute decoder layers in the backward pass; None is where too few rows fit otherwise.
         bf16: compute in bfloat16 on float32 modules.
         save_steps: steps between two checkpoints.
         log_steps: steps between two lines of the log.
@@ -91,7 +95,7 @@ class Settings:
     anneal: float = 0.0
     visual_share: float = 1.0
     answers: bool = False
-    checkpointing: bool = False
+    checkpointing: bool | None = None
     bf16: bool = True
     save_steps: int = 500
     log_steps: int = 10
@@ -144,6 +148,7 @@ def train_lvpruning(
     resume: bool = False,
     max_seconds: float | None = None,
     report: Report | None = None,
+    tell: Callable[[str], None] | None = None,
     card: str = "",
 ) -> Path:
     """Train decision modules for `base` and return their folder, `out`/lvpruning.
@@ -159,6 +164,7 @@ def train_lvpruning(
         resume: go on with the run in `out` as if it had never stopped.
         max_seconds: stop, with everything saved, after so many seconds of this call.
         report: called with each line of the log, in the first process.
+        tell: called at the start with how a step is divided and what memory that takes, in the first process.
         card: text of the README beside the modules; by default it says what they were trained on and how.
 
     Raises:
@@ -167,21 +173,15 @@ def train_lvpruning(
             with.
     """
     settings, out = settings or Settings(), Path(out)
-    check_trains(base, settings.checkpointing)
-    before = checkpoints.fingerprint(base)
-    arguments = _arguments(settings, out, len(rows), base.device)
+    check_trains(base, bool(settings.checkpointing))
+    arguments = _arguments(settings, out, base.device)
     first = arguments.process_index == 0
+    if first:
+        check_run(out, resume)
+    settings = _divided(settings, arguments, base, rows, tell if first and tell else lambda said: None)
+    before = checkpoints.fingerprint(base)
     identity = _identity(settings, before, base, rows, arguments.world_size)
-    gates = modules.for_model(
-        base.config,
-        layers=settings.depths(len(base.get_decoder().layers)),
-        seed=settings.seed,
-        ratios=list(settings.ratios),
-        answers=settings.answers,
-        base_name=name,
-    )
-    if settings.anneal:
-        gates.start_keeping(0.9)
+    gates = _untrained(base, settings, name)
     with run_folder(out, identity, resume, first):
         trainer = _Trainer(_softened(base.to(arguments.device), gates, settings, arguments), arguments, rows, settings)
         _run(trainer, out, resume, max_seconds, report if first else None)
@@ -192,6 +192,20 @@ def train_lvpruning(
             card = card or describe(name, settings, gates, rows, trainer.state.global_step)
             _export(gates.config, weights, out / modules.FOLDER, card)
     return out / modules.FOLDER
+
+
+def _untrained(base: Any, settings: Settings, name: str) -> modules.LVPruningModules:
+    gates = modules.for_model(
+        base.config,
+        layers=settings.depths(len(base.get_decoder().layers)),
+        seed=settings.seed,
+        ratios=list(settings.ratios),
+        answers=settings.answers,
+        base_name=name,
+    )
+    if settings.anneal:
+        gates.start_keeping(0.9)
+    return gates
 
 
 def _run(trainer: _Trainer, out: Path, resume: bool, max_seconds: float | None, report: Report | None) -> None:
@@ -217,7 +231,7 @@ def describe(name: str, settings: Settings, gates: modules.LVPruningModules, row
     own = {
         key: value
         for key, value in dataclasses.asdict(settings).items()
-        if value != getattr(stock, key) and key not in ("steps", "micro", "save_steps", "log_steps")
+        if value != getattr(stock, key) and key not in _NOT_OF_THE_RECIPE
     }
     departs = "".join(f"- {key}: {value} (by default {getattr(stock, key)})\n" for key, value in own.items())
     return (
@@ -250,7 +264,7 @@ def _softened(base: Any, gates: modules.LVPruningModules, settings: Settings, ar
         share=settings.visual_share,
         limit=None if settings.decision_clip is None else settings.decision_clip / rows,
         answers=settings.answers,
-        checkpointing=settings.checkpointing,
+        checkpointing=bool(settings.checkpointing),
     )
 
 
@@ -261,11 +275,11 @@ def _identity(settings: Settings, model: str, base: Any, rows: Rows, processes: 
     return {**kept, "model": model, "dtype": str(base.dtype), "data": rows.fingerprint(), "processes": processes}
 
 
-def _arguments(settings: Settings, out: Path, rows: int, device: torch.device) -> TrainingArguments:
+def _arguments(settings: Settings, out: Path, device: torch.device) -> TrainingArguments:
     options: dict[str, Any] = {"use_cpu": True} if device.type == "cpu" else {}
     if options and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         options["ddp_backend"] = "gloo"
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(out),
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
@@ -286,22 +300,30 @@ def _arguments(settings: Settings, out: Path, rows: int, device: torch.device) -
         data_seed=settings.seed,
         **options,
     )
-    processes = arguments.world_size
-    share, left = divmod(settings.batch, processes)
-    micro = settings.micro or max(1, share)
-    if left or share % micro:
-        nearest = max(1, round(settings.batch / (micro * processes))) * micro * processes
-        raise FoveateError(
-            f"batch={settings.batch} cannot be split over {processes} processes of {micro} rows at once; nearest: "
-            f"batch={nearest}"
-        )
-    steps = rows // settings.batch * settings.epochs
+
+
+def _divided(
+    settings: Settings, arguments: TrainingArguments, base: Any, rows: Rows, tell: Callable[[str], None]
+) -> Settings:
+    """The settings with how a step is divided, which the arguments are told as well."""
+    steps = len(rows) // settings.batch * settings.epochs
     if steps == 0:
-        raise FoveateError(f"batch={settings.batch}, but there are {rows} rows; the most is batch={rows}")
-    arguments.per_device_train_batch_size = micro
-    arguments.gradient_accumulation_steps = share // micro
+        raise FoveateError(f"batch={settings.batch}, but there are {len(rows)} rows; the most is batch={len(rows)}")
+    division = divide(
+        base,
+        rows.extent(),
+        settings.depths(len(base.get_decoder().layers)),
+        batch=settings.batch,
+        processes=arguments.world_size,
+        micro=settings.micro,
+        checkpointing=settings.checkpointing,
+        bf16=settings.bf16,
+    )
+    tell(str(division))
+    arguments.per_device_train_batch_size = division.micro
+    arguments.gradient_accumulation_steps = division.parts
     arguments.max_steps = min(steps, settings.steps or steps)
-    return arguments
+    return dataclasses.replace(settings, micro=division.micro, checkpointing=division.checkpointing)
 
 
 class _Trainer(Trainer):

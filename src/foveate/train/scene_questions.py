@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from foveate.core import FoveateError
 from foveate.families import family_of
 from foveate.scenes import generator, mini, packing, questions
-from foveate.train.conversations import Row, expand, tokens
+from foveate.train.conversations import Extent, Row, expand, extent_of, tokens
 
 POOL = 4096
 _CHUNK = 32  # pictures drawn and encoded at once
@@ -67,6 +67,10 @@ class SceneQuestions(Dataset[Row]):
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must find again."""
         return {"kind": "scenes", "samples": self.samples, "pool": self.pool, "seed": self.seed, "mix": self.mix}
+
+    def extent(self) -> Extent:
+        """The longest row to be expected: questions are of much the same length."""
+        return extent_of((self[number] for number in range(min(_CHUNK, len(self)))), self.image_token)
 
     def __getitem__(self, number: int) -> Row:
         chunk, row = divmod(number % self.pool, _CHUNK)

@@ -115,7 +115,7 @@ class Softened(nn.Module):
         passing = Pass(self._text(rows), rows.seen.visual)
 
         def choose(stage: int, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            scores = self.gates(stage, visual, text, mask)
+            scores = self.gates(stage, *self._fitted(visual, text), mask)
             gaps.append(scores[..., 0] - scores[..., 1])
             made = decide(scores, self.temperature, self.generator)
             decisions.append(made * decisions[-1] if decisions else made)  # eq. 10
@@ -131,6 +131,10 @@ class Softened(nn.Module):
             hint = hint_loss(gaps, rows.wanted)
             loss, told["hint"] = loss + self.weights[2] * hint, hint.detach()
         return {"loss": loss, **told}
+
+    def _fitted(self, *values: Tensor) -> list[Tensor]:
+        """Hidden states as the modules take them: nothing else casts those of a base in fewer bits."""
+        return [one if torch.is_autocast_enabled(one.device.type) else one.to(self.gates.dtype) for one in values]
 
     def _limited(self, decisions: Tensor) -> Tensor:
         """The same decisions, whose gradients are cut at the limit."""
@@ -242,11 +246,16 @@ def check_trains(base: Any, checkpointing: bool = False) -> None:
             what is hooked to them, so that decisions would be made anew.
     """
     check_softens(base)
-    if checkpointing and not hasattr(base, "activation_checkpointing_enable"):
+    if checkpointing and not can_recompute(base):
         raise FoveateError(
             f"checkpointing=True: transformers {transformers.__version__} recomputes decisions along with a layer; use "
             "5.23 or newer, or leave it out"
         )
+
+
+def can_recompute(base: Any) -> bool:
+    """Whether this version of transformers recomputes layers without what is hooked to them."""
+    return hasattr(base, "activation_checkpointing_enable")
 
 
 def checkpoint_layers(base: Any) -> None:
