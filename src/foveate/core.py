@@ -212,6 +212,7 @@ class Signals:
     index: Tensor  # (B, N) original raster index of each token
     stage: int = 0
     stages: int = 1  # how many stages a part inside the encoder has
+    keep: int | None = None  # tokens that this stage is to leave of each image; None: ask the method's own `keep`
     memory: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None  # raster shape (h, w); None once tokens have left
     tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
@@ -394,10 +395,35 @@ class Method:
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         """Tokens of an image that are left after each stage, by arithmetic alone; None when adaptive.
 
+        Here of a method with one stage and one field `keep`, a share rounded half to even; others say their own.
+
         Raises:
             FoveateError: the budget cannot be met by an image of `original` tokens.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no count()")
+        if not hasattr(self, "keep"):
+            raise NotImplementedError(f"{type(self).__name__} has no count()")
+        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
+
+    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """What `keep` comes to at each stage; a method whose count differs, losing tokens as its code does, says so."""
+        return self.count(original, grid, tiles)
+
+    def wanted(self, signals: Signals) -> int:
+        """Tokens that this stage is to leave of each image: what the runtime says, else what the method itself asks.
+
+        Raises:
+            FoveateError: more than are left.
+        """
+        left = signals.shape[1]
+        if signals.keep is not None and signals.keep <= left:
+            return signals.keep
+        asked = self.asked(signals.original, signals.grid, signals.tiles)
+        assert asked is not None, "a method that decides its own count does not ask"
+        count = asked[signals.stage] if signals.keep is None else signals.keep
+        if count > left:  # refused in the words of the method's field, where that is one number for one stage
+            keep = getattr(self, "keep", count)
+            tokens_to_keep(keep if len(asked) == 1 and isinstance(keep, int | float) else count, signals.original, left)
+        return min(count, left)
 
     def depths(self, layers: int) -> tuple[int, ...]:
         """Decoder blocks, of `layers`, that run at full length before each stage; empty at other sites than `layer`."""
@@ -443,13 +469,10 @@ class Scorer(Method):
         """(B, N), the higher the better."""
         raise NotImplementedError(f"{type(self).__name__} has no score()")
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         from foveate.ops.subsets import top_k
 
-        kept = top_k(self.score(signals), tokens_to_keep(self.keep, signals.original, signals.shape[1]))
+        kept = top_k(self.score(signals), self.wanted(signals))
         return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
 
 
@@ -487,6 +510,27 @@ class Merger(Method):
         # The class speaks for the defaults; with one number per block, the blocks of an encoder decide the count.
         object.__setattr__(self, "adaptive", isinstance(self.r, int))
 
+    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """What `keep` comes to at each stage; a method whose count differs, losing tokens as its code does, says so."""
+        return self.count(original, grid, tiles)
+
+    def wanted(self, signals: Signals) -> int:
+        """Tokens that this stage is to leave of each image: what the runtime says, else what the method itself asks.
+
+        Raises:
+            FoveateError: more than are left.
+        """
+        left = signals.shape[1]
+        if signals.keep is not None and signals.keep <= left:
+            return signals.keep
+        asked = self.asked(signals.original, signals.grid, signals.tiles)
+        assert asked is not None, "a method that decides its own count does not ask"
+        count = asked[signals.stage] if signals.keep is None else signals.keep
+        if count > left:  # refused in the words of the method's field, where that is one number for one stage
+            keep = getattr(self, "keep", count)
+            tokens_to_keep(keep if len(asked) == 1 and isinstance(keep, int | float) else count, signals.original, left)
+        return min(count, left)
+
     def depths(self, layers: int) -> tuple[int, ...]:
         """Encoder blocks that run before each merge: all from 0; `layers` counts them up to the one that is read."""
         if isinstance(self.r, tuple) and len(self.r) > layers:
@@ -506,24 +550,28 @@ class Merger(Method):
         left = original - sum(self.schedule(original, len(self.r or ())))
         return (left + self.beside if left < original else left,)
 
-    def schedule(self, tokens: int, blocks: int, original: int | None = None) -> tuple[int, ...]:
+    def schedule(
+        self, tokens: int, blocks: int, original: int | None = None, keep: int | None = None
+    ) -> tuple[int, ...]:
         """How many of `tokens` patches each of `blocks` blocks merges away.
 
         Args:
             original: tokens of the image before any stage; `tokens` where None.
+            keep: tokens at the end, in place of the method's own `keep`.
 
         Raises:
             FoveateError: `keep` is outside the reach of so many blocks; the message says what is reachable.
         """
         if self.keep is None:
-            wanted = (self.r,) * blocks if isinstance(self.r, int) else (*(self.r or ()), *[0] * blocks)
-            return _halving(tokens, 0, wanted[:blocks])
+            every_block = (self.r,) * blocks if isinstance(self.r, int) else (*(self.r or ()), *[0] * blocks)
+            return _halving(tokens, 0, every_block[:blocks])
         original = original or tokens
-        target = self._patches(tokens_to_keep(self.keep, original, tokens), original)
+        wanted = self.keep if keep is None or self._means(keep, original) else keep
+        target = self._patches(tokens_to_keep(wanted, original, tokens), original)
         least = tokens - sum(_halving(tokens, 0, (tokens,) * blocks))
         if target < least:
             raise FoveateError(
-                f"{type(self).__name__}: keep={self.keep} asks for {target + self.beside} of {tokens} tokens, but "
+                f"{type(self).__name__}: keep={wanted} asks for {target + self.beside} of {tokens} tokens, but "
                 f"{blocks} blocks that each merge away at most half reach {least + self.beside} to {tokens}; the least "
                 f"is keep={least + self.beside}"
             )
@@ -531,6 +579,12 @@ class Merger(Method):
         while sum(merged := _halving(tokens, target, (every,) * blocks)) < tokens - target:
             every += 1
         return merged
+
+    def _means(self, count: int, original: int) -> bool:
+        """Whether the method's own `keep` comes to `count` tokens."""
+        with contextlib.suppress(FoveateError):
+            return self.keep is not None and tokens_to_keep(self.keep, original) == count
+        return False
 
     def _patches(self, count: int, original: int) -> int:
         """Patches among `count` tokens at the end; where all patches stay, no other token joins them."""
@@ -552,10 +606,10 @@ class Merger(Method):
             return min(self.r[stage], left // 2) if stage < len(self.r) else 0
         if stage:
             with contextlib.suppress(FoveateError):  # of a budget that other methods have made reachable
-                plan = self.schedule(signals.original, signals.stages)
+                plan = self.schedule(signals.original, signals.stages, keep=signals.keep)
                 if left == signals.original - sum(plan[:stage]):
                     return plan[stage]
-        return self.schedule(left, signals.stages - stage, signals.original)[0]
+        return self.schedule(left, signals.stages - stage, signals.original, signals.keep)[0]
 
     def companion(self, block: int, cls: Tensor, before: Tensor | None) -> Tensor | None:
         """A token (B, E) that runs beside CLS through encoder block `block`; None for a method without.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from foveate.core import Block, Keep, Selection, Signals, tokens_to_keep
+from foveate.core import Block, Selection, Signals
 from foveate.methods._attention import Attention, attended
 from foveate.ops.subsets import split_budget
 from foveate.ops.tiles import Pools, by_tile, whole_images
@@ -15,7 +15,7 @@ from foveate.ops.tiles import Pools, by_tile, whole_images
 
 def choose_sets(
     signals: Signals,
-    keep: Keep,
+    kept: int,
     budget: Literal["tile", "image"],
     choose: Callable[[Pools, int], Tensor],
     share: Callable[[Pools, int], list[list[int]]] | None = None,
@@ -23,11 +23,11 @@ def choose_sets(
     """Let `choose` pick tokens of each pool, best first, and keep of every pool its share.
 
     Args:
+        kept: tokens to keep of each image.
         choose: takes the pools and a count K; gives (P, K) places in the pools.
         share: takes the pools and the tokens to keep of an image; gives the tokens to keep of each pool of each image;
             by default equal ones, the remainder to the first.
     """
-    kept = tokens_to_keep(keep, signals.original, signals.shape[1])
     if kept == signals.shape[1]:
         return Selection(list(signals.index.sort(dim=-1).values))
     apart = None if budget == "image" else signals.tile

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, check_choices, check_keep, tokens_to_keep
+from foveate.core import Keep, Method, Selection, Signals, check_choices, check_keep
 from foveate.ops.subsets import each_tile
 
 
@@ -21,9 +21,6 @@ class TileMethod(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choices(self)
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
 
 
 def choose_by_tile(

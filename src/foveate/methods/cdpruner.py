@@ -63,7 +63,7 @@ class CDPruner(TileMethod):
         def choose(pools: Pools, count: int) -> Tensor:
             return diverse(pools.take(features), count, pools.take(weight), pools.free)
 
-        return choose_sets(signals, self.keep, self.budget, choose)
+        return choose_sets(signals, self.wanted(signals), self.budget, choose)
 
     def relevances(self, signals: Signals) -> Tensor:
         """(B, N), above 0 and at most 1: r."""

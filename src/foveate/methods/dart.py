@@ -10,7 +10,6 @@ from torch import Tensor
 
 from foveate.core import (
     FoveateError,
-    Grid,
     Keep,
     Method,
     Selection,
@@ -18,7 +17,6 @@ from foveate.core import (
     Site,
     check_depths,
     check_keep,
-    tokens_to_keep,
 )
 from foveate.methods._stages import check_layers
 from foveate.ops.pooling import take
@@ -79,13 +77,10 @@ class DART(Method):
         check_depths((self.layer,), layers, "DART")
         return (self.layer,)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         decoder = signals.decoder
         assert decoder is not None and decoder.normed is not None and decoder.text_normed is not None
-        kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        kept = self.wanted(signals)
         visual, words, present = self.pivots_of(signals, kept)
         pivots = torch.cat([take(decoder.normed, visual), take(decoder.text_normed, words)], dim=1)
         present = torch.cat([torch.ones_like(visual, dtype=torch.bool), present], dim=1)

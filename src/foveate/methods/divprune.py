@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import Keep, Method, Selection, Signals, Site, check_keep
 from foveate.ops.greedy import farthest
 
 
@@ -32,12 +32,9 @@ class DivPrune(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         assert signals.features is not None
         left = signals.shape[1]
-        kept = tokens_to_keep(self.keep, signals.original, left)
+        kept = self.wanted(signals)
         index = signals.index if kept == left else signals.index.gather(1, farthest(signals.features, kept))
         return Selection(list(index.sort(dim=-1).values))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import Keep, Selection, Signals, Site, tokens_to_keep
+from foveate.core import Keep, Selection, Signals, Site
 from foveate.methods._stages import stage_depths
 from foveate.methods._trained import RANDOM, TrainedStages, Words
 from foveate.ops.subsets import top_k
@@ -93,12 +93,9 @@ class DynamicViT(TrainedStages):
         return stage_depths("DynamicViT", self._own_layers(), LAYERS, 12, layers)
 
     def select(self, signals: Signals) -> Selection:
-        counts = self.count(signals.original)
-        assert counts is not None
         hidden = signals.tower["latest"].hidden
         assert hidden is not None
-        keep = tokens_to_keep(counts[signals.stage], signals.original, signals.shape[1])
-        kept = top_k(self._score(signals.stage, hidden), keep)
+        kept = top_k(self._score(signals.stage, hidden), self.wanted(signals))
         return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
 
     @torch.no_grad()

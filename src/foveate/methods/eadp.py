@@ -82,7 +82,7 @@ class EADP(TileMethod):
             mass = iter(pools.without_padding(pools.take(importance)).sum(dim=-1).tolist())
             return [_by_mass(kept, [next(mass) for _ in sizes], sizes) for sizes in pools.sizes]
 
-        return choose_sets(signals, self.keep, self.budget, choose, share)
+        return choose_sets(signals, self.wanted(signals), self.budget, choose, share)
 
     def importance(self, signals: Signals) -> Tensor:
         """(B, N), 0 to 1: the weight of each token that is to be covered."""

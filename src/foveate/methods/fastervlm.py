@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Scorer, Selection, Signals, Site, check_choices, tokens_to_keep
+from foveate.core import Keep, Scorer, Selection, Signals, Site, check_choices
 from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.ops.subsets import top_k_by_tile
 
@@ -43,15 +43,11 @@ class FasterVLM(Scorer):
     def needs(self) -> tuple[str, ...]:
         return (attention_signal(self.attention),)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def score(self, signals: Signals) -> Tensor:
         return attended(signals.tower["read"], self.attention)
 
     def select(self, signals: Signals) -> Selection:
         if signals.tile is None or self.budget == "image":
             return super().select(signals)
-        count = tokens_to_keep(self.keep, signals.original, signals.shape[1])
-        kept = top_k_by_tile(self.score(signals), signals.tile, count)
+        kept = top_k_by_tile(self.score(signals), signals.tile, self.wanted(signals))
         return Selection([index[row].sort().values for index, row in zip(signals.index, kept, strict=True)])

@@ -80,21 +80,17 @@ class FoPru(Method):
 
     def _best_tokens(self, significance: Tensor, signals: Signals) -> list[Tensor]:
         order = descending(significance)
-        left = signals.shape[1]
         if signals.tile is None or self.budget == "image":
-            return list(order[:, : tokens_to_keep(self.keep, signals.original, left)])
+            return list(order[:, : self.wanted(signals)])
         kept = []
         for row, tile in zip(order, signals.tile, strict=True):
-            shares = self._tile_shares(torch.bincount(tile).tolist(), signals.original)
+            shares = split_budget(self.wanted(signals), torch.bincount(tile).tolist())
             of_order = tile[row]
             # A cumulative count per tile keeps the order of significance over all tiles.
             rank = torch.stack([(of_order == number).cumsum(0) for number in range(len(shares))])
             limit = torch.tensor(shares, device=row.device)
             kept.append(row[rank.gather(0, of_order[None])[0] <= limit[of_order]])
         return kept
-
-    def _tile_shares(self, capacity: list[int], original: int) -> list[int]:
-        return split_budget(tokens_to_keep(self.keep, original, sum(capacity)), capacity)
 
     def _best_rows(self, significance: Tensor, signals: Signals) -> list[Tensor]:
         height, width = signals.raster("FoPru strategy='row'", "put FoPru first or use strategy='rank'")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep
 from foveate.methods._checks import check_share
 from foveate.methods._tiles import choose_by_tile
 from foveate.ops.subsets import descending, grid_neighbours, with_neighbours
@@ -60,9 +60,6 @@ class HiPrune(Method):
     def _block(self) -> int | str:
         return "8/24" if self.block is None else self.block
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         objects, deep = signals.tower[self._block()].received_all, signals.tower["read"].received_all
         assert objects is not None and deep is not None
@@ -74,7 +71,7 @@ class HiPrune(Method):
             places = positions.gather(1, raster)
             return raster.gather(1, self.chosen(objects[rows, places], deep[rows, places], grid, count))
 
-        kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        kept = self.wanted(signals)
         return choose_by_tile(signals, kept, "tile", choose)
 
     def chosen(self, objects: Tensor, deep: Tensor, grid: Grid, count: int) -> Tensor:

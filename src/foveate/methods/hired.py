@@ -79,16 +79,16 @@ class HiRED(Method):
         return (attention_signal(self.attention, 0), attention_signal(self.attention))
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        total = self._total(original, original)
-        return None if self.official else (total,)
+        return None if self.official else self.asked(original)
 
-    def _total(self, original: int, left: int) -> int:
+    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """A share is cut, not rounded."""
         cut = self.keep if isinstance(self.keep, int) else max(1, int(original * self.keep))
-        return tokens_to_keep(cut, original, left)
+        return (tokens_to_keep(cut, original),)
 
     def select(self, signals: Signals) -> Selection:
         first, read = (attended(signals.tower[block], self.attention) for block in (0, "read"))
-        total = self._total(signals.original, signals.shape[1])
+        total = self.wanted(signals)
         order = descending(read)
         if signals.tile is None or signals.tiles == 1 or total == signals.shape[1]:
             kept = list(order[:, :total])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from foveate.core import (
     FoveateError,
-    Grid,
     Keep,
     Method,
     Selection,
@@ -22,7 +21,6 @@ from foveate.core import (
     Site,
     check_choices,
     check_keep,
-    tokens_to_keep,
 )
 from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.methods.h2o import H2O
@@ -107,10 +105,6 @@ class ImageTextInteraction(Method):
             )
         return (self.where,)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        """Of the first part; None unless `keep` fixes it."""
-        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         """The first part's."""
         similarity = self.similarity(signals)
@@ -118,7 +112,7 @@ class ImageTextInteraction(Method):
         if self.keep is None:
             counts = [_count(split, left, self.alpha) for split in long_tail_split(similarity)]
         else:
-            counts = [tokens_to_keep(self.keep, signals.original, left)] * len(similarity)
+            counts = [self.wanted(signals)] * len(similarity)
         rows = zip(signals.index, descending(similarity), counts, strict=True)
         return Selection([index[order[:count]].sort().values for index, order, count in rows])
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import Keep, Selection, Signals, Site, tokens_to_keep
+from foveate.core import Keep, Selection, Signals, Site
 from foveate.methods._stages import stage_depths
 from foveate.methods._trained import RANDOM, TrainedStages, Words
 from foveate.ops.subsets import top_k
@@ -100,9 +100,7 @@ class LVPruning(TrainedStages):
         return 2 * (blocks * width**2 * (6 * visual + 2 * text) + 2 * width * visual)
 
     def select(self, signals: Signals) -> Selection:
-        counts = self.count(signals.original)
-        assert counts is not None
-        kept = top_k(self._score(signals), tokens_to_keep(counts[signals.stage], signals.original, signals.shape[1]))
+        kept = top_k(self._score(signals), self.wanted(signals))
         return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
 
     @torch.no_grad()

@@ -70,4 +70,4 @@ class MMTok(TileMethod):
             rows = torch.cat([pools.shared(per_word), per_patch], dim=1)
             return covering(torch.cat([of_words, of_patches], dim=1), count, rows, free=pools.free)
 
-        return choose_sets(signals, self.keep, self.budget, choose)
+        return choose_sets(signals, self.wanted(signals), self.budget, choose)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import Keep, Method, Selection, Signals, Site, check_keep
 from foveate.ops.subsets import cell_centres, lattice
 
 
@@ -31,13 +31,10 @@ class Pool(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         assert signals.features is not None
         grid = signals.raster("Pool", "put Pool first, or take uniform")
-        kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        kept = self.wanted(signals)
         cell = lattice(*grid, kept)
         centres = cell_centres(cell, grid).to(signals.index.device)
         cell = cell.to(signals.index.device)

@@ -12,7 +12,6 @@ from torch import Tensor
 from foveate.core import (
     Block,
     FoveateError,
-    Grid,
     Keep,
     Method,
     Selection,
@@ -20,7 +19,6 @@ from foveate.core import (
     Site,
     check_choices,
     check_keep,
-    tokens_to_keep,
 )
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._merged import (
@@ -102,14 +100,10 @@ class PruMerge(Method):
         ranking = cls if self.attention == "cls" else (attention_signal(self.attention, "last"),)
         return (merged_signal(self.space), "tower.last.keys", *ranking)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        """One stage; None unless `keep` fixes it."""
-        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         last, left = signals.tower["last"], signals.shape[1]
         assert last.keys is not None
-        total = None if self.keep is None else tokens_to_keep(self.keep, signals.original, left)
+        total = None if self.keep is None else self.wanted(signals)
         if total == left:
             return everything(signals)
         keys = last.keys.transpose(1, 2).flatten(2)

@@ -49,6 +49,10 @@ class PruMergePlus(PruMerge):
         """One stage; None unless `keep` fixes it, which it does not under `official`."""
         return None if self.official else super().count(original, grid, tiles)
 
+    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """What `keep` comes to, of which `official` hands on fewer."""
+        return super().count(original, grid, tiles)
+
     def _patches(self, outliers: int) -> int:
         return 2 * outliers
 

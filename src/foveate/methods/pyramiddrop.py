@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, tokens_to_keep
+from foveate.core import Grid, Keep, Method, Selection, Signals, Site
 from foveate.methods._stages import check_stages, rounded_down, stage_depths
 from foveate.ops.subsets import top_k
 
@@ -44,10 +44,8 @@ class PyramidDrop(Method):
 
     def select(self, signals: Signals) -> Selection:
         assert signals.decoder is not None and signals.decoder.next_query is not None
-        counts = self.count(signals.original)
-        assert counts is not None
         kept = top_k(
             signals.decoder.next_query.float().mean(dim=1),
-            tokens_to_keep(counts[signals.stage], signals.original, signals.shape[1]),
+            self.wanted(signals),
         )
         return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])

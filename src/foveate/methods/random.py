@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import FoveateError, Keep, Method, Selection, Signals, Site, check_keep
 from foveate.ops.subsets import random_subset
 
 
@@ -32,11 +32,8 @@ class Random(Method):
         if self.seed < 0:
             raise FoveateError(f"seed={self.seed} is negative; the smallest is seed=0")
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         tokens = signals.shape[1]
-        kept = tokens_to_keep(self.keep, signals.original, tokens)
+        kept = self.wanted(signals)
         chosen = random_subset(tokens, kept, self.seed, signals.index.device)
         return Selection([row[chosen].sort().values for row in signals.index])

@@ -55,4 +55,4 @@ class SCOPE(RankingMethod):
             everyone = pools.without_padding(weights.new_ones(weights.shape))
             return covering(cosines(patches, patches), count, everyone, weights, pools.free)
 
-        return choose_sets(signals, self.keep, self.budget, choose)
+        return choose_sets(signals, self.wanted(signals), self.budget, choose)

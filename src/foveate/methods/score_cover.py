@@ -54,4 +54,4 @@ class ScoreCover(RankingMethod):
             first = pools.take(attention)
             return farthest(pools.take(hidden), count, first, first.pow(self.alpha), pools.free)
 
-        return choose_sets(signals, self.keep, self.budget, choose)
+        return choose_sets(signals, self.wanted(signals), self.budget, choose)

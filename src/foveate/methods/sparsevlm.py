@@ -86,10 +86,7 @@ class SparseVLM(Method):
 
     def select(self, signals: Signals) -> Selection:
         assert signals.decoder is not None and signals.decoder.text_query is not None
-        counts = self.count(signals.original)
-        assert counts is not None
-        left = signals.shape[1]
-        kept = tokens_to_keep(counts[signals.stage], signals.original, left)
+        left, kept = signals.shape[1], self.wanted(signals)
         order = descending(rated(signals.decoder.text_query, self._raters(signals)))
         if not self.recycle or kept == left:
             best = zip(signals.index, order[:, :kept], strict=True)

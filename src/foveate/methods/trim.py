@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep, tokens_to_keep
+from foveate.core import Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._merged import Space, everything, in_raster_order, of_all_rows, with_rest
 from foveate.methods._words import WordSpace, check_word_space, question_signals, tokens_and_question
 from foveate.ops.pooling import others, take
@@ -59,15 +59,11 @@ class TRIM(Method):
     def needs(self) -> tuple[str, ...]:
         return (*(("tower.read.hidden",) if self.space == "clip" else ()), *question_signals(self.space))
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        """One stage; None unless `keep` fixes it."""
-        return None if self.keep is None else (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         handed: Tensor | None = signals.tower["read"].hidden if self.space == "clip" else signals.features
         left = signals.shape[1]
         assert handed is not None
-        total = None if self.keep is None else tokens_to_keep(self.keep, signals.original, left)
+        total = None if self.keep is None else self.wanted(signals)
         if total == left:
             return everything(signals)
         index, tokens, scores = in_raster_order(signals, handed, self.scores(signals))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
+from foveate.core import Keep, Method, Selection, Signals, Site, check_keep
 from foveate.ops.subsets import cell_centres, lattice
 
 
@@ -29,12 +29,9 @@ class Uniform(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
 
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        return (tokens_to_keep(self.keep, original),)
-
     def select(self, signals: Signals) -> Selection:
         tokens = signals.shape[1]
-        kept = tokens_to_keep(self.keep, signals.original, tokens)
+        kept = self.wanted(signals)
         if signals.grid is not None:
             chosen = cell_centres(lattice(*signals.grid, kept), signals.grid)
         else:

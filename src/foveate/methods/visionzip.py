@@ -116,7 +116,7 @@ class VisionZip(Method):
     def select(self, signals: Signals) -> Selection:
         read, left = signals.tower["read"], signals.shape[1]
         assert read.keys is not None
-        total = tokens_to_keep(self.keep, signals.original, left)
+        total = self.wanted(signals)
         self._check_contextual(total)
         if total == left:
             return everything(signals)

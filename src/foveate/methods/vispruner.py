@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import Keep, Selection, Signals, Site, tokens_to_keep
+from foveate.core import Keep, Selection, Signals, Site
 from foveate.methods._attention import Attention, RankingMethod, attended
 from foveate.methods._checks import check_share
 from foveate.methods._tiles import choose_by_tile
@@ -59,7 +59,7 @@ class VisPruner(RankingMethod):
             rows = images[:, None]
             return torch.cat(self.chosen(attention[rows, positions], hidden[rows, positions], count), dim=1)
 
-        kept = tokens_to_keep(self.keep, signals.original, signals.shape[1])
+        kept = self.wanted(signals)
         return choose_by_tile(signals, kept, self.budget, choose)
 
     def chosen(self, attention: Tensor, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -146,15 +146,17 @@ class VScan(Method):
             first, second = (part.count(original, grid, tiles) for part in self.parts())
             assert first is not None and second is not None
             return (*first, tokens_to_keep(second[0], original, first[0], "keep inside the decoder"))
-        if self.where == "layer":
-            return (tokens_to_keep(self._budget(), original),)
         total = tokens_to_keep(self._budget(), original)
-        if not self.official:
+        if self.where == "layer" or not self.official:
             return (total,)
         if self.budget == "image" or tiles == 1:
             return (total - self._lost(total, original, grid),)
         size = math.ceil(original / tiles)
         return (sum(share - self._lost(share, size, None) for share in split_budget(total, [size] * tiles)),)
+
+    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
+        """Of one part; the code's windows lose some of it (`official`)."""
+        return (tokens_to_keep(self._budget(), original),)
 
     def _lost(self, total: int, tokens: int, grid: Grid | None) -> int:
         """How many of `total` tokens, out of `tokens`, the code loses, its windows giving equally many."""
@@ -166,10 +168,9 @@ class VScan(Method):
         """The part inside the decoder where that is all there is of this one, the scans elsewhere."""
         if self.where == "layer":
             assert signals.decoder is not None and signals.decoder.next_query is not None
-            kept = tokens_to_keep(self._budget(), signals.original, signals.shape[1])
-            places = top_k(signals.decoder.next_query.float().mean(dim=1), kept)
+            places = top_k(signals.decoder.next_query.float().mean(dim=1), self.wanted(signals))
             return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, places, strict=True)])
-        total = tokens_to_keep(self._budget(), signals.original, signals.shape[1])
+        total = self.wanted(signals)
         return everything(signals) if total == signals.shape[1] else self._scan(signals, total)
 
     def _scan(self, signals: Signals, total: int) -> Selection:

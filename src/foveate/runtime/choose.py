@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -104,23 +103,24 @@ def choose(
         at: the stage inside the decoder or the encoder; None between them.
     """
     for part in parts:
-        ready = [fitted(part, image) for image in images]
-        for group in _groups(images, ready):
-            _ask(ready[group[0]], images, group, _Sources(blocks, prompt, project, at), format_spec(part))
+        stage = 0 if at is None or isinstance(part, Merger) else at.stage
+        numbers = [budget_of(part, image, stage) for image in images]
+        for group in _groups(images, numbers):
+            _ask(part, images, group, numbers[group[0]], _Sources(blocks, prompt, project, at))
         for image in images:
             image.adapted = image.adapted or part.adaptive
 
 
-def _groups(images: Sequence[Image], parts: Sequence[Method]) -> list[list[int]]:
+def _groups(images: Sequence[Image], keeps: Sequence[int | None]) -> list[list[int]]:
     """Numbers of the images that share original count, grid, tiles, budget and what each stage left: one Signals each.
 
     Images that parted at one stage stay apart, even where a later one leaves as many of both: they have other memories.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for number, (image, part) in enumerate(zip(images, parts, strict=True)):
-        history, keep = tuple(stage.after for stage in image.stages), getattr(part, "keep", None)
+    for place, (image, keep) in enumerate(zip(images, keeps, strict=True)):
+        history = tuple(stage.after for stage in image.stages)
         key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.whole, keep)
-        groups.setdefault(key, []).append(number)
+        groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 
@@ -134,43 +134,38 @@ class _Sources:
     at: Depth | None
 
 
-def fitted(part: Method, image: Image) -> Method:
-    """The method with the budget of this image.
+def budget_of(part: Method, image: Image, stage: int = 0) -> int | None:
+    """The tokens that a stage is to leave of this image; None where the method decides.
 
     After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave. A tile of a
     picture has its part of the picture's.
+
+    Raises:
+        FoveateError: a picture's budget is too small for its tiles.
     """
-    left = image.index.numel()
-    if image.share is not None:
-        part = _of_tile(part, image.share)
-    if not image.adapted or part.adaptive or getattr(part, "keep", None) is None:
-        return part
-    counts = part.count(image.original, image.grid, max(1, len(image.tiling)))
-    if counts is None:
-        return part
-    if len(counts) == 1:
-        return part if counts[0] <= left else _with_keep(part, left)
-    return _with_keep(part, tuple(min(count, left) for count in counts))
-
-
-def _of_tile(part: Method, share: tuple[int, tuple[int, ...]]) -> Method:
-    """The method with the part of a picture's budget that falls to one of its tiles, in proportion to their tokens."""
-    place, sizes = share
     if part.adaptive or getattr(part, "keep", None) is None:
-        return part
-    counts = part.count(sum(sizes), None, len(sizes))
-    if counts is None:
-        return part
-    least = 1 + (part.beside if isinstance(part, Merger) else 0)
-    own = []
-    for count in counts:
-        if count < least * len(sizes):
-            raise FoveateError(
-                f"{format_spec(part)} asks for {count} tokens of a picture whose {len(sizes)} tiles keep {least} each "
-                f"inside the encoder; the least is keep={least * len(sizes)}"
-            )
-        own.append(_shares(count, sizes, least)[place])
-    return _with_keep(part, tuple(own) if isinstance(getattr(part, "keep", None), tuple) else own[0])
+        return None
+    if image.share is not None:
+        count = _of_tile(part, image.share, stage)
+    else:
+        asked = part.asked(image.original, image.grid, max(1, len(image.tiling)))
+        count = None if asked is None else asked[stage]
+    return count if count is None or not image.adapted else min(count, image.index.numel())
+
+
+def _of_tile(part: Method, share: tuple[int, tuple[int, ...]], stage: int) -> int | None:
+    """The part of a picture's budget that falls to one of its tiles, in proportion to their tokens."""
+    place, sizes = share
+    asked = part.asked(sum(sizes), None, len(sizes))
+    if asked is None:
+        return None
+    count, least = asked[stage], 1 + (part.beside if isinstance(part, Merger) else 0)
+    if count < least * len(sizes):
+        raise FoveateError(
+            f"{format_spec(part)} asks for {count} tokens of a picture whose {len(sizes)} tiles keep {least} each "
+            f"inside the encoder; the least is keep={least * len(sizes)}"
+        )
+    return _shares(count, sizes, least)[place]
 
 
 @lru_cache(maxsize=1024)
@@ -179,19 +174,10 @@ def _shares(total: int, sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
     return tuple(split_by_size(total, sizes, least))
 
 
-def _with_keep(part: Method, keep: Any) -> Method:
-    """The same method with another budget; trained modules that it holds go along."""
-    made = dataclasses.replace(part, keep=keep)  # type: ignore[call-arg]
-    for one in dataclasses.fields(part):
-        if not one.init:
-            object.__setattr__(made, one.name, getattr(part, one.name))
-    return made
-
-
-def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources: _Sources, name: str) -> None:
-    """Let a method, fitted to these images, choose; `name` is its spec as it was given."""
-    group = [images[number] for number in numbers]
-    signals = _signals(part, group, numbers, sources)
+def _ask(part: Method, images: Sequence[Image], places: Sequence[int], keep: int | None, sources: _Sources) -> None:
+    """Let a method choose `keep` tokens of each of these images, or as many as it decides."""
+    group, name = [images[place] for place in places], format_spec(part)
+    signals = _signals(part, group, places, keep, sources)
     # Between the stages of a part inside the encoder, what a later one reads has not run yet.
     lacking = [] if part.site == "tower" else signals.lacking(part.needs)
     if lacking:
@@ -206,7 +192,9 @@ def _ask(part: Method, images: Sequence[Image], numbers: Sequence[int], sources:
         _apply(name, part, selection, place, image, sources)
 
 
-def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sources: _Sources) -> Signals:
+def _signals(
+    part: Method, group: Sequence[Image], numbers: Sequence[int], keep: int | None, sources: _Sources
+) -> Signals:
     index = torch.stack([image.index for image in group])
     first = group[0]
     rows = torch.tensor(numbers, device=index.device)
@@ -228,6 +216,7 @@ def _signals(part: Method, group: Sequence[Image], numbers: Sequence[int], sourc
     return Signals(
         original=first.original,
         index=index,
+        keep=keep,
         grid=first.grid if first.whole else None,
         tile=None if first.tile is None else torch.stack([_tile(image) for image in group]),
         features=torch.stack([image.features for image in group]) if "features" in part.needs else None,

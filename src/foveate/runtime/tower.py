@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.core import Block, FoveateError, Merger, Method
 from foveate.families import Family
 from foveate.layouts import Encoded, Layout, Tile, tiles_of
-from foveate.runtime.choose import Depth, Prompt, choose, fitted
+from foveate.runtime.choose import Depth, Prompt, budget_of, choose
 from foveate.runtime.lanes import Lane, Lanes
 from foveate.runtime.merge import MergingBlocks, OpenBlocks
 from foveate.runtime.packing import to_tokens
@@ -299,8 +299,10 @@ class TowerStages:
                 f"{name} merges tokens, and those of this picture are interpolated between patches, so that one patch "
                 "belongs to several; use a method that drops tokens, such as dynamicvit"
             )
-        parts = [(fitted(merging.part, image), image.original) for image in self._at.images]
-        merging.any = any(any(part.schedule(count, blocks)) for part, count in parts if isinstance(part, Merger))
+        merging.any = any(
+            any(merging.part.schedule(image.original, blocks, keep=budget_of(merging.part, image)))
+            for image in self._at.images
+        )
 
     def _accompanied(self, number: int, hidden: Tensor) -> Tensor:
         """The stream with the companion that the merging method wants in this block."""
