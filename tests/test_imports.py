@@ -39,7 +39,7 @@ AT_LOAD["engine"] = AT_LOAD["prune"] | {"ops", "prune"}
 AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "scenes", "engine", "runs"}
 AT_LOAD["train"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "ops", "modules", "evaluate", "paths", "runs"}
 AT_LOAD["calibrate"] = AT_LOAD["prune"] | {"prune", "images"}
-AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw"}
+AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw", "layouts", "foveate"}
 AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
 AT_LOAD["foveate"] = set()
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from foveate.methods.vscan import VScan as VScan
     from foveate.prune import prune as prune
     from foveate.runtime.handle import Handle as Handle
+    from foveate.serve import vllm as vllm
 
 __version__ = "0.1.0"
 
@@ -77,11 +78,13 @@ _HOMES = {
     "prune": "prune",
     "draw": "draw",
 }
+_ROOMS = {"cost": "foveate.cost", "vllm": "foveate.serve.vllm"}
+"""Rooms that are public by their own name; neither loads torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "cost":  # a room of its own, without torch
-        return importlib.import_module("foveate.cost")
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name])
     if name in _HOMES:
         value = getattr(importlib.import_module(f"foveate.{_HOMES[name]}"), name)
         globals()[name] = value
@@ -99,7 +102,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from foveate import methods
 
-    return sorted([*_HOMES, "cost", "MINI", "__version__", *(methods.get(name).__name__ for name in methods.names())])
+    return sorted([*_HOMES, *_ROOMS, "MINI", "__version__", *(methods.get(name).__name__ for name in methods.names())])
 
 
 class _Front(ModuleType):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli import analyze, bench, check, cost, demo, evaluate, methods, models, run, train
+from foveate.cli import analyze, bench, check, cost, demo, evaluate, methods, models, run, serve, train
 from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, UsageError, one_line
 from foveate.core import FoveateError
 
@@ -37,6 +37,7 @@ _COMMANDS = {
 }
 for _name, _file in _COMMANDS.items():
     app.command(_name)(_file.command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.command)
 app.add_typer(train.app, name="train")
 
 

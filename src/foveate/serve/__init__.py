@@ -1,0 +1,1 @@
+"""Serving: pruned models behind an engine."""

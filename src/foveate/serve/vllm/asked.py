@@ -1,0 +1,192 @@
+"""What is asked of a picture: the engine's spec or a request's own, the question, and what is refused at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import __version__
+from foveate.serve.vllm.rooms import (
+    JOINT,
+    Family,
+    FoveateError,
+    Method,
+    Tower,
+    did_you_mean,
+    format_spec,
+    parse_stages,
+    why_not,
+    working_methods,
+)
+
+SPEC, QUESTION = "foveate", "question"
+"""Names in a request's mm_processor_kwargs; the first is the engine's in hf_overrides, too."""
+UNPRUNED = "none"
+_OF_TEXT = ("text", "text_mask", "after_image")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one request asks of its pictures.
+
+    Attributes:
+        spec: in its one spelling; "none" for no pruning.
+        question: as text; None where no method reads it.
+        words: its ids, where a method reads embeddings of text.
+    """
+
+    spec: str
+    question: str | None = None
+    words: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that act, in their order."""
+        return parts_of(self.spec)
+
+    @property
+    def key(self) -> str:
+        """What caches tell it by: everything that changes what a picture becomes, this version among it."""
+        return json.dumps([__version__, self.spec, self.question])
+
+    def packed(self) -> Tensor:
+        """As bytes, to travel with a picture."""
+        return torch.tensor(list(json.dumps([self.spec, self.question, self.words]).encode()), dtype=torch.uint8)
+
+    @staticmethod
+    def unpacked(packed: Tensor) -> Asked:
+        """What `packed` made, padding behind it left out."""
+        spec, question, words = json.loads(bytes(packed.tolist()).decode().rstrip("\0"))
+        return Asked(spec, question, tuple(words))
+
+
+@lru_cache(maxsize=256)
+def parts_of(spec: str) -> tuple[Method, ...]:
+    """The single-site methods of a spec; none for "none"."""
+    if spec == UNPRUNED:
+        return ()
+    return tuple(part for stage in parse_stages(spec) for part in stage.parts())
+
+
+def reads_question(parts: tuple[Method, ...]) -> bool:
+    """Whether any of the methods reads the prompt's text."""
+    return any(need in JOINT or need in _OF_TEXT for part in parts for need in part.needs)
+
+
+def reads_words(parts: tuple[Method, ...]) -> bool:
+    """Whether any reads the embeddings of text."""
+    return any(need in _OF_TEXT for part in parts for need in part.needs)
+
+
+def reads_joint_space(parts: tuple[Method, ...]) -> bool:
+    """Whether any compares question and picture in CLIP's joint space."""
+    return any(need in JOINT for part in parts for need in part.needs)
+
+
+class Rules:
+    """What one engine allows.
+
+    Args:
+        spec: the engine's own, for requests that name none.
+        allowed: names of methods that requests may ask for; None for all that run on the model.
+        joint: the model brings a CLIP, or one was given.
+    """
+
+    def __init__(
+        self, spec: str, family: Family, tower: Tower, allowed: tuple[str, ...] | None = None, joint: bool = False
+    ) -> None:
+        self.family, self.tower, self.allowed, self.joint = family, tower, allowed, joint
+        self.spec = UNPRUNED
+        self.spec = self._checked(spec, of_request=False)
+
+    def asked(self, given: Mapping[str, Any]) -> Asked:
+        """What a request asks, from its mm_processor_kwargs.
+
+        Raises:
+            FoveateError: an unknown spec or field, a method that cannot run here, or a missing question.
+        """
+        spec = given.get(SPEC)
+        if spec is not None and not isinstance(spec, str):
+            raise FoveateError(f'mm_processor_kwargs["{SPEC}"]={spec!r} is no text; write "fopru:keep=0.25"')
+        spec = self.spec if spec is None else self._checked(spec, of_request=True)
+        question = given.get(QUESTION)
+        if question is not None and not isinstance(question, str):
+            raise FoveateError(f'mm_processor_kwargs["{QUESTION}"]={question!r} is no text; send the question as text')
+        if not reads_question(parts_of(spec)):
+            return Asked(spec)
+        if not question or not question.strip():
+            raise FoveateError(
+                f'{spec} reads the question: send it with the request as mm_processor_kwargs={{"{QUESTION}": "..."}}, '
+                "or ask for a method that reads the picture alone, such as fopru"
+            )
+        return Asked(spec, question.strip())
+
+    def _checked(self, spec: str, of_request: bool) -> str:
+        """The spec in its one spelling.
+
+        Raises:
+            FoveateError: it cannot run here.
+        """
+        if spec.strip() == UNPRUNED:
+            return UNPRUNED
+        if of_request and (spec.lstrip().startswith("@") or "from=" in spec.replace(" ", "")):
+            raise FoveateError(f"{spec!r} names a file of the server; a request writes its spec out")
+        stages = parse_stages(spec)
+        for stage in stages:
+            self._check_name(stage, of_request)
+            for part in stage.parts():
+                self._check_part(part)
+        return format_spec(stages)
+
+    def _check_name(self, stage: Method, of_request: bool) -> None:
+        name = format_spec(stage).partition(":")[0]
+        if of_request and self.allowed is not None and name not in self.allowed:
+            raise FoveateError(f"{name} is not among the methods of this engine; {did_you_mean(name, self.allowed)}")
+
+    def _check_part(self, part: Method) -> None:
+        reason = None
+        if part.site != "input":
+            where = {"tower": "inside the encoder", "layer": "inside the decoder", "cache": "on the cache"}[part.site]
+            reason = f"acts {where}, and vLLM prunes between encoder and decoder alone"
+        elif part.adaptive:
+            reason = "decides its own count, and vLLM must know it before the picture is encoded"
+        else:
+            reason = why_not(part, self.family, self.tower)
+        if reason is not None:
+            raise FoveateError(f"{format_spec(part)} {reason}; the nearest that runs is {self.nearest(part)}")
+        if reads_joint_space((part,)) and not self.joint:
+            raise FoveateError(
+                f"{format_spec(part)} compares question and picture in CLIP's joint space, and this model brings no "
+                "CLIP; start the engine with --hf-overrides '{\"foveate_clip\": FOLDER_OR_HUB_ID}'"
+            )
+
+    def running(self) -> list[str]:
+        """Names of the methods that run here."""
+        from foveate.methods import get
+
+        found = []
+        for name in working_methods(self.family, self.tower):
+            parts = get(name).example().parts()
+            joint = self.joint or not reads_joint_space(tuple(parts))
+            if joint and all(part.site == "input" and not part.adaptive for part in parts):
+                found.append(name)
+        return found
+
+    def nearest(self, part: Method) -> str:
+        """Of the methods that run, the one that reads most of what this one reads."""
+        from foveate.methods import get
+
+        wanted = {need.rpartition(".")[2] for need in part.needs}
+        running = self.running()
+
+        def shared(name: str) -> tuple[int, bool]:
+            needs = {need.rpartition(".")[2] for one in get(name).example().parts() for need in one.needs}
+            return len(wanted & needs) - len(needs - wanted), name == "fopru"
+
+        return max(running, key=shared)

@@ -1,0 +1,44 @@
+"""What this room takes from the others, in one place: the rest of it imports from here."""
+
+from foveate.core import Block, FoveateError, Method, did_you_mean
+from foveate.cost.plan import visual_per_layer
+from foveate.families import FAMILIES, Family, Tower
+from foveate.layouts import Encoded, Layout
+from foveate.runtime.choose import JOINT, Image, Prompt, choose
+from foveate.runtime.joint_space import JointSpace, Questions
+from foveate.runtime.packing import Apart, to_tokens
+from foveate.runtime.probe import PackedWatch, Probe, Watch, tower_needs
+from foveate.runtime.support import why_not, working_methods
+from foveate.runtime.wrapped import check_version
+from foveate.spec import format as format_spec
+from foveate.spec import parse_stages
+
+__all__ = [
+    "FAMILIES",
+    "JOINT",
+    "Apart",
+    "Block",
+    "Encoded",
+    "Family",
+    "FoveateError",
+    "Image",
+    "JointSpace",
+    "Layout",
+    "Method",
+    "PackedWatch",
+    "Probe",
+    "Prompt",
+    "Questions",
+    "Tower",
+    "Watch",
+    "check_version",
+    "choose",
+    "did_you_mean",
+    "format_spec",
+    "parse_stages",
+    "to_tokens",
+    "tower_needs",
+    "visual_per_layer",
+    "why_not",
+    "working_methods",
+]

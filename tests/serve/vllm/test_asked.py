@@ -1,0 +1,131 @@
+"""What requests may ask for, what is refused with which words, and what caches tell pictures by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from foveate.core import FoveateError
+from foveate.families import FAMILIES
+from foveate.serve.vllm.asked import Asked, Rules
+from foveate.serve.vllm.server import with_question
+from foveate.serve.vllm.settings import check_vllm, written
+
+LLAVA = next(family for family in FAMILIES if family.name == "llava-1.5")
+QWEN = next(family for family in FAMILIES if family.name == "qwen2.5-vl")
+
+
+def rules(spec: str = "fopru:keep=0.25", **more: Any) -> Rules:
+    return Rules(spec, LLAVA, LLAVA.described("clip_vision_model"), **more)
+
+
+def test_a_request_that_names_nothing_gets_the_engines_spec() -> None:
+    assert rules().asked({}) == Asked("fopru:keep=0.25")
+    assert rules().asked({"foveate": "divprune: keep=64"}) == Asked("divprune:keep=64")
+    assert rules().asked({"foveate": "none"}).parts == ()
+
+
+def test_caches_tell_what_differs_and_nothing_else() -> None:
+    keys = {
+        rules(joint=True).asked(given).key
+        for given in (
+            {},
+            {"foveate": "fopru:keep=64"},
+            {"foveate": "none"},
+            {"foveate": "cdpruner:keep=64", "question": "what is it ?"},
+            {"foveate": "cdpruner:keep=64", "question": "where is it ?"},
+        )
+    }
+    assert len(keys) == 5
+    assert rules().asked({"foveate": "fopru:keep=0.25"}).key == rules().asked({}).key
+    assert rules().asked({"question": "what is it ?"}).key == rules().asked({}).key  # nothing reads it
+
+
+def test_what_is_asked_travels_as_bytes() -> None:
+    asked = Asked("mmtok:keep=4", "wö ist's - dort oder hier?", (3, 70000))
+    assert Asked.unpacked(asked.packed()) == asked
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"foveate": "fopruu:keep=64"}, "unknown method 'fopruu'; did you mean 'fopru'?"),
+        ({"foveate": "fopru:kep=64"}, "fopru has no field 'kep'"),
+        ({"foveate": "fopru:keep=0"}, "keep=0 is below 1 token"),
+        ({"foveate": 64}, "is no text"),
+        ({"foveate": "@secrets.json"}, "names a file of the server"),
+        ({"foveate": "lvpruning:from = weights"}, "names a file of the server"),
+        ({"foveate": "fastv:keep=0.5"}, r"acts inside the decoder, .*; the nearest that runs is \w+"),
+        ({"foveate": "tome:keep=64"}, "acts inside the encoder"),
+        ({"foveate": "h2o"}, "acts on the cache"),
+        ({"foveate": "prumerge"}, "decides its own count"),
+        ({"foveate": "cdpruner:keep=64"}, "cdpruner:keep=64 reads the question: send it with the request as"),
+        ({"foveate": "cdpruner:keep=64", "question": " "}, "reads the question"),
+        ({"foveate": "cdpruner:keep=64", "question": 7}, "send the question as text"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(given: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(FoveateError, match=message):
+        rules(joint=True).asked(given)
+
+
+def test_a_method_needs_what_the_model_has() -> None:
+    with pytest.raises(FoveateError, match="this model brings no CLIP; start the engine with --hf-overrides"):
+        rules().asked({"foveate": "cdpruner:keep=64", "question": "what is it ?"})
+    qwen = Rules("fopru:keep=0.25", QWEN, QWEN.described("qwen2_5_vl_vision"))
+    with pytest.raises(FoveateError, match=r"needs tower.read.cls_attention, which qwen2.5-vl .* does not have"):
+        qwen.asked({"foveate": "fastervlm:keep=64"})
+    with pytest.raises(FoveateError, match="acts inside the decoder"):
+        rules("fastv:keep=0.5")
+
+
+def test_an_engine_may_allow_some_methods() -> None:
+    some = rules(allowed=("divprune", "fopru"))
+    assert some.asked({"foveate": "divprune:keep=9"}).spec == "divprune:keep=9"
+    with pytest.raises(FoveateError, match="uniform is not among the methods of this engine"):
+        some.asked({"foveate": "uniform:keep=9"})
+
+
+@pytest.mark.parametrize("name", rules(joint=True).running())
+def test_every_method_that_is_said_to_run_is_let_through(name: str) -> None:
+    from foveate.methods import get
+    from foveate.spec import format as format_spec
+
+    spec = format_spec(get(name).example())
+    assert rules(joint=True).asked({"foveate": spec, "question": "what is it ?"}).spec == spec
+
+
+def test_another_vllm_is_refused_with_both_versions() -> None:
+    check_vllm("0.32.0+cpu")
+    check_vllm("0.32.4")
+    with pytest.raises(FoveateError, match=r"vLLM 0.33.1 is not among .*; install vllm==0.32"):
+        check_vllm("0.33.1")
+
+
+def test_a_spec_is_written_in_one_way() -> None:
+    import foveate
+
+    assert written(foveate.FoPru(keep=0.25)) == written("fopru: keep=25%") == "fopru:keep=0.25"
+    assert written([foveate.Uniform(keep=9), foveate.FoPru(keep=3)]) == "uniform:keep=9+fopru:keep=3"
+    assert written("none") == "none"
+
+
+def test_a_chat_asks_about_its_pictures_by_its_last_user_message() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:"}}
+    chat = {
+        "messages": [
+            {"role": "user", "content": [picture, {"type": "text", "text": "what is it ?"}]},
+            {"role": "assistant", "content": "a dog"},
+            {"role": "user", "content": "where is it ?"},
+            {"role": "assistant", "content": "there"},
+        ]
+    }
+    assert with_question(chat)["mm_processor_kwargs"] == {"question": "where is it ?"}
+    first = {"messages": chat["messages"][:1], "mm_processor_kwargs": {"foveate": "none"}}
+    assert with_question(first)["mm_processor_kwargs"] == {"foveate": "none", "question": "what is it ?"}
+    own = {**chat, "mm_processor_kwargs": {"question": "mine"}}
+    assert with_question(own) == own
+    for odd in ({}, {"messages": None}, {"messages": [1]}, {"messages": [{"role": "user", "content": [picture]}]}):
+        assert with_question(odd) == odd
