@@ -415,13 +415,15 @@ def test_scores_that_are_no_numbers(value: float) -> None:
         generate(model, tiny.inputs(model, "3i4"))
 
 
-def test_a_picture_that_is_no_number() -> None:
+def test_an_encoder_that_gives_no_numbers() -> None:
     model = tiny.model()
     given = tiny.inputs(model, "3i4")
-    broken = {**given, "pixel_values": given["pixel_values"].index_fill(2, torch.tensor([0]), float("nan"))}
+    block = model.base_model.vision_tower.encoder.layers[0]
     with foveate.prune(model, FoPru(keep=0.25)) as trace:
+        broken = block.register_forward_hook(lambda module, arguments, output: output * float("nan"))
         with pytest.raises(FoveateError, match="36 of 36 scores are NaN or infinite"):
-            generate(model, broken)
+            generate(model, given)
+        broken.remove()
         assert not trace.history
         assert torch.isfinite(torch.stack(generate(model, given).logits)).all()
 

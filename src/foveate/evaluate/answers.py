@@ -9,6 +9,7 @@ import torch
 
 from foveate.core import FoveateError
 from foveate.images import on_white
+from foveate.runtime.limits import check_room
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,7 +95,12 @@ def end_tokens(model: Any) -> list[int]:
 
 
 def greedy(model: Any, inputs: Any, *, max_new_tokens: int, **options: Any) -> Tensor:
-    """`model.generate` without sampling or beams, whatever the checkpoint's defaults are; (B, L), prompt included."""
+    """`model.generate` without sampling or beams, whatever the checkpoint's defaults are; (B, L), prompt included.
+
+    Raises:
+        FoveateError: the prompt, or with the longest answer, leaves the decoder's context.
+    """
+    check_room(model, inputs, max_new_tokens)
     # Sampling fields that a checkpoint sets would draw a warning with each greedy call.
     plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     with torch.inference_mode():

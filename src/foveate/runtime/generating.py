@@ -105,6 +105,7 @@ class Generating:
         ids = given.get("input_ids", given.get("inputs"))
         if isinstance(ids, Tensor):
             self._prefill.check_images(ids, given, given.get(CACHE))
+            self._prefill.check_length(ids, given, _contains_past(given), _longest(config, given, ids.shape[1]))
 
     def _check_inside(self, config: Any, given: dict[str, Any]) -> None:
         """What stages inside the decoder cannot work with."""
@@ -191,6 +192,13 @@ class Generating:
             return sequences
         result.sequences = sequences
         return result
+
+
+def _longest(config: Any, given: dict[str, Any], prompt: int) -> int:
+    """Tokens of the longest answer that a call of generate() allows; 1 where neither it nor the model says."""
+    tokens = given.get("max_new_tokens", config.max_new_tokens)
+    length = given.get("max_length", config.max_length)
+    return int(tokens) if tokens is not None else max(1, length - prompt) if length is not None else 1
 
 
 def _contains_past(given: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ Shapes: B rows, S columns of the caller's new tokens, S' of the shortened ones, 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach,
 from foveate.runtime.choose import Image, Prompt, choose
 from foveate.runtime.joint_space import JointSpace
 from foveate.runtime.lanes import Lanes, settle
+from foveate.runtime.limits import check_reach, context_of, may_leave, room_after, unfit
 from foveate.runtime.packing import Apart, to_tokens
 from foveate.runtime.probe import Probe
 from foveate.runtime.record import Stopwatch, record
@@ -150,13 +152,14 @@ class Prefill:
             "video": getattr(model.config, "video_token_id", None),
         }
         self.shape = shape_of(model, family)
+        self.context = context_of(model.config)
 
     def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> None:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
 
         Raises:
-            FoveateError: pictures without placeholders, placeholders without pictures, or neither; another encoder
-                block than the configuration's.
+            FoveateError: pictures without placeholders, placeholders without pictures, or neither; pixels that are NaN
+                or infinite; another encoder block than the configuration's.
         """
         for name in _OF_ENCODER:
             asked, stated = given.get(name), getattr(self.model.config, name, None)
@@ -166,8 +169,12 @@ class Prefill:
                     f"model.config.{name} before prune()"
                 )
         self._check_kinds(given)
-        placeholders = int(self._is_visual(ids).sum())
-        pictures = any(given.get(name) is not None for name in _PIXELS.values())
+        pixels = [given[name] for name in _PIXELS.values() if given.get(name) is not None]
+        pictures = bool(pixels)
+        # Both at once: each would wait for the device.
+        placeholders, broken = torch.stack([self._is_visual(ids).sum(), unfit(pixels, ids.device)]).tolist()
+        if broken:
+            raise FoveateError(f"{broken} pixel values are NaN or infinite; pass what the processor made")
         if timeline_of(cache) is not None:
             self._check_later_turn(pictures)
             return
@@ -179,6 +186,38 @@ class Prefill:
             )
         if not pictures:
             raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
+
+    def check_length(self, ids: Tensor, given: dict[str, Any], contains_past: bool, new_tokens: int) -> None:
+        """Refuse a prompt of generate() that leaves the decoder's context, before its pictures are encoded.
+
+        An answer that may leave it is warned of: it may end before.
+
+        Args:
+            new_tokens: of the longest answer.
+        """
+        cache: Any = given.get(CACHE)
+        timeline = timeline_of(cache)
+        held = 0 if timeline is None or contains_past else timeline.reached(int(cache.get_seq_length()))
+        if self.context is None or not may_leave(self.context, held + ids.shape[1] + new_tokens - 1, given):
+            return
+        mask = given.get("attention_mask")
+        counted = {**given, "position_ids": None if mask is None else (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
+        reach = self._check_reach(self._input(ids, counted, cache, contains_past, given))
+        room = room_after(reach, self.context)
+        if new_tokens > room:
+            warnings.warn(
+                f"the prompt takes {reach} of the {self.context} positions of the decoder's context: an answer of more "
+                f"than {room} tokens leaves it, and can turn to nonsense there; the most is max_new_tokens={room}",
+                UserWarning,
+                stacklevel=5,  # the call of generate()
+            )
+
+    def _check_reach(self, new: _Input) -> int:
+        """Positions that a prompt takes; FoveateError where the decoder's context has fewer."""
+        reach = int(new.next_position.max())
+        assert self.context is not None
+        check_reach(reach, self.context)
+        return reach
 
     def _check_later_turn(self, pictures: bool) -> None:
         """Refuse pictures that follow a filled cache where transformers masks them wrongly, pruned or not."""
@@ -280,6 +319,8 @@ class Prefill:
         if options.get("position_ids") is not None:
             options["position_ids"] = options["position_ids"] - first
         new = self._input(ids, options, cache, contains_past=False, given=given)
+        if self.context is not None and may_leave(self.context, new.reached + ids.shape[1], given):
+            self._check_reach(new)
         kind = "image" if given.get("pixel_values_videos") is None else "video"
         self.expect(ids, given, contains_past=False)
         encoded = self._encode(options, kind)
