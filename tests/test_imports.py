@@ -25,19 +25,20 @@ AT_LOAD = {
     "spec": {"core", "registry", "paths"},
     "cost": {"core", "paths"},
     "images": {"core", "paths", "runs"},
+    "texts": {"core"},
     "layouts": {"core"},
     "families": {"core", "layouts"},
     "generic": {"core", "layouts", "families"},
     "modules": {"core", "ops", "paths", "runs"},
-    "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost"},
+    "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost", "texts"},
     "prune": {"core", "spec", "registry", "methods", "families", "runtime", "cost"},
     "scenes": {"core", "paths", "runs"},
     "draw": {"core", "images"},
     "report": {"core", "cost", "draw"},
 }
 AT_LOAD["engine"] = AT_LOAD["prune"] | {"ops", "prune"}
-AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "scenes", "engine", "runs"}
-AT_LOAD["train"] = AT_LOAD["prune"] | {"prune", "images", "scenes", "ops", "modules", "evaluate", "paths", "runs"}
+AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "texts", "scenes", "engine", "runs"}
+AT_LOAD["train"] = AT_LOAD["evaluate"] | {"ops", "modules", "evaluate", "paths"}
 AT_LOAD["calibrate"] = AT_LOAD["prune"] | {"prune", "images"}
 AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw", "layouts", "foveate"}
 AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
@@ -54,9 +55,9 @@ WHEN_CALLED = {
     "foveate": set(AT_LOAD),
 }
 
-NO_TRANSFORMERS = {"core", "paths", "runs", "ops", "registry", "methods", "spec", "cost", "images"}
-NO_TORCH = {"cost", "images"}
-ONLY_STANDARD_AT_LOAD = {"foveate", "core", "paths", "runs", "registry", "spec", "cost"}
+NO_TRANSFORMERS = {"core", "paths", "runs", "ops", "registry", "methods", "spec", "cost", "images", "texts"}
+NO_TORCH = {"cost", "images", "texts"}
+ONLY_STANDARD_AT_LOAD = {"foveate", "core", "paths", "runs", "registry", "spec", "cost", "texts"}
 SCENES_MAY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

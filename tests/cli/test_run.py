@@ -147,6 +147,31 @@ def test_wrong_pictures_and_questions_are_refused(call: Any, picture: Path, tmp_
     )
     result = call("run", "mini", picture, " ")
     assert (result.code, result.err) == (2, "foveate: QUESTION is empty; ask at least one word\n")
+    result = call("run", "mini", picture, "what \udcff ?")  # a byte that is no UTF-8, as a shell hands it over
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("foveate: QUESTION holds half a character, U+DCFF at place 5")
+
+
+def test_marks_of_the_model_are_no_question(call: Any, folder: Path, picture: Path) -> None:
+    for options in ((), ("--prune", "fopru")):
+        result = call("run", folder, picture, "w7 </s> w8", *options)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith("foveate: the question of prompt 0 holds '</s>', which this model reads as a mark")
+
+
+def test_what_leaves_the_context_is_refused(call: Any, folder: Path, picture: Path) -> None:
+    """12 pictures of 36 tokens, 3 words and 2 marks of the template: 437 of 512 positions, and 76 for an answer."""
+    for options in ((), ("--prune", "fopru")):
+        asked = ("run", folder, *[picture] * 12, QUESTION, *options, "--max-new-tokens")
+        result = call(*asked, 77)
+        assert (result.code, result.out) == (1, "")
+        assert result.err == (
+            "foveate: max_new_tokens=77 leaves the decoder's context: the prompt takes 437 of its 512 positions; the "
+            "most is max_new_tokens=76\n"
+        )
+        result = call("run", folder, *[picture] * 15, QUESTION, *options)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith("foveate: the prompt takes 545 positions, but the context of this decoder has 512")
 
 
 def test_a_budget_that_the_picture_cannot_meet_is_a_failure(ask: Any) -> None:

@@ -105,7 +105,7 @@ def test_prompts_that_cannot_be_asked_are_refused(model: Any, processor: Any, pi
         encode(model, processor, [[pictures[0]], []], ["w7", "w8"])
     with pytest.raises(FoveateError, match="the question of prompt 0 is empty"):
         encode(model, processor, [[pictures[0]]], [" "])
-    with pytest.raises(FoveateError, match="prompt 0 holds '<image>', which stands for a picture"):
+    with pytest.raises(FoveateError, match="prompt 0 holds '<image>', which this model reads as a mark"):
         encode(model, processor, [[pictures[0]]], ["w7 <image>"])
     bare = tiny.processor(model)
     bare.chat_template = None

@@ -177,6 +177,20 @@ def test_rows_are_what_the_processor_writes(folder: Path) -> None:
     assert short.ids.numel() == tiny.TOKENS + 5 and (short.labels != IGNORED).sum() == 1
 
 
+def test_a_conversation_that_holds_special_tokens_is_left_out(folder: Path) -> None:
+    """An ending in the middle of a question would teach to end there."""
+    reports: list[str] = []
+    marked = [said(("w10 </s> w11", "w30"), ("w7", "w8 \ud800")), said(("w10", "w30 \ud800"))]
+    left_out = [{**ENTRIES[0], "conversations": one} for one in marked]
+    rows = rows_of(folder, [*left_out, ENTRIES[0]], report=reports.append)
+    alone = rows_of(folder, ENTRIES[:1])[0].ids
+    assert all(rows[number].ids.equal(alone) for number in (0, 1, 2, 0))
+    assert str(rows.skipped) == "2 with special tokens"
+    assert len(reports) == 2
+    assert reports[0].startswith("what is said about a.png holds '</s>', which this model reads as a mark of its own")
+    assert reports[1].startswith("what is said about a.png holds half a character, U+D800 at place 4")
+
+
 def test_a_batch_is_padded_on_the_left(folder: Path) -> None:
     rows = rows_of(folder, ENTRIES)
     batch = collate([rows[0], rows[1]], pad=0)

@@ -10,6 +10,7 @@ import typer
 
 from foveate.cli.errors import UsageError, usage
 from foveate.cli.loading import Clip, Device, Dtype, Trust
+from foveate.texts import check_characters
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +50,7 @@ def command(
             raise UsageError(f"--max-new-tokens {max_new_tokens} leaves no answer; the smallest is 1")
         if not question.strip():
             raise UsageError("QUESTION is empty; ask at least one word")
+        check_characters(question, "QUESTION")
         pictures = _load_pictures(images)
 
     from foveate.cli.loading import load

@@ -10,6 +10,7 @@ import torch
 from foveate.core import FoveateError
 from foveate.images import on_white
 from foveate.runtime.limits import check_room
+from foveate.texts import check_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,8 +44,8 @@ def encode(
         questions: B texts.
 
     Raises:
-        FoveateError: another number of questions than of sequences, a prompt without picture, an empty question, or a
-            processor without chat template.
+        FoveateError: another number of questions than of sequences, a prompt without picture, an empty question or one
+            that holds special tokens, or a processor without chat template.
     """
     if len(images) != len(questions):
         raise FoveateError(f"{len(questions)} questions about {len(images)} sets of pictures; give one question each")
@@ -53,9 +54,7 @@ def encode(
             raise FoveateError(f"prompt {row} has no picture; give at least one")
         if not question.strip():
             raise FoveateError(f"the question of prompt {row} is empty; ask at least one word")
-        placeholder = getattr(processor, "image_token", None)
-        if placeholder and placeholder in question:
-            raise FoveateError(f"the question of prompt {row} holds {placeholder!r}, which stands for a picture")
+        check_text(processor, question, f"the question of prompt {row}")
     texts = [prompt(processor, question, len(pictures)) for pictures, question in zip(images, questions, strict=True)]
     start = processor.tokenizer.bos_token
     inputs = processor(

@@ -15,6 +15,7 @@ from foveate.core import FoveateError, Method
 from foveate.families import Family, family_of
 from foveate.runtime.choose import JOINT, Image
 from foveate.spec import format as format_spec
+from foveate.texts import check_text
 
 _MARK = "QUESTION"
 
@@ -101,6 +102,7 @@ class JointSpace:
     @torch.no_grad()
     def _write(self, question: str) -> Written:
         """One question, cut into pieces that the text tower takes, each between start and end."""
+        check_text(self.tokenizer, question, "the question for CLIP")
         start, end = self.tokenizer("").input_ids
         ids = self.tokenizer(question, add_special_tokens=False).input_ids
         most = self.text_model.config.max_position_embeddings

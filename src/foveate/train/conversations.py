@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from foveate.images import load_image
 from foveate.ops.padding import joined
 from foveate.paths import checked, read_json
 from foveate.runtime.prefill import TOKEN_TYPES
+from foveate.texts import check_text
 from foveate.train.losses import IGNORED
 
 LONGEST = 1472
@@ -64,6 +66,7 @@ class Skipped:
     several_images: int = 0
     missing: list[str] = field(default_factory=list)  # names of pictures that are not in the folder
     broken: list[str] = field(default_factory=list)  # ... that turned out to be undecodable
+    marked: list[Turns] = field(default_factory=list)  # conversations that hold special tokens
 
     def __str__(self) -> str:
         counts = {
@@ -72,6 +75,7 @@ class Skipped:
             "with several images": self.several_images,
             "with a missing picture": len(self.missing),
             "with a broken picture": len(self.broken),
+            "with special tokens": len(self.marked),
         }
         said = [f"{count} {what}" for what, count in counts.items() if count]
         return ", ".join(said) or "none"
@@ -225,8 +229,8 @@ def carried(ids: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
 class Conversations(Dataset[Row]):
     """Rows of LLaVA's instruction data for one model.
 
-    A picture that cannot be decoded is named once, counted, and replaced by the next entry's, so that every run over
-    the same files sees the same rows.
+    A picture that cannot be decoded, or a conversation that holds special tokens, is named once, counted, and replaced
+    by the next entry's, so that every run over the same files sees the same rows.
 
     Args:
         file, folder: as `read_entries`.
@@ -273,6 +277,14 @@ class Conversations(Dataset[Row]):
     def __getitem__(self, number: int) -> Row:
         for step in range(len(self)):
             entry = self.entries[(number + step) % len(self)]
+            try:
+                for text in itertools.chain(*entry.turns):
+                    check_text(self.processor, text, f"what is said about {entry.image.name}")
+            except FoveateError as error:
+                if entry.turns not in self.skipped.marked:
+                    self.skipped.marked.append(entry.turns)
+                    self.report(str(error))
+                continue
             try:
                 image = load_image(entry.image)
             except FoveateError as error:
