@@ -47,7 +47,7 @@ def test_json_is_one_object_with_the_same_names(ask: Any) -> None:
     report = json.loads(result.out)
     assert result.out.count("\n") == 1
     assert report.keys() == KEYS
-    assert report["tokens"] == {"before": tiny.TOKENS, "after": 4}
+    assert report["tokens"] == {"before": tiny.TOKENS, "stages": [4], "after": 4}
     assert report["images"][0]["tokens"] == report["tokens"]
     assert len(report["images"][0]["kept"]) == 4
     assert report["prune"] == "random:keep=4"
@@ -57,14 +57,36 @@ def test_json_is_one_object_with_the_same_names(ask: Any) -> None:
     assert report["answer"] == ask("--prune", "random:keep=4").out.splitlines()[0]
 
 
+@pytest.mark.parametrize(
+    ("spec", "told", "stages"),
+    [
+        ("fopru:keep=0.5+fastv:layer=2,keep=0.25", "72 -> 36 -> 18", [36, 18]),
+        ("pyramiddrop:layers=1/2/3,keep=18/9/4", "72 -> 36 -> 18 -> 8", [36, 18, 8]),
+        ("h2o", "72", []),
+    ],
+)
+def test_the_tokens_after_each_stage_are_told(
+    call: Any, folder: Path, picture: Path, spec: str, told: str, stages: list[int]
+) -> None:
+    """Of both pictures together; on the cache no visual token leaves while the prompt is read."""
+    asked = ("run", folder, picture, picture, QUESTION, "--max-new-tokens", 2, "--prune", spec)
+    assert dict(line.split("  ", 1) for line in call(*asked).out.splitlines()[2:])["tokens"].strip() == told
+    report = json.loads(call(*asked, "--json").out)
+    assert report["tokens"] == {"before": 72, "stages": stages, "after": stages[-1] if stages else 72}
+    for image in report["images"]:
+        assert image["tokens"]["stages"] == [left // 2 for left in stages]
+        assert len(image["kept"]) == image["tokens"]["after"]
+
+
 @pytest.mark.parametrize("options", [(), ("--prune", "none")])
 def test_without_pruning_before_is_after(ask: Any, options: tuple[str, ...]) -> None:
     report = json.loads(ask("--json", *options).out)
     assert report.keys() == KEYS
-    assert report["tokens"] == {"before": tiny.TOKENS, "after": tiny.TOKENS}
+    assert report["tokens"] == {"before": tiny.TOKENS, "stages": [], "after": tiny.TOKENS}
     assert report["prefill_flops"]["before"] == report["prefill_flops"]["after"]
     assert (report["prune"], report["choosing_ms"]) == (None, None)
     pruned = json.loads(ask("--json", "--prune", "random:keep=4").out)
+    assert ask(*options).out.splitlines()[3].split() == ["tokens", str(tiny.TOKENS)]
     for name in ("tokens", "prefill_flops", "kv_bytes"):
         assert report[name]["before"] == pruned[name]["before"]
 
@@ -79,7 +101,7 @@ def test_a_drawing_per_picture(call: Any, folder: Path, picture: Path, tmp_path:
     report = json.loads(call("run", folder, picture, picture, QUESTION, *options, "--json").out)
     assert [image["drawn"] for image in report["images"]] == [str(tmp_path / f"kept-{n}.png") for n in (1, 2)]
     assert [image["path"] for image in report["images"]] == [str(picture)] * 2
-    assert report["tokens"] == {"before": 2 * tiny.TOKENS, "after": 18}
+    assert report["tokens"] == {"before": 2 * tiny.TOKENS, "stages": [18], "after": 18}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept-1.png", "kept-2.png", "kept.png", "picture.png"]
 
 
@@ -186,4 +208,4 @@ def test_mini_answers(call: Any, tmp_path: Path) -> None:
     asked = next(one for one in questions(generator.demo(), 0, random.Random(0)) if one.kind == "color")
     report = json.loads(call("run", "mini", tmp_path / "scene.png", asked.text, "--prune", "fopru", "--json").out)
     assert report["answer"].split()[0] == asked.answer
-    assert report["tokens"] == {"before": 576, "after": 144}
+    assert report["tokens"] == {"before": 576, "stages": [144], "after": 144}

@@ -139,20 +139,27 @@ def _answer(
 
 
 def _saved(trace: Trace) -> dict[str, Any]:
-    """Before and after, as the trace has them."""
+    """Before, after each stage, and after all, as the trace has them."""
     images: list[dict[str, Any]] = [
         {
-            "tokens": {"before": image.original, "after": image.after},
+            "tokens": _tokens(image.original, [stage.after for stage in image.stages]),
             "kept": image.kept.tolist() if image.stages else list(range(image.original)),
         }
         for image in trace.images
     ]
     return {
         "images": images,
-        "tokens": {side: sum(image["tokens"][side] for image in images) for side in ("before", "after")},
+        "tokens": _tokens(
+            sum(image.original for image in trace.images),
+            [sum(left) for left in zip(*(image["tokens"]["stages"] for image in images), strict=True)],
+        ),
         "prefill_flops": {"before": trace.unpruned.prefill_flops, "after": trace.budget.prefill_flops},
         "kv_bytes": {"before": trace.unpruned.kv_bytes, "after": trace.kv_bytes},
     }
+
+
+def _tokens(before: int, stages: list[int]) -> dict[str, Any]:
+    return {"before": before, "stages": stages, "after": stages[-1] if stages else before}
 
 
 def _spent(model: Any, inputs: Any, images: int) -> dict[str, Any]:
@@ -169,8 +176,8 @@ def _spent(model: Any, inputs: Any, images: int) -> dict[str, Any]:
         return {"images": [{} for _ in range(images)], "tokens": None, "prefill_flops": None, "kv_bytes": None}
     each = round(budget.tokens[0])
     return {
-        "images": [{"tokens": both(each), "kept": list(range(each))} for _ in range(images)],
-        "tokens": both(each * images),
+        "images": [{"tokens": _tokens(each, []), "kept": list(range(each))} for _ in range(images)],
+        "tokens": _tokens(each * images, []),
         "prefill_flops": both(budget.prefill_flops),
         "kv_bytes": both(budget.kv_bytes),
     }
@@ -197,11 +204,9 @@ def _print(report: dict[str, Any]) -> None:
         return "-" if report[name] is None else f"{report[name]:.2f}"
 
     tokens = report["tokens"]
-    if tokens is not None:
-        tokens = f"{tokens['before']} -> {tokens['after']}" if report["prune"] else str(tokens["before"])
     lines = {
         "prune": report["prune"] or "none",
-        "tokens": tokens or "-",
+        "tokens": "-" if tokens is None else " -> ".join(map(str, [tokens["before"], *tokens["stages"]])),
         "prefill flops": change("prefill_flops", "FLOPs"),
         "kv bytes": change("kv_bytes", "B"),
         "choosing ms": milliseconds("choosing_ms"),
