@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import EpsImagePlugin, Image
 
+import foveate
 from foveate.core import FoveateError
 from foveate.images import FORMATS, load_image, on_white, save_image, visible
 
@@ -235,6 +236,17 @@ def test_no_other_format_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             refused.add(format)
     assert {"EPS", "PPM", "TGA"} <= refused
     assert opened >= set(FORMATS)
+
+
+def test_nothing_else_opens_what_users_name() -> None:
+    """Scenes open pictures that ship with the package; processors are handed pictures, since they open any path."""
+    source = Path(foveate.__file__).parent
+    opening = {
+        path.relative_to(source).as_posix() for path in source.rglob("*.py") if "Image.open(" in path.read_text()
+    }
+    assert opening == {"images.py", "scenes/generator.py"}
+    with pytest.raises(FoveateError, match=r"str is no PIL picture; foveate\.images\.load_image opens files"):
+        on_white("picture.png")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

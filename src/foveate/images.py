@@ -64,8 +64,11 @@ def on_white(image: Image.Image) -> Image.Image:
     """A picture as RGB, on white where it is transparent; greys of 9 to 16 bits are scaled to 8.
 
     Raises:
-        FoveateError: its greys are signed, 32-bit or floating-point numbers, of which nothing says what is white.
+        FoveateError: it is no PIL picture, or its greys are signed, 32-bit or floating-point numbers, of which nothing
+            says what is white.
     """
+    if not isinstance(image, Image.Image):
+        raise FoveateError(f"{type(image).__name__} is no PIL picture; foveate.images.load_image opens files")
     if image.mode in ("I", "F"):
         kind = "integers of 32 bits or with a sign" if image.mode == "I" else "floating-point numbers"
         raise FoveateError(
