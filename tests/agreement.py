@@ -130,6 +130,28 @@ def worst(model: Any, rows: Sequence[reference.Prompt], result: Any, steps: int)
     return float(torch.stack(found).max())
 
 
+def in_columns(rows: Tensor, columns: Tensor, length: int) -> Tensor:
+    """What is left of a row (n, D), of these `columns`, in all of its columns (length, D).
+
+    In each column stands what the last token up to it gave, and zero where there is none.
+    """
+    found = rows.new_zeros(length, rows.shape[-1])
+    for column in range(length):
+        before = (columns <= column).nonzero().squeeze(-1)
+        if before.numel():
+            found[column] = rows[before[-1]]
+    return found
+
+
+@torch.no_grad()
+def direct(model: Any, prompt: reference.Prompt, length: int) -> tuple[Tensor, list[Tensor]]:
+    """Logits (length, V) and hidden states (length, D) of a direct call on a row of so many tokens, in its columns."""
+    states: list[tuple[Tensor, Tensor]] = []
+    nothing = prompt.embeddings[:0]
+    logits, columns = reference.decode(model, prompt, nothing, torch.empty(0, dtype=torch.int64), states)
+    return in_columns(logits, columns, length), [in_columns(*state, length) for state in states]
+
+
 def keeping_all(method: Method) -> Method | None:
     """The method with a budget of everything; None for one that decides its own count."""
     keep = getattr(method, "keep", None)

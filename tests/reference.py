@@ -96,11 +96,18 @@ def shorten(
     return Prompt(torch.stack(rows), places, positions, following, tuple(drops), renumber)
 
 
-def decode(model: Any, prompt: Prompt, follow: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def decode(
+    model: Any,
+    prompt: Prompt,
+    follow: Tensor,
+    words: Tensor | None = None,
+    states: list[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The prompt and M tokens (M, D) that follow it, layer by layer.
 
     Args:
         words: (M,) ids of what follows, where each layer has an input of its own for each token.
+        states: is given what enters the first block, what each gives and the last norm, all with their columns.
 
     Returns:
         Logits (n + M, V) of what is left after the last block, and the columns (n + M,) of it, -1 for what follows.
@@ -118,6 +125,8 @@ def decode(model: Any, prompt: Prompt, follow: Tensor, words: Tensor | None = No
     shared: dict[str, Any] = {}
     columns = torch.cat([prompt.columns, torch.full((more,), -1)])
     order = torch.arange(columns.numel())
+    states = [] if states is None else states
+    states.append((hidden, columns))
     for number, layer in enumerate(decoder.layers):
         for drop in prompt.drops:
             if drop.depth != number:
@@ -142,9 +151,11 @@ def decode(model: Any, prompt: Prompt, follow: Tensor, words: Tensor | None = No
             **({} if own is None else {"per_layer_input": own[None, :, number]}),
             **({"shared_kv_states": shared} if hasattr(layer.self_attn, "store_full_length_kv") else {}),
         )[0]
+        states.append((hidden, columns))
         if number < len(deep):
             hidden = hidden + deep[number][order]
-    return model.lm_head(decoder.norm(hidden)), columns
+    states[-1] = (decoder.norm(hidden), columns)
+    return model.lm_head(states[-1][0]), columns
 
 
 def _own_inputs(decoder: Any, prompt: Prompt, hidden: Tensor, words: Tensor | None) -> Tensor | None:

@@ -525,6 +525,29 @@ def test_padding_on_the_right_gives_each_row_what_it_gets_alone(name: str, famil
             torch.testing.assert_close(own, alone, atol=agreement.TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("family", [*OTHERS, *LARGER])
+@pytest.mark.parametrize("name", ["fopru", "prumerge", "fastv", "pyramiddrop"])
+@torch.no_grad()
+def test_a_direct_call_answers_in_the_callers_columns(name: str, family: str, asked: Any) -> None:
+    """Prompts padded on the left, answers on the right: what a trainer scores, each row by the reference."""
+    model = model_of(family)
+    method = served(model, name)
+    given = tiny.completed(tiny.inputs(model, "3i4", "2i1i5", "6"), 5, 2, 4)
+    seen, valid = asked(method), given["attention_mask"].bool()
+    with tiny.prune(model, method) as trace:
+        out = model(**given, output_hidden_states=True)
+        last = model(**given, logits_to_keep=6).logits
+    assert out.logits.shape[:2] == valid.shape
+    calls = trace.history[:1]
+    merged = merged_features(model, seen[: len(seen) // 2], calls)
+    for row, prompt in enumerate(agreement.prompts(model, given, *calls, merged=merged)):
+        logits, states = agreement.direct(model, prompt, int(valid[row].sum()))
+        torch.testing.assert_close(out.logits[row, valid[row]], logits, atol=agreement.TOLERANCE, rtol=0)
+        for got, expected in zip(out.hidden_states, states, strict=True):
+            torch.testing.assert_close(got[row, valid[row]], expected, atol=agreement.TOLERANCE, rtol=0)
+    torch.testing.assert_close(last, out.logits[:, -6:], atol=1e-5, rtol=1e-5)
+
+
 @each_family
 def test_an_encoding_that_is_shared_gives_the_same(family: str) -> None:
     model = model_of(family)

@@ -251,6 +251,17 @@ def alone(given: dict[str, Tensor], row: int, image: int) -> dict[str, Tensor]:
     return made
 
 
+def completed(given: dict[str, Tensor], *lengths: int) -> dict[str, Tensor]:
+    """Prompts with answers of different lengths behind them, padded on the right: what a trainer scores."""
+    words = torch.randint(EOS + 1, IMAGE, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(7))
+    there = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.cat([given["input_ids"], words.where(there > 0, PAD)], dim=1)
+    mask = torch.cat([given["attention_mask"], there], dim=1)
+    if isinstance(given, tiny_families.Call):
+        return tiny_families.call(given.model, ids, mask, given.pictures)
+    return {**given, "input_ids": ids, "attention_mask": mask}
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words to the ids of the tiny models: w2 ... w95, <image>, <pad>, </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers

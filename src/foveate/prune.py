@@ -19,6 +19,7 @@ def prune(
     processor: Any = None,
     question: str | Sequence[str] | None = None,
     clip: Any = None,
+    short_outputs: bool = False,
 ) -> Handle:
     """A handle that prunes the visual tokens of `model` while it is active.
 
@@ -29,6 +30,11 @@ def prune(
         question: what those methods are to read in place of the prompt's text after the image; one, or one per row.
         clip: for methods that compare image and question in CLIP's joint space: folder or hub id of the CLIPModel whose
             vision tower the encoder is, or the pair (CLIPModel, tokenizer); `mini` brings its own.
+        short_outputs: a direct call `model(**inputs)` hands out logits, hidden states and attentions as they are, with
+            a column for each token that entered the decoder, in the order of `trace.index`. For training that needs
+            the memory. By default they have the columns of the caller's `input_ids`: in that of a token that left
+            stands what the last one before it gave (zero where none is), attentions are refused, and `logits_to_keep`
+            and `labels` count as ever. The loss is the same.
 
     Returns:
         The handle: `with handle as trace: ...`, or `handle.start()` and `handle.stop()`.
@@ -46,7 +52,8 @@ def prune(
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
     model = unwrapped(model)
     check_parts(model, parts)
-    return Handle(model, parts, joint_space(model, parts, processor=processor, question=question, clip=clip))
+    space = joint_space(model, parts, processor=processor, question=question, clip=clip)
+    return Handle(model, parts, space, short_outputs)
 
 
 def share_encoding(model: Any, needs: Iterable[str]) -> AbstractContextManager[None]:

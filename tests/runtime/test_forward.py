@@ -31,10 +31,10 @@ def prompt_logits(model: Any, given: dict[str, Tensor], call: Call) -> list[tupl
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @torch.no_grad()
-def test_logits_equal_the_reference(padding: str, attn: str, decoder: str) -> None:
+def test_short_logits_equal_the_reference(padding: str, attn: str, decoder: str) -> None:
     model = tiny.model(decoder=decoder, attn=attn)
     given = tiny.inputs(model, *ROWS, padding=padding)
-    with foveate.prune(model, Ragged()) as trace:
+    with foveate.prune(model, Ragged(), short_outputs=True) as trace:
         logits = model(**given).logits
     assert logits.shape[:2] == trace.index.shape
     for row, (expected, columns) in enumerate(prompt_logits(model, given, trace.latest)):
@@ -53,8 +53,8 @@ def test_a_call_without_mask_and_cache_is_no_packed_sequence() -> None:
     given = tiny.inputs(model, "3i4", batch_mask=False)
     with foveate.prune(model, Random(keep=0.25)) as trace:
         logits = model(**given, use_cache=False).logits
-    expected = prompt_logits(model, tiny.inputs(model, "3i4"), trace.latest)[0][0]
-    torch.testing.assert_close(logits[0], expected, atol=agreement.TOLERANCE, rtol=0)
+    expected = prompt_logits(model, tiny.inputs(model, "3i4"), trace.latest)[0]
+    torch.testing.assert_close(logits[0], agreement.in_columns(*expected, 43), atol=agreement.TOLERANCE, rtol=0)
 
 
 def loss_by_hand(model: Any, given: dict[str, Tensor], labels: Tensor, call: Call) -> Tensor:
@@ -124,9 +124,9 @@ def test_arguments_may_be_given_by_position() -> None:
 
 
 @torch.no_grad()
-def test_hidden_states_and_attentions_have_the_short_length() -> None:
+def test_short_hidden_states_and_attentions() -> None:
     model = tiny.model(attn="eager")
-    with foveate.prune(model, Random(keep=0.25)) as trace:
+    with foveate.prune(model, Random(keep=0.25), short_outputs=True) as trace:
         out = model(**tiny.inputs(model, "3i4"), output_hidden_states=True, output_attentions=True)
     assert {hidden.shape[1] for hidden in out.hidden_states} == {trace.length}
     assert {one.shape[-2:] for one in out.attentions} == {(trace.length, trace.length)}
@@ -142,7 +142,7 @@ def test_a_merging_method_in_a_direct_call() -> None:
     grid = reference.project(model, reference.encode(model, given["pixel_values"])[0]).unflatten(0, (3, 2, 3, 2))
     merged = [[grid.mean(dim=(1, 3)).flatten(0, 1)]]
     prompt = agreement.prompts(model, given, trace.latest, merged=merged)[0]
-    expected = reference.decode(model, prompt, prompt.embeddings[:0])[0]
+    expected = agreement.in_columns(*reference.decode(model, prompt, prompt.embeddings[:0]), 43)
     torch.testing.assert_close(logits[0], expected, atol=agreement.TOLERANCE, rtol=0)
 
 
@@ -179,7 +179,7 @@ def test_decoding_by_hand_after_right_padding() -> None:
     with foveate.prune(model, Ragged()) as trace:
         out = model(**given)
         rows = agreement.prompts(model, given, trace.latest)
-        ends = (trace.index >= 0).int() * torch.arange(trace.length)
+        ends = given["attention_mask"] * torch.arange(given["input_ids"].shape[1])
         token = out.logits[torch.arange(4), ends.argmax(dim=1)].argmax(dim=-1, keepdim=True)
         answer, logits = [token], []
         for _ in range(4):
@@ -219,8 +219,8 @@ def test_a_second_picture_by_hand() -> None:
     pictures = torch.cat([first["pixel_values"], second["pixel_values"]])
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures}
     prompt = agreement.prompts(model, whole, *trace.history)[0]
-    expected = reference.decode(model, prompt, prompt.embeddings[:0])[0]
-    torch.testing.assert_close(after.logits[0], expected[-after.logits.shape[1] :], atol=agreement.TOLERANCE, rtol=0)
+    expected = agreement.in_columns(*reference.decode(model, prompt, prompt.embeddings[:0]), ids.shape[1])[43:]
+    torch.testing.assert_close(after.logits[0], expected, atol=agreement.TOLERANCE, rtol=0)
     assert trace.index.min() == first["input_ids"].shape[1], "positions are those of the whole sequence"
     assert torch.equal(ids.gather(1, trace.index), second["input_ids"].gather(1, trace.index - 43))
 
@@ -278,14 +278,28 @@ def test_what_a_direct_call_cannot_take() -> None:
             model(inputs_embeds=embeddings)
         with pytest.raises(FoveateError, match="pruning needs input_ids and pixel_values"):
             model(**ids, mm_encoder_outputs={"image": encoded})
-        with pytest.raises(FoveateError, match="logits_to_keep as a tensor counts the unpruned prompt; give a number"):
-            model(**given, logits_to_keep=torch.tensor([0, 1]))
+        with pytest.raises(
+            FoveateError, match=r"output_attentions in a direct call: .* short_outputs=True\) hands out"
+        ):
+            model(**given, output_attentions=True)
+        for name in ("labels", "shift_labels"):
+            with pytest.raises(FoveateError, match=rf"{name} have shape \(1, 7\); \(1, 43\) is needed: one for each"):
+                model(**given, **{name: given["input_ids"][:, -7:]})
+        with pytest.raises(
+            FoveateError, match="labels beside logits_to_keep: the loss takes the logits of all columns"
+        ):
+            model(**given, labels=given["input_ids"], logits_to_keep=7)
         with pytest.raises(FoveateError, match=r"attention_mask has shape \(1, 42\); a mask of \(rows, 43\) is needed"):
             model(**{**given, "attention_mask": given["attention_mask"][:, 1:]})
         with pytest.raises(FoveateError, match=r"attention_mask has shape \(1, 1, 43, 43\)"):
             model(**{**given, "attention_mask": torch.ones(1, 1, 43, 43)})
         assert not trace.history
-        assert model(**given).logits.shape[1] == 16, "the handle works on after a refusal"
+        assert model(**given).logits.shape[1] == 43, "the handle works on after a refusal"
+    with foveate.prune(model, Random(keep=0.25), short_outputs=True):
+        for name in ("logits_to_keep", "shift_labels"):
+            with pytest.raises(FoveateError, match=f"{name} as a tensor counts the unpruned prompt, and short_outputs"):
+                model(**given, **{name: given["input_ids"]})
+        assert model(**given, logits_to_keep=3).logits.shape[1] == 3
 
 
 @torch.no_grad()

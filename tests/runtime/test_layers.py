@@ -394,13 +394,13 @@ def test_a_cache_without_its_handle_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", MAIN)
-def test_logits_and_loss_of_a_direct_call_keep_their_places(name: str, padding: str) -> None:
+def test_short_logits_and_the_loss_of_a_direct_call_keep_their_places(name: str, padding: str) -> None:
     model = tiny.model(decoder="qwen2")
     given = tiny.inputs(model, *ROWS, padding=padding)
     ids, mask = given["input_ids"], given["attention_mask"].bool()
     labels = ids.masked_fill(~mask | (ids == tiny.IMAGE), -100)
     labels[torch.arange(3), mask.int().argmax(dim=1)] = -100  # nothing but padding comes before it
-    with torch.no_grad(), foveate.prune(model, METHODS[name]) as trace:
+    with torch.no_grad(), foveate.prune(model, METHODS[name], short_outputs=True) as trace:
         out = model(**given, labels=labels)
         without_cache = model(**given, labels=labels, use_cache=False)
         last = model(**given, logits_to_keep=1).logits

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import foveate
 from foveate.families import FAMILIES
+from foveate.runtime.seams import CACHE
 
 SEVERAL = tuple(row.name for row in FAMILIES if row.positions is not None)
 # The last token of every picture leaves: of one that ends its prompt, of one before text, and of a second one.
@@ -86,10 +87,10 @@ def test_tokens_decoded_by_hand_stand_where_the_unpruned_models_do(family: str) 
     given = tiny.inputs(model, *ROWS)
 
     def run(given: dict[str, Tensor]) -> None:
-        cache = model(**given, use_cache=True).past_key_values
+        cache = getattr(model(**given, use_cache=True), CACHE)
         for tokens in ([5], [6, 7], [8]):
             ids = torch.tensor([tokens]).expand(given["input_ids"].shape[0], -1)
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **{CACHE: cache})
 
     pruned = handed_pruned(model, lambda: run(given))
     for row in range(len(ROWS)):  # the stock model miscounts rows that are padded
@@ -108,8 +109,8 @@ def test_a_later_turn_stands_where_the_unpruned_models_does(family: str, second:
     given, whole = first.continued(said, more)
 
     def run() -> None:
-        cache = model.generate(**first, max_new_tokens=3, return_dict_in_generate=True).past_key_values
-        model.generate(**given, past_key_values=cache, max_new_tokens=3)
+        cache = getattr(model.generate(**first, max_new_tokens=3, return_dict_in_generate=True), CACHE)
+        model.generate(**given, max_new_tokens=3, **{CACHE: cache})
 
     pruned = handed_pruned(model, run)
     if "i" in second:

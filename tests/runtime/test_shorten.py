@@ -47,14 +47,18 @@ def test_dropped_columns_leave_and_rows_are_padded_anew_on_the_left() -> None:
     assert made.original.tolist() == [[0, 2, 3, 4, 6, 7], [-1, -1, 2, 4, 6, 7]]
     assert made.filled.tolist() == made.valid.tolist() == [[True] * 6, [False] * 2 + [True] * 4]
     assert shortened(made) == [[1, 9, 2, 9, 9, 3], [0, 0, 4, 9, 5, 6]]
-    assert made.behind_padding.int().tolist() == [[0] * 6, [0, 0, 1, 0, 0, 0]]
+    assert made.speaking is not None
+    assert made.speaking.tolist() == [[0, 0, 1, 2, 3, 3, 4, 5], [-1, -1, 2, 2, 3, 3, 4, 5]]
+    # Columns of dropped tokens have no label, and row 1 has nothing before its first token that could predict it.
+    assert made.unheard.int().tolist() == [[0, 1, 0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 1, 0, 0]]
 
 
 def test_or_on_the_right() -> None:
     made = plan(MASK, images([1], [0, 2], [1]), "right")
     assert made.original.tolist() == [[0, 2, 3, 4, 6, 7], [2, 4, 6, 7, -1, -1]]
     assert made.gather(IDS, -100).tolist() == [[1, 9, 2, 9, 9, 3], [4, 9, 5, 6, -100, -100]]
-    assert not made.behind_padding.any()
+    assert made.speaking is not None
+    assert made.speaking.tolist() == [[0, 0, 1, 2, 3, 3, 4, 5], [-1, -1, 0, 0, 1, 1, 2, 3]]
 
 
 def test_padding_that_all_rows_share_is_gone() -> None:
@@ -67,12 +71,16 @@ def test_a_prompt_of_which_nothing_leaves_stays_as_it_is() -> None:
     assert torch.equal(made.gather(IDS, 7), IDS)
     assert torch.equal(made.valid, MASK)
     assert made.original.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [-1, -1, 2, 3, 4, 5, 6, 7]]
-    assert not made.behind_padding.any()
+    assert made.speaking is None
+    assert not made.unheard.any()
 
 
 def test_tokens_go_on_in_the_order_that_the_method_wants() -> None:
     made = plan(MASK, images([1, 0], [2, 0], [0, 1, 2]), "left")
     assert made.original.tolist() == [[0, 2, 1, 3, 6, 4, 7], [-1, 2, 3, 4, 5, 6, 7]]
+    assert made.speaking is not None
+    # Behind a picture speaks the one that comes last, wherever its column is.
+    assert made.speaking.tolist() == [[0, 2, 2, 3, 5, 5, 5, 6], [-1, -1, 1, 2, 3, 4, 5, 6]]
 
 
 def test_three_axes_of_positions_are_gathered_alike() -> None:

@@ -787,7 +787,7 @@ def test_hidden_states_can_still_be_asked_for() -> None:
     with foveate.prune(model, Cut(layers=(1,), keep=(9,))):
         out = model(**given, output_hidden_states=True, output_attentions=False)
         answer = generate(model, given, output_hidden_states=True)
-    assert [tuple(one.shape) for one in out.hidden_states] == [(1, 16, 32)] * 5
+    assert [tuple(one.shape) for one in out.hidden_states] == [(1, 43, 32)] * 5
     close(torch.stack(answer.logits, dim=1)[:, 0], out.logits[:, -1], 1e-4)
     assert len(answer.hidden_states) == STEPS
 

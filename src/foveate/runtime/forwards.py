@@ -16,6 +16,7 @@ from foveate.runtime.calls import Calls
 from foveate.runtime.layers import decode_mask
 from foveate.runtime.prefill import Prefill, renamed
 from foveate.runtime.seams import CACHE
+from foveate.runtime.widen import kept, spread, widen
 
 
 class Forwards:
@@ -34,8 +35,7 @@ class Forwards:
             self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if self.calls.evictor is not None:
                 self._hooks.append(layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True))
-        if self.calls.stages:
-            self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
+        self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
         if self.calls.stages and self.family.deepstack is not None:
             decoder = self.model.get_decoder()
             stock = getattr(decoder, self.family.deepstack)
@@ -118,10 +118,16 @@ class Forwards:
             self.calls.evictor.after_layer(number, timeline, cache.layers[number])
 
     def _after_decoder(self, decoder: Any, arguments: Any, output: Any) -> Any:
-        """A direct call's logits keep one place per token of the prompt, so that labels and logits stay aligned."""
-        if self.calls.descent is None or self.calls.direct is None:
+        """What leaves a direct call has a column for each token of the caller's, whoever left on the way."""
+        direct, descent = self.calls.direct, self.calls.descent
+        if direct is None or self.calls.run is not None:
             return None
-        output.last_hidden_state = self.calls.descent.scatter(output.last_hidden_state)
+        inside = [None] * len(self._layers) if descent is None else descent.speaking
+        if self._prefill.short_outputs:  # labels are as long as what entered the decoder
+            output.last_hidden_state = spread(output.last_hidden_state, inside[-1])
+        else:
+            widen(output, inside, direct.plan.speaking)
+            output.last_hidden_state = kept(output.last_hidden_state, direct.keep)
         return output
 
     def _add_deep_features(self, stock: Callable[..., Tensor], hidden: Tensor, visual: Tensor, features: Tensor) -> Any:

@@ -26,7 +26,9 @@ class Handle:
     configuration and methods of the model are the same after stop() as before start().
     """
 
-    def __init__(self, model: Any, parts: Sequence[Method], joint_space: JointSpace | None = None) -> None:
+    def __init__(
+        self, model: Any, parts: Sequence[Method], joint_space: JointSpace | None = None, short_outputs: bool = False
+    ) -> None:
         self.model = model
         self.parts = tuple(parts)
         self.trace = Trace()
@@ -46,7 +48,7 @@ class Handle:
         self._calls: Calls = Calls(
             model, self.trace, stages, decoder.layers, self._probe, self._tower, self._decoder_probe, evictor
         )
-        prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self, joint_space)
+        prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self, joint_space, short_outputs)
         self._generating = Generating(model, self.family, self, self._calls, prefill)
         self._forwards = Forwards(model, self.family, decoder.layers, self._calls, prefill)
 

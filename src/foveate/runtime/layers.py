@@ -21,6 +21,7 @@ from foveate.runtime.probe import DecoderProbe, Seen
 from foveate.runtime.record import Stopwatch
 from foveate.runtime.seams import CACHE
 from foveate.runtime.shorten import Plan
+from foveate.runtime.widen import speakers
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Descent:
     earlier: list[Group]  # groups that the cache held before this prompt
     stopwatches: list[Stopwatch]
     memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = field(default_factory=dict)
+    speaking: list[Tensor | None] = field(default_factory=list)  # of each layer: who speaks in the places of layer 0
     rows: Tensor | None = None  # (R, n) new tokens of layer 0 that are still there; None while all are
     valid: Tensor | None = None  # (R, n)
     prompt_valid: Tensor = field(init=False)  # (R, S')
@@ -87,22 +89,11 @@ class Descent:
             self._note_group(number)
         if self.timeline.group(number) is not None:
             options = self.narrow(number, options)
+        if self.rows is not None and self.valid is not None and self.rows is not self.behind[0]:
+            self.speaking.append(speakers(self.rows, self.valid, self.prompt_valid.shape[1]))
+        else:
+            self.speaking.append(self.speaking[-1] if self.speaking else None)
         return hidden, options
-
-    def scatter(self, hidden: Tensor) -> Tensor:
-        """The decoder's output back in layer-0 places. (R, n, D) -> (R, S', D).
-
-        At the place of a token that left stands the output of the last one before it that stayed, because that one
-        speaks next: what follows a picture is predicted even where the picture's last token has left. Zero where none
-        is before it.
-        """
-        if self.rows is None or self.valid is None:
-            return hidden
-        numbers = torch.arange(hidden.shape[1], device=hidden.device).where(self.valid, -1)
-        # Re-padding points at places that were dropped: what is written there counts for nothing.
-        last = torch.full(self.prompt_valid.shape, -1, device=hidden.device).scatter(1, self.rows, numbers)
-        last = last.cummax(dim=1).values
-        return _take(hidden, last.clamp(min=0)) * (last >= 0)[..., None].to(hidden.dtype)
 
     def add(self, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Features (V, D) of the visual tokens of layer 0, which (R, S') marks, added to those that are still there."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core import Block, Call, FoveateError, Method
 from foveate.families import Family
@@ -62,6 +62,7 @@ class Shortened:
     removed: int = 0
     settled: bool = False  # its stages inside the decoder have acted and the trace knows
     repeats: int = 1
+    keep: int | Tensor = 0  # of a direct call whose columns are counted behind the decoder, its `logits_to_keep`
 
     def repeat_encoded(self, times: int) -> dict[str, Any]:
         """`mm_encoder_outputs` with what is left of each image, each row's group of images repeated."""
@@ -140,11 +141,13 @@ class Prefill:
         stages: TowerStages,
         owner: Owner,
         joint_space: JointSpace | None = None,
+        short_outputs: bool = False,
     ) -> None:
         self.model, self.family, self.probe, self.stages, self.owner = model, family, probe, stages, owner
-        self.joint_space = joint_space
+        self.joint_space, self.short_outputs = joint_space, short_outputs
         self.encoded: Lanes | None = None  # of the prefill in progress
         self.evicting = any(part.site == "cache" for part in parts)
+        self.within = any(part.site == "layer" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
         self.tokens: dict[str, Any] = {
@@ -313,8 +316,7 @@ class Prefill:
             raise FoveateError("pruning needs input_ids and pixel_values; embeddings hide what is visual")
         check_usable(cache, self.owner)
         self.check_images(ids, given, cache)
-        if isinstance(given.get("logits_to_keep"), Tensor):
-            raise FoveateError("logits_to_keep as a tensor counts the unpruned prompt; give a number of last tokens")
+        self._check_outputs(ids, given)
         options, first = dict(given), self.family.first_position
         if options.get("position_ids") is not None:
             options["position_ids"] = options["position_ids"] - first
@@ -330,16 +332,70 @@ class Prefill:
         options.update(self._aligned(options, shortened.plan, new))
         options["position_ids"] = options["position_ids"] + first
         options["attention_mask"] = valid.long()
-        if options.get("labels") is not None:
-            labels = shortened.plan.gather(options["labels"], -100)
-            # Padding would be made to predict the first token of a row that is padded anew.
-            options["labels"] = labels.masked_fill(shortened.plan.behind_padding, -100)
+        self._hide_labels(options, shortened.plan)
+        if not self.short_outputs and options.get("logits_to_keep") is not None:
+            # Some models look for these columns among the short ones, before their last layers.
+            shortened.keep = options.pop("logits_to_keep")
         shortened.ids = options["input_ids"] = shortened.plan.gather(ids, self._pad_id())
         if encoded is not None:
             options["mm_encoder_outputs"] = shortened.repeat_encoded(1)
         self._give_cache(options, cache, shortened.timeline)
         shortened.options = options
         return shortened
+
+    def _check_outputs(self, ids: Tensor, given: dict[str, Any]) -> None:
+        """Refuse what a direct call cannot give, or be given, in the caller's columns, before anything is encoded."""
+        if self.short_outputs:
+            for name in ("logits_to_keep", "shift_labels"):
+                if isinstance(given.get(name), Tensor):
+                    instead = "a number of last tokens" if name == "logits_to_keep" else "labels"
+                    raise FoveateError(
+                        f"{name} as a tensor counts the unpruned prompt, and short_outputs=True hands out the columns "
+                        f"of the pruned one; give {instead}, or leave short_outputs out"
+                    )
+        elif self._asked("output_attentions", given):
+            raise FoveateError(
+                "output_attentions in a direct call: what a token attends to has no column for tokens that were "
+                "pruned; prune(..., short_outputs=True) hands out attentions between the tokens that are left"
+            )
+        if self.within and self._asked("output_router_logits", given):
+            raise FoveateError(
+                "output_router_logits: where tokens leave inside the decoder, its blocks choose experts for different "
+                "numbers of them, which the loss on that choice cannot take; leave it out, or use a method that acts "
+                "before the decoder"
+            )
+        keep = given.get("logits_to_keep")
+        if isinstance(keep, Tensor) and keep.ndim > 1 and keep.dtype == torch.bool:
+            raise FoveateError(
+                f"logits_to_keep as a mask {tuple(keep.shape)} joins the columns of all rows, which a pruned call does "
+                "not; give the columns of each row as (rows, n) numbers"
+            )
+        if given.get("labels") is not None and (isinstance(keep, Tensor) or keep):
+            raise FoveateError(
+                "labels beside logits_to_keep: the loss takes the logits of all columns; give one of them"
+            )
+        for name in ("labels", "shift_labels"):
+            stated = given.get(name)
+            if stated is not None and stated.shape != ids.shape:
+                raise FoveateError(
+                    f"{name} have shape {tuple(stated.shape)}; {tuple(ids.shape)} is needed: one for each token of the "
+                    "unpruned prompt"
+                )
+
+    def _asked(self, name: str, given: dict[str, Any]) -> bool:
+        """Whether a call wants an output, by itself or by the configuration."""
+        configs = (self.model.config, text_config(self.model))
+        stated = given.get(name)
+        return bool(stated if stated is not None else any(getattr(config, name, False) for config in configs))
+
+    def _hide_labels(self, options: dict[str, Any], plan: Plan) -> None:
+        """Take out the labels of tokens that left, and of those that padding would be made to predict."""
+        if options.get("shift_labels") is not None:
+            ahead = nn.functional.pad(plan.unheard, (-1, 1), value=False)
+            options["shift_labels"] = options["shift_labels"].masked_fill(ahead, -100)
+        if options.get("labels") is not None:
+            labels = options["labels"].masked_fill(plan.unheard, -100)
+            options["labels"] = plan.gather(labels, -100) if self.short_outputs else labels
 
     def _encode(self, options: dict[str, Any], kind: str) -> Any:
         """Run the vision encoder as generate() would, and take its arguments away from forward()."""

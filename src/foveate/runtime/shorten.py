@@ -16,6 +16,7 @@ from foveate.core import FoveateError, Grid
 from foveate.layouts import Layout
 from foveate.runtime.choose import Image
 from foveate.runtime.packing import Apart
+from foveate.runtime.widen import speakers
 
 Side = Literal["left", "right"]
 
@@ -27,6 +28,8 @@ class Plan:
     index: Tensor  # (B, S') columns; 0 in re-padding
     filled: Tensor  # (B, S') bool, False in re-padding
     valid: Tensor  # (B, S') bool, False in re-padding and in the caller's own padding
+    columns: int  # S
+    whole: bool = False  # nothing has left or changed places
 
     def gather(self, values: Tensor, fill: int) -> Tensor:
         """(..., B, S) -> (..., B, S'); `fill` where there is no column."""
@@ -37,13 +40,23 @@ class Plan:
         """Each row several times in a row, as beams and samples want it."""
         if times == 1:
             return self
-        return Plan(*(part.repeat_interleave(times, dim=0) for part in (self.index, self.filled, self.valid)))
+        index, filled, valid = (part.repeat_interleave(times, dim=0) for part in (self.index, self.filled, self.valid))
+        return Plan(index, filled, valid, self.columns, self.whole)
 
     @property
-    def behind_padding(self) -> Tensor:
-        """(B, S') bool, the first column of each row behind re-padding."""
-        before = nn.functional.pad(self.filled, (1, -1), value=True)
-        return self.filled & ~before
+    def speaking(self) -> Tensor | None:
+        """(B, S) who speaks in each of the caller's columns; None where each speaks for itself."""
+        return None if self.whole else speakers(self.index, self.filled, self.columns)
+
+    @property
+    def unheard(self) -> Tensor:
+        """(B, S) bool, columns that nobody predicts: those of tokens that left, and the first one behind padding."""
+        if self.whole:
+            return torch.zeros_like(self.valid)
+        gone = self.valid.new_ones(self.index.shape[0], self.columns + 1)
+        gone = gone.scatter(1, self.index.where(self.filled, self.columns), False)[:, :-1]
+        silent = speakers(self.index, self.filled, self.columns) < 0
+        return gone | nn.functional.pad(silent, (1, -1), value=False)
 
     @property
     def original(self) -> Tensor:
@@ -140,7 +153,7 @@ def plan(mask: Tensor, images: Sequence[Image], side: Side) -> Plan:
     batch, length = mask.shape
     columns = torch.arange(length, device=mask.device)
     if all(_untouched(image) for image in images):
-        return Plan(columns.expand(batch, -1), torch.ones_like(mask), mask)
+        return Plan(columns.expand(batch, -1), torch.ones_like(mask), mask, length, whole=True)
     rows = [_row(columns, mask[number], [i for i in images if i.row == number]) for number in range(batch)]
     longest = max(row.numel() for row in rows)
     index = torch.zeros(batch, longest, dtype=torch.int64, device=mask.device)
@@ -149,7 +162,7 @@ def plan(mask: Tensor, images: Sequence[Image], side: Side) -> Plan:
         where = slice(longest - row.numel(), None) if side == "left" else slice(0, row.numel())
         index[number, where] = row
         filled[number, where] = True
-    return Plan(index, filled, filled)
+    return Plan(index, filled, filled, length)
 
 
 def _untouched(image: Image) -> bool:
