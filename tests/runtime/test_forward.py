@@ -130,7 +130,8 @@ def test_short_hidden_states_and_attentions() -> None:
         out = model(**tiny.inputs(model, "3i4"), output_hidden_states=True, output_attentions=True)
     assert {hidden.shape[1] for hidden in out.hidden_states} == {trace.length}
     assert {one.shape[-2:] for one in out.attentions} == {(trace.length, trace.length)}
-    assert out.image_hidden_states.shape[0] == 9
+    features = out.image_outputs.pooler_output if hasattr(out, "image_outputs") else [out.image_hidden_states]
+    assert [one.shape[0] for one in features] == [9]
 
 
 @torch.no_grad()

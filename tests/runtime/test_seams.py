@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import re
+import tomllib
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import transformers
+from packaging.requirements import Requirement
 from transformers import DynamicCache, StaticCache
+from untouched import untouched
 
 import foveate
+from foveate import FoveateError, Random
 from foveate.runtime import cache, generating
-from foveate.runtime.seams import CACHE, SEAMS, Seam
+from foveate.runtime.seams import CACHE, SEAMS, TESTED, Seam, moved
 
 VERSION = f"transformers {transformers.__version__}"
-
-
-def resolve(name: str) -> Any:
-    """What a dotted name stands for: the longest part of it that is a module, then attributes."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for attribute in parts[length:]:
-            found = getattr(found, attribute)
-        return found
-    raise ModuleNotFoundError(name)
-
-
-def moved(seam: Seam) -> str | None:
-    """What is no longer as pruning needs it, in words; None where all is well."""
-    try:
-        found = resolve(seam.name)
-    except (AttributeError, ModuleNotFoundError):
-        return f"{seam.name} is gone from {VERSION}. Pruning needs it ({seam.use}): find what took its place"
-    parameters = inspect.signature(found).parameters
-    taken = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD and name != "self"]
-    lacking = [name for name in seam.arguments if name not in taken]
-    if lacking or (seam.exact and tuple(taken) != seam.arguments):
-        return (
-            f"{seam.name} of {VERSION} takes ({', '.join(taken)}) where pruning ({seam.use}) counts on "
-            f"({', '.join(seam.arguments)}): see what changed, then the code that calls or replaces it"
-        )
-    return None
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name.removeprefix("transformers."))
@@ -60,14 +35,11 @@ def test_a_name_that_pruning_relies_on(seam: Seam) -> None:
 
 def test_a_name_that_moves_is_reported() -> None:
     gone = Seam("transformers.masking_utils.no_such_mask", "an example")
-    assert moved(gone) == (
-        f"transformers.masking_utils.no_such_mask is gone from {VERSION}. Pruning needs it (an example): find what "
-        "took its place"
-    )
+    assert moved(gone) == "transformers.masking_utils.no_such_mask is gone, which pruning needs (an example)"
     changed = Seam("transformers.masking_utils.find_packed_sequence_indices", "an example", ("gaps",))
     assert moved(changed) == (
-        f"transformers.masking_utils.find_packed_sequence_indices of {VERSION} takes (position_ids) where pruning (an "
-        "example) counts on (gaps): see what changed, then the code that calls or replaces it"
+        "transformers.masking_utils.find_packed_sequence_indices takes (position_ids) where pruning (an example) "
+        "counts on (gaps)"
     )
     more = Seam("transformers.modeling_utils.AttentionInterface.get_interface", "it", ("attn_implementation",), True)
     assert "takes (attn_implementation, default) where" in str(moved(more))
@@ -81,6 +53,150 @@ def test_everything_that_is_replaced_is_listed() -> None:
     }
     assert {name for name in extended if not name.startswith("_")} <= listed
     assert len({seam.name for seam in SEAMS}) == len(SEAMS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what does not fit is refused
+
+RANGE = f"is tested with transformers {TESTED[0]} to {TESTED[1]}, and {transformers.__version__} is installed"
+SITES = ("random:keep=0.5", "fastv:layer=2,keep=0.5", "h2o:heavy=0.1,recent=0.1", "fopru:keep=0.5+pyramiddrop")
+
+
+def with_layers(forward: Any, numbers: Any = range(4)) -> Any:
+    """A tiny model whose decoder layers run `forward(stock, layer, hidden_states, **options)`."""
+    model = tiny.model()
+    layers = model.get_decoder().layers
+    stock = type(layers[0])
+
+    class OtherLayer(stock):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Any, **options: Any) -> Any:
+            return forward(partial(stock.forward, self), hidden_states, **options)
+
+    OtherLayer.forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
+    for number in numbers:
+        layers[number].__class__ = OtherLayer
+    return model
+
+
+def test_layers_that_take_a_cache_by_another_name_are_refused_at_the_start() -> None:
+    model = with_layers(lambda stock, hidden, entries=None, **options: stock(hidden, **options))
+    layer = type(model.get_decoder().layers[0])
+    parameters = inspect.signature(layer.forward).parameters.values()
+    renamed = [one.replace(name="entries") if one.name == CACHE else one for one in parameters]
+    layer.forward.__signature__ = inspect.Signature(renamed)
+    handle = foveate.prune(model, Random(keep=0.5))
+    with pytest.raises(FoveateError, match=rf"forward\(\) of OtherLayer takes no {CACHE} but \(.*entries.*{RANGE}"):
+        handle.start()
+    assert not handle.active
+
+
+def test_models_that_take_no_encoded_pictures_are_refused_at_the_start() -> None:
+    model = tiny.model()
+
+    class OtherModel(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, cache: Any = None, past_key_values: Any = None) -> Any: ...
+
+    class OtherBase(type(model.model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None) -> Any: ...
+
+    model.__class__, model.model.__class__ = OtherModel, OtherBase
+    with pytest.raises(FoveateError, match=f"OtherModel takes no mm_encoder_outputs.*{RANGE}"):
+        foveate.prune(model, Random(keep=0.5)).start()
+
+
+def test_generate_with_other_arguments_is_refused_at_the_start() -> None:
+    model = tiny.model()
+
+    class OtherModel(type(model)):  # type: ignore[misc]
+        def _prepare_cache_for_generation(self, settings: Any, model_kwargs: Any) -> Any: ...
+
+    model.__class__ = OtherModel
+    with pytest.raises(FoveateError, match=rf"_prepare_cache_for_generation takes \(settings, model_kwargs\).*{RANGE}"):
+        foveate.prune(model, Random(keep=0.5)).start()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", SITES)
+@pytest.mark.parametrize("only", [range(4), [1]], ids=["all", "one"])
+def test_layers_that_drop_their_cache_are_refused_at_the_first_prompt(spec: str, only: Any) -> None:
+    model = with_layers(lambda stock, hidden, **options: stock(hidden, **{**options, CACHE: None}), only)
+    given = tiny.inputs(model, "3i4")
+    with untouched(model), foveate.prune(model, spec) as trace:
+        for call in (lambda: model.generate(**given, max_new_tokens=1), lambda: model(**given)):
+            with pytest.raises(FoveateError, match=f"layer {only[0]} of the cache holds 0 entries where .*{RANGE}"):
+                call()
+        assert not trace.history, "nothing is claimed of a prompt that was not pruned"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", SITES)
+def test_layers_that_are_handed_no_cache_are_refused_before_they_run(spec: str) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, "3i4")
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(
+            lambda layer, arguments, options: (arguments, {"entries": options.pop(CACHE), **options}), with_kwargs=True
+        )
+    with untouched(model), foveate.prune(model, spec) as trace:
+        for call in (lambda: model.generate(**given, max_new_tokens=1), lambda: model(**given)):
+            with pytest.raises(FoveateError, match=rf"layer 0 .* no {CACHE} of this prompt, but \(.*entries.*{RANGE}"):
+                call()
+        assert not trace.history
+        if "h2o" not in spec:
+            model(**given, use_cache=False)  # where none is wanted, none is missed
+            assert len(trace.history) == 1
+
+
+@torch.no_grad()
+def test_layers_that_keep_what_was_evicted_are_refused() -> None:
+    def undo(stock: Any, hidden: Any, **options: Any) -> Any:
+        cache = options[CACHE]
+        cache.update(*[torch.zeros(1, 2, 5, 8)] * 2, layer_idx=2)  # five entries that nobody asked for
+        return stock(hidden, **options)
+
+    model = with_layers(undo, [3])
+    message = "layer 2 of the cache holds 30 entries where 25 were planned"
+    with foveate.prune(model, "fastv:layer=2,keep=0.5"), pytest.raises(FoveateError, match=message):
+        model.generate(**tiny.inputs(model, "3i4"), max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_generate_that_makes_no_cache_is_refused() -> None:
+    model = tiny.model()
+
+    class OtherModel(type(model)):  # type: ignore[misc]
+        def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *rest: Any) -> None:
+            model_kwargs["entries"] = DynamicCache()
+
+    model.__class__ = OtherModel
+    message = rf"generate\(\) has made no {CACHE} for OtherModel.*{RANGE}"
+    with foveate.prune(model, Random(keep=0.5)), pytest.raises(FoveateError, match=message):
+        model.generate(**tiny.inputs(model, "3i4"), max_new_tokens=1)
+
+
+def test_a_cache_that_checkpointing_leaves_empty_is_not_missed() -> None:
+    model = tiny.model()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name from 5.23 on
+    model.train()
+    given = tiny.inputs(model, "3i4")
+    with foveate.prune(model, "fastv:layer=2,keep=0.5") as trace:
+        model(**given, use_cache=True)
+    assert len(trace.history) == 1
+    with foveate.prune(model, "h2o"), pytest.raises(FoveateError, match="no place, nor does gradient checkpointing"):
+        model(**given, use_cache=True)
+
+
+def test_the_tested_range_is_the_one_that_can_be_installed() -> None:
+    root = Path(__file__).parents[2]
+    stated = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = next(Requirement(one) for one in stated if one.startswith("transformers")).specifier
+    major, minor = map(int, TESTED[1].split("."))
+    assert str(allowed) in {f"<{major}.{minor + 1},>={TESTED[0]}", f">={TESTED[0]},<{major}.{minor + 1}"}
+    versions = [
+        re.search(r"^transformers==([\d.]+)$", (root / name).read_text(), re.MULTILINE)
+        for name in ("constraints-lowest.txt", "constraints-newest.txt")
+    ]
+    assert [one and one[1].rpartition(".")[0] for one in versions] == list(TESTED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -151,6 +151,13 @@ class Timeline:
         """What layer `number` holds; None while it holds everything."""
         return group_of(self.groups, number)
 
+    def holds(self, number: int, length: int) -> int:
+        """Entries that layer `number` holds, of `length` that layer 0 was given; windows may have forgotten some."""
+        if number in self.held:
+            return self.held[number].ages.shape[2]
+        group = self.group(number)
+        return length if group is None else group.kept.shape[1] + length - group.reach
+
     def places(self, entries: int) -> Tensor:
         """(B, entries) place of every cache entry, generated ones included."""
         grown = torch.arange(entries - self.entries, device=self.kept.device) + self.length
@@ -337,6 +344,32 @@ def check_usable(cache: object, owner: Owner) -> None:
             f"this {name} holds {cache.get_seq_length()} tokens of a prompt that was not pruned; "
             "start with an empty cache, or continue it outside the handle"
         )
+
+
+def miscounted(cache: Any, length: int) -> str | None:
+    """What a cache holds otherwise than its timeline says, in words; None where all is well.
+
+    Args:
+        length: entries that layer 0 was given so far.
+    """
+    timeline: Timeline = cache.timeline
+    # Layers that attend to what another one holds keep none.
+    numbers = [number for number, layer in enumerate(cache.layers) if hasattr(layer, "get_seq_length")]
+    found = [_entries(cache.layers[number], evicted=number in timeline.held) for number in numbers]
+    if any(isinstance(one, Tensor) for one in found):  # of a static cache: all with one wait for the device
+        found = torch.stack([torch.as_tensor(one, device=timeline.kept.device) for one in found]).tolist()
+    for number, counted in zip(numbers, found, strict=True):
+        planned = timeline.holds(number, length)
+        if counted != planned:
+            return f"layer {number} of the cache holds {counted} entries where {planned} were planned"
+        if timeline.evicting and number not in timeline.held:
+            return f"layer {number} of the cache holds {counted} entries, and none of them was seen by the method"
+    return None
+
+
+def _entries(layer: Any, evicted: bool) -> Any:
+    """Entries that a layer was given, or of those that are left where some were evicted."""
+    return layer.keys.shape[2] if evicted else layer.get_seq_length()
 
 
 def attach(cache: Cache, timeline: Timeline) -> None:

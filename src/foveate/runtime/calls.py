@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.core import FoveateError, Trace
+from foveate.runtime.cache import miscounted
 from foveate.runtime.evict import Evictor
 from foveate.runtime.layers import Descent, Stage
 from foveate.runtime.prefill import Shortened
 from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.seams import unfit
 from foveate.runtime.tower import TowerStages
 from foveate.spec import format as format_spec
 
@@ -107,13 +109,28 @@ class Calls:
                 stopwatches=shortened.stopwatches,
             )
 
-    def settle(self) -> None:
-        """A call has run: what its stages inside the decoder did is known, and the trace says it."""
+    def settle(self, done: bool) -> None:
+        """A call has run: what its stages inside the decoder did is known, and the trace says it.
+
+        Args:
+            done: it has not ended in an error.
+
+        Raises:
+            FoveateError: the cache holds other entries than were planned, whatever transformers did.
+        """
         shortened = self.shortened
-        if shortened is not None and shortened.record is not None and not shortened.settled:
-            shortened.settled = True
-            if self.stages or self.evictor is not None:
-                self.trace.history[-1] = shortened.record()
+        if shortened is None or shortened.record is None or shortened.settled:
+            return
+        shortened.settled = True
+        problem = None
+        if done and shortened.cache is not None:
+            problem = miscounted(shortened.cache, shortened.entries + shortened.fed)
+        if not done or problem is not None:
+            self.trace.history.pop()
+        elif self.stages or self.evictor is not None:
+            self.trace.history[-1] = shortened.record()
+        if problem is not None:
+            raise unfit(problem)
 
     def finish(self) -> None:
         """A prefill is over, well or not: nothing of it stays."""

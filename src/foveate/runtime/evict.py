@@ -18,6 +18,7 @@ from foveate.ops.scores import causal_received
 from foveate.runtime.cache import Held, Timeline
 from foveate.runtime.layers import Descent, window_of
 from foveate.runtime.probe import DecoderProbe
+from foveate.runtime.seams import unfit
 from foveate.spec import format as format_spec
 
 
@@ -122,7 +123,12 @@ class Evictor:
         """Take into account what this layer has just cached, and evict what is over the budget."""
         heard = self._heard.pop(number)
         earlier = timeline.held.get(number)
-        held = self._grown(number, timeline, earlier, heard, layer.keys.shape[2])
+        held = self._grown(number, timeline, earlier, heard)
+        kept = layer.keys.shape[2] if layer.is_initialized else 0
+        slides = window_of(self.layers[number]) is not None  # and forgets by itself
+        if kept > held.ages.shape[2] or (kept < held.ages.shape[2] and not slides):
+            raise unfit(f"layer {number} of the cache holds {kept} entries where {held.ages.shape[2]} were planned")
+        held.cut(kept)
         timeline.held[number] = held
         prompt = earlier is None or timeline.seen - timeline.before > 1
         if prompt:
@@ -130,27 +136,18 @@ class Evictor:
         if prompt or getattr(self.part, "when", "decode") == "decode":
             self._evict(layer, held, heard)
 
-    def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard, kept: int) -> Held:
+    def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard) -> Held:
         places, valid = self._fresh(timeline)
         attention = self.layers[number].self_attn  # its configuration may speak of other layers' heads
         heads = attention.config.num_attention_heads // attention.num_key_value_groups
         ages = places[:, None].expand(-1, heads, -1)
         scores = heard.received
         if earlier is None:
-            held = Held(ages, valid, scores, valid.sum(dim=1))
-        else:
-            if scores is not None and earlier.scores is not None:
-                scores = scores + torch.nn.functional.pad(
-                    earlier.scores, (0, scores.shape[2] - earlier.scores.shape[2])
-                )
-            held = Held(
-                torch.cat([earlier.ages, ages], dim=2),
-                torch.cat([earlier.valid, valid], dim=1),
-                scores,
-                earlier.prompt,
-            )
-        held.cut(kept)  # a sliding layer forgets by itself
-        return held
+            return Held(ages, valid, scores, valid.sum(dim=1))
+        if scores is not None and earlier.scores is not None:
+            scores = scores + torch.nn.functional.pad(earlier.scores, (0, scores.shape[2] - earlier.scores.shape[2]))
+        ages, valid = torch.cat([earlier.ages, ages], dim=2), torch.cat([earlier.valid, valid], dim=1)
+        return Held(ages, valid, scores, earlier.prompt)
 
     def _evict(self, layer: Any, held: Held, heard: _Heard) -> None:
         if not held.whole:

@@ -14,8 +14,8 @@ from foveate.families import Family
 from foveate.runtime import cache as caches
 from foveate.runtime.calls import Calls
 from foveate.runtime.layers import decode_mask
-from foveate.runtime.prefill import Prefill, renamed
-from foveate.runtime.seams import CACHE
+from foveate.runtime.prefill import Prefill, Shortened, renamed
+from foveate.runtime.seams import CACHE, unfit
 from foveate.runtime.widen import kept, spread, widen
 
 
@@ -75,15 +75,17 @@ class Forwards:
         lag = shortened.timeline.lag.to(positions.device)[..., None] * (columns >= shortened.timeline.entries)
         return arguments, {**options, "position_ids": positions + lag}
 
-    def _after_forward(self, *_: Any) -> None:
+    def _after_forward(self, model: Any, arguments: Any, output: Any) -> None:
         """Runs after an exception as well, that of a refused call from another thread included."""
         if not torch.compiler.is_compiling() and not self.calls.mine:
             return
-        self.calls.settle()
-        self.calls.direct = None
-        self.calls.finish()
-        if self.calls.run is None:
-            self.calls.free()
+        try:
+            self.calls.settle(done=output is not None)
+        finally:
+            self.calls.direct = None
+            self.calls.finish()
+            if self.calls.run is None:
+                self.calls.free()
 
     # -- the decoder ----------------------------------------------------------------------------------------------
 
@@ -93,12 +95,13 @@ class Forwards:
             return None
         # Rotary embeddings are computed by now; gappy positions would only be mistaken for packed sequences.
         options = {**options, "position_ids": None} if options.get("position_ids") is not None else options
+        hidden = arguments[0] if arguments else options["hidden_states"]
+        self._check_cache(number, hidden, options, shortened)
         timeline = caches.timeline_of(options.get(CACHE))
         if self.calls.evictor is not None and timeline is not None and number == 0:
-            hidden = arguments[0] if arguments else options["hidden_states"]
             timeline.before, timeline.seen = timeline.seen, timeline.seen + hidden.shape[1]
         if self.calls.descent is not None:
-            hidden = arguments[0] if arguments else options.pop("hidden_states")
+            options.pop("hidden_states", None)
             hidden, options = self.calls.descent.before_layer(number, hidden, options)
             arguments = (hidden, *arguments[1:])
         elif timeline is not None and number in timeline.held and self.calls.evictor is not None:
@@ -108,6 +111,17 @@ class Forwards:
         if self.calls.evictor is not None and timeline is not None:
             self.calls.evictor.before_layer(number, timeline, self.calls.descent)
         return arguments, options
+
+    def _check_cache(self, number: int, hidden: Tensor, options: dict[str, Any], shortened: Shortened) -> None:
+        """A layer that is about to run must have been handed the cache that knows what was pruned."""
+        if number == 0 and shortened.record is not None and not shortened.settled:
+            shortened.fed = hidden.shape[1]
+        if shortened.cache is None or options.get(CACHE) is shortened.cache:
+            return
+        raise unfit(
+            f"layer {number} of {type(self.model).__name__} was handed no {CACHE} of this prompt, but "
+            f"({', '.join(sorted(options))})"
+        )
 
     def _after_layer(
         self, number: int, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any

@@ -18,7 +18,7 @@ from foveate.families import Family
 from foveate.runtime import cache as caches
 from foveate.runtime.calls import Calls, Run
 from foveate.runtime.prefill import Prefill, renamed
-from foveate.runtime.seams import CACHE
+from foveate.runtime.seams import CACHE, unfit
 from foveate.spec import format as format_spec
 
 OVERRIDDEN = {
@@ -170,6 +170,9 @@ class Generating:
             if held is not None:
                 caches.check_usable(held, self.owner)
                 caches.attach(held, shortened.timeline)
+                shortened.cache = held
+            elif generation_config.use_cache:
+                raise unfit(f"generate() has made no {CACHE} for {type(self.model).__name__}")
             elif model_kwargs.get("attention_mask") is None:
                 # Without cache and mask, gaps in the positions would be read as packed sequences.
                 model_kwargs["attention_mask"] = shortened.plan.repeat(shortened.repeats).valid.long()

@@ -16,6 +16,7 @@ from foveate.runtime.joint_space import JointSpace
 from foveate.runtime.layers import stages_of
 from foveate.runtime.prefill import Prefill
 from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.seams import check_seams
 from foveate.runtime.tower import TowerStages
 
 
@@ -56,13 +57,15 @@ class Handle:
         """Install pruning on the model.
 
         Raises:
-            FoveateError: this or another handle is already at work on the model.
+            FoveateError: this or another handle is already at work on the model, or the installed transformers runs it
+                in another way than pruning counts on.
         """
         other = getattr(self.model, "_foveate_handle", None)
         if other is not None:
             whose = "this handle" if other is self else "another handle"
             raise FoveateError(f"{whose} already prunes this model; stop() it first, or give several methods as a list")
         self._generating.check()
+        check_seams(self.model, self.model.get_decoder().layers)
         try:
             self._install()
         except BaseException:

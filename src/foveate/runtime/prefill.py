@@ -63,6 +63,8 @@ class Shortened:
     settled: bool = False  # its stages inside the decoder have acted and the trace knows
     repeats: int = 1
     keep: int | Tensor = 0  # of a direct call whose columns are counted behind the decoder, its `logits_to_keep`
+    cache: Any = None  # that the decoder fills; None without one
+    fed: int = 0  # tokens that its first layer has been given of it
 
     def repeat_encoded(self, times: int) -> dict[str, Any]:
         """`mm_encoder_outputs` with what is left of each image, each row's group of images repeated."""
@@ -339,7 +341,7 @@ class Prefill:
         shortened.ids = options["input_ids"] = shortened.plan.gather(ids, self._pad_id())
         if encoded is not None:
             options["mm_encoder_outputs"] = shortened.repeat_encoded(1)
-        self._give_cache(options, cache, shortened.timeline)
+        shortened.cache = self._give_cache(options, cache, shortened.timeline)
         shortened.options = options
         return shortened
 
@@ -406,16 +408,23 @@ class Prefill:
             return None
         return encode(**{name: value for name, value in arguments.items() if value is not None}, return_dict=True)
 
-    def _give_cache(self, options: dict[str, Any], cache: Any, timeline: Timeline) -> None:
+    def _give_cache(self, options: dict[str, Any], cache: Any, timeline: Timeline) -> Any:
+        """The cache that the decoder will fill, ready to be pruned; None without one."""
         wanted = options.get("use_cache")
         if wanted is None:
             wanted = text_config(self.model).use_cache and not self.model.training
         if cache is None and wanted:
             cache = options[CACHE] = TimelineCache(config=text_config(self.model))
-        if cache is None and self.evicting:
-            raise FoveateError("a method on the cache needs one; use_cache=False leaves it no place")
         if cache is not None:
             attach(cache, timeline)
+        first = self.model.get_decoder().layers[0]
+        if first.training and getattr(first, "gradient_checkpointing", False):
+            cache = None  # transformers leaves it empty, and says so
+        if cache is None and self.evicting:
+            raise FoveateError(
+                "a method on the cache needs one; use_cache=False leaves it no place, nor does gradient checkpointing"
+            )
+        return cache
 
     # -- both -----------------------------------------------------------------------------------------------------
 

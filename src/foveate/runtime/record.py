@@ -73,7 +73,7 @@ def record(
     layers = shape.decoder.layers
     width = model.dtype.itemsize
     length = past_entries + index.shape[1]
-    kv_lengths = _kv_lengths(config, [_held(timeline, layer, length) for layer in range(layers)])
+    kv_lengths = _kv_lengths(config, [timeline.holds(layer, length) for layer in range(layers)])
     batch = index.shape[0] * repeats
 
     def budget(counts: Sequence[Sequence[int]], lengths: Sequence[int], towards: int) -> Budget:
@@ -123,14 +123,6 @@ def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) ->
             tokens = image.original
         flops += projector_flops(shape.projector, tokens=tokens)
     return flops
-
-
-def _held(timeline: Timeline, layer: int, length: int) -> int:
-    """Entries of a layer's cache, of `length` that layer 0 was given."""
-    if layer in timeline.held:
-        return timeline.held[layer].ages.shape[2]
-    group = timeline.group(layer)
-    return length if group is None else group.kept.shape[1]
 
 
 def _per_layer(image: Image, layers: int) -> list[int]:

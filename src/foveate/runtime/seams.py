@@ -1,11 +1,22 @@
-"""What pruning relies on in transformers beyond its documented interface: every such name, and what it is for."""
+"""What pruning relies on in transformers beyond its documented interface: each name and its use, and if it is there."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import transformers
 from transformers import GenerationMixin
+
+from foveate.core import FoveateError
+
+TESTED = ("5.18", "5.24")
+"""The lowest and the highest minor version of transformers that the tests run on."""
 
 _CACHE_NAMES = ("cache", "past_key_values")
 _TAKEN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -18,6 +29,8 @@ FORMER = {"pixel_values_images": "pixel_values"} | {name: CACHE for name in _CAC
 """What some processors and callers call an argument of a model, and its name in this transformers."""
 
 _GENERATE = "transformers.generation.utils.GenerationMixin."
+
+_MODELS = "transformers.models."
 
 
 @dataclass(frozen=True)
@@ -148,3 +161,101 @@ SEAMS = (
         for model in ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe")
     ),
 )
+
+
+def unfit(problem: str) -> FoveateError:
+    """The error where transformers does otherwise than pruning counts on.
+
+    Args:
+        problem: what was found, a sentence without its stop.
+    """
+    return FoveateError(
+        f"{problem}. Foveate is tested with transformers {TESTED[0]} to {TESTED[1]}, and {transformers.__version__} is "
+        "installed; use one of those, or leave this model unpruned"
+    )
+
+
+def check_seams(model: Any, layers: Sequence[Any]) -> None:
+    """Refuse a model that this transformers would run in another way than pruning counts on, by signatures alone.
+
+    Args:
+        layers: of the decoder.
+
+    Raises:
+        FoveateError: naming what is gone or takes other arguments, the version, and those that are tested.
+    """
+    kinds: list[Any] = [type(model), type(model.base_model), frozenset(type(layer) for layer in layers)]
+    problem = _first_problem(*kinds)
+    if problem is not None:
+        raise unfit(problem)
+
+
+@functools.cache
+def _first_problem(model: type, base: type, layers: Collection[type]) -> str | None:
+    """Read once for each kind of model, since classes do not change."""
+    return next(_problems(model, base, layers), None)
+
+
+def _problems(model: type, base: type, layers: Collection[type]) -> Iterator[str]:
+    for seam in SEAMS:
+        of_model = seam.name.startswith(_GENERATE)
+        if not of_model and seam.name.startswith(_MODELS) and seam.name.rsplit(".", 1)[0] not in sys.modules:
+            continue  # of other families
+        found = moved(seam, model if of_model else None)
+        if found is not None:
+            yield found
+    if "mm_encoder_outputs" not in {*_taken(model, "forward"), *_taken(base, "forward")}:
+        yield f"forward() of {model.__name__} takes no mm_encoder_outputs, the pictures as they are left"
+    if "pixel_values" not in _taken(base, "get_image_features"):
+        yield f"get_image_features() of {base.__name__} takes no pixel_values"
+    for one, wanted in ((model, (CACHE,)), *((layer, (CACHE, "attention_mask")) for layer in layers)):
+        taken = _taken(one, "forward")
+        lacking = [name for name in wanted if name not in taken]
+        if lacking and taken:  # one that names nothing may hand everything on
+            yield f"forward() of {one.__name__} takes no {' and no '.join(lacking)} but ({', '.join(taken)})"
+
+
+def moved(seam: Seam, owner: type | None = None) -> str | None:
+    """What is no longer as pruning needs it, in words; None where all is well.
+
+    Args:
+        owner: class that has it, in place of the one that the seam's name states.
+    """
+    try:
+        found = _resolve(seam.name) if owner is None else getattr(owner, seam.name.rpartition(".")[2])
+    except (AttributeError, ModuleNotFoundError):
+        return f"{seam.name} is gone, which pruning needs ({seam.use})"
+    taken = _named(found)
+    lacking = [name for name in seam.arguments if name not in taken]
+    if lacking or (seam.exact and tuple(taken) != seam.arguments):
+        return (
+            f"{seam.name} takes ({', '.join(taken)}) where pruning ({seam.use}) counts on ({', '.join(seam.arguments)})"
+        )
+    return None
+
+
+def _resolve(name: str) -> Any:
+    """What a dotted name stands for: the longest part of it that is a module, then attributes."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            found = getattr(found, attribute)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def _taken(owner: type, method: str) -> list[str]:
+    found = getattr(owner, method, None)
+    return [] if found is None else _named(found)
+
+
+def _named(function: Any) -> list[str]:
+    """The arguments that a function has names for."""
+    parameters = inspect.signature(function).parameters.values()
+    return [
+        one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL) and one.name != "self"
+    ]
