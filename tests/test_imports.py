@@ -19,6 +19,7 @@ AT_LOAD = {
     "core": set(),
     "paths": {"core"},
     "runs": {"core", "paths"},
+    "checkpoints": {"core", "paths"},
     "ops": {"core"},
     "registry": {"core"},
     "methods": {"core", "ops"},
@@ -30,9 +31,10 @@ AT_LOAD = {
     "families": {"core", "layouts"},
     "generic": {"core", "layouts", "families"},
     "modules": {"core", "ops", "paths", "runs"},
-    "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost", "texts"},
+    "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost", "texts"}
+    | {"paths", "checkpoints"},
     "prune": {"core", "spec", "registry", "methods", "families", "runtime", "cost"},
-    "scenes": {"core", "paths", "runs"},
+    "scenes": {"core", "paths", "runs", "checkpoints"},
     "draw": {"core", "images"},
     "report": {"core", "cost", "draw"},
 }
@@ -57,7 +59,7 @@ WHEN_CALLED = {
 
 NO_TRANSFORMERS = {"core", "paths", "runs", "ops", "registry", "methods", "spec", "cost", "images", "texts"}
 NO_TORCH = {"cost", "images", "texts"}
-ONLY_STANDARD_AT_LOAD = {"foveate", "core", "paths", "runs", "registry", "spec", "cost", "texts"}
+ONLY_STANDARD_AT_LOAD = {"foveate", "core", "paths", "runs", "checkpoints", "registry", "spec", "cost", "texts"}
 SCENES_MAY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError
-from foveate.core import FoveateError, did_you_mean
+from foveate.cli.errors import UsageError, usage
+from foveate.core import FoveateError, did_you_mean, short
+from foveate.paths import checked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,7 +45,8 @@ def find(name: str) -> str:
 
     if name == "mini":
         return foveate.MINI
-    path = Path(name).expanduser()
+    with usage():
+        path = checked(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{name} holds no config.json, so it is no checkpoint of transformers; give its folder")
@@ -52,7 +54,7 @@ def find(name: str) -> str:
     if path.exists():
         raise UsageError(f"{name} is a file; give the folder of the checkpoint, a hub id, or mini")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise UsageError(f"there is no folder {name}, and it is no hub id (owner/name); mini is always there")
+        raise UsageError(f"there is no folder {short(name)}, and it is no hub id (owner/name); mini is always there")
     return name
 
 
@@ -75,7 +77,7 @@ def load(
     """
     source = find(name)
     if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
+        raise UsageError(f"unknown dtype {short(repr(dtype))}; {did_you_mean(dtype, DTYPES)}")
     place = find_device(device)
     _quiet()
     config = _config(name, source, trust_remote_code)
@@ -100,7 +102,9 @@ def find_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; {did_you_mean(name, ('auto', 'cpu', 'cuda', 'mps'))}") from error
+        raise UsageError(
+            f"unknown device {short(repr(name))}; {did_you_mean(name, ('auto', 'cpu', 'cuda', 'mps'))}"
+        ) from error
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}.get(device.type, 0)
     if (device.index or 0) >= there:
         raise UsageError(f"device={name!r}, but torch sees {there} {device.type} devices here; cpu is always there")
@@ -146,6 +150,9 @@ def _check_vision(name: str, config: Any) -> None:
 def _weights(name: str, source: str, config: Any, dtype: str, trust: bool) -> Any:
     from transformers import AutoModelForImageTextToText
 
+    from foveate.checkpoints import check_names
+
+    check_names(source, name)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             source,

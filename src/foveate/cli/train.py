@@ -40,8 +40,10 @@ def mini(
     from foveate.cli.loading import find, find_device
     from foveate.cli.output import stderr
     from foveate.core import FoveateError
+    from foveate.paths import folder_target
 
     with usage():
+        folder_target(out)
         if max_seconds <= 0:
             raise FoveateError(f"--max-seconds {max_seconds:g} leaves no time; it must be above 0")
         if batch is not None and batch < 1:

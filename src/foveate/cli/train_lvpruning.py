@@ -86,10 +86,12 @@ def command(
     given = dict(locals())  # every option by its name
     own: dict[str, Any] = MINI if model == "mini" and data == SCENES else {}
     from foveate.cli.loading import load
+    from foveate.paths import folder_target
     from foveate.runs import check_run
 
     with in_options(command):
         with usage():
+            folder_target(out)
             _check(data, images, own, steps, max_seconds)
             settings = _settings({**own, **{name: value for name, value in given.items() if value is not None}})
         if int(os.environ.get("RANK", "0")) == 0:
@@ -111,6 +113,7 @@ def _own(device: str) -> str:
 
 def _check(data: str, images: Path | None, own: dict[str, Any], steps: int | None, max_seconds: float | None) -> None:
     from foveate.core import FoveateError
+    from foveate.paths import checked
 
     try:
         import accelerate  # noqa: F401 - transformers' Trainer needs it
@@ -120,7 +123,7 @@ def _check(data: str, images: Path | None, own: dict[str, Any], steps: int | Non
         raise FoveateError("--images belongs to an instruction file; scenes draw their own pictures")
     if data != SCENES and images is None:
         raise FoveateError(f"--data {data} needs --images: the folder that its pictures' paths start from")
-    if data != SCENES and not Path(data).is_file():
+    if data != SCENES and not checked(data).is_file():
         raise FoveateError(f"--data {data} is no file; give LLaVA's instruction JSON, or scenes")
     if data == SCENES and steps is None and "steps" not in own:
         raise FoveateError("--data scenes never ends; give --steps, such as --steps 3000")

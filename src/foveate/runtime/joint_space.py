@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from foveate.core import FoveateError, Method
+from foveate.checkpoints import check_names
+from foveate.core import FoveateError, Method, short
 from foveate.families import Family, family_of
+from foveate.paths import checked
 from foveate.runtime.choose import JOINT, Image
 from foveate.spec import format as format_spec
 from foveate.texts import check_text
@@ -200,8 +202,12 @@ def _loaded(model: Any, clip: Any, asked_by: str) -> tuple[Any, Any]:
             f"clip={type(clip).__name__} is neither a folder or hub id of a CLIPModel nor the pair (CLIPModel, "
             "tokenizer)"
         )
+    folder, named = checked(clip), f"clip={short(repr(str(clip)))}"
+    source = folder if folder.is_dir() else clip
+    check_names(source, named)
     try:
-        loaded = CLIPModel.from_pretrained(clip, dtype=torch.float32, use_safetensors=True)
-        return loaded.to(model.device), AutoTokenizer.from_pretrained(clip)
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"clip={str(clip)!r} cannot be loaded as a CLIPModel with its tokenizer: {error}") from error
+        loaded = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        return loaded.to(model.device), AutoTokenizer.from_pretrained(source)
+    # The loaders raise OSError, ValueError, KeyError and whatever a damaged file leads to.
+    except Exception as error:
+        raise FoveateError(f"{named} cannot be loaded as a CLIPModel with its tokenizer: {error}") from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, LlavaForConditionalGeneration
 
+from foveate.checkpoints import check_names
 from foveate.core import FoveateError
 from foveate.scenes import mini, vocabulary
 from foveate.scenes.generator import Scenes, generate
@@ -74,6 +75,7 @@ def train_clip_text(
             f"max_seconds={max_seconds}, steps={steps}, pictures={pictures} leave nothing to train; all must be above 0"
         )
     if not isinstance(model, LlavaForConditionalGeneration):
+        check_names(model, f"model={str(model)!r}")
         model = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     clip = mini.build_clip(model, seed).float().train()
     begin = time.monotonic()

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from foveate.checkpoints import check_names
 from foveate.core import FoveateError
+from foveate.paths import checked
 from foveate.runs import check_run, run_folder
 from foveate.scenes import mini
 from foveate.scenes.curriculum import ideal_tokens
@@ -170,9 +172,11 @@ def _check(max_seconds: float, batch: int, phases: Sequence[Phase]) -> None:
 def _model(start: str | Path | None, seed: int, config: LlavaConfig | None) -> LlavaForConditionalGeneration:
     if start is None:
         return mini.build(seed, config)
-    if not (Path(start) / "config.json").is_file():
+    folder = checked(start)
+    if not (folder / "config.json").is_file():
         raise FoveateError(f"start={str(start)!r} holds no config.json; give the folder of a saved mini")
-    return LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32, use_safetensors=True)
+    check_names(folder, f"start={str(start)!r}")
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 class _Session:
