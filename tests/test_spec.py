@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -353,6 +354,75 @@ def test_no_text_is_answered_with_anything_but_a_method_or_an_error_of_ours(text
     assert exactly(parse_stages(format_spec(stages)), stages)
 
 
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "random:seed=" + "9" * 20_000,
+            "'random:seed=9999.*9999' .20014 characters. is too long for a spec; the most is",
+        ),
+        ("+".join(["random"] * 5000), "'random.random.*random' .35001 characters. is too long for a spec; the most is"),
+        (f"random:seed={LONG}", r"random: seed=9+\.\.\.9+ \(5000 characters\) is float, not int"),
+        (f"random:note{LONG}=1", r"random has no field 'note9+\.\.\.9+' \(5006 characters\); Choices: keep, seed"),
+        (
+            f"random:{LONG}",
+            r"'9+\.\.\.9+' \(5002 characters\) in 'random:9+\.\.\.9+' \(5009 characters\) is no field=value",
+        ),
+        (f"fopru:strategy=x{LONG}", r"fopru: strategy=x9+\.\.\.9+ \(5001 characters\) is not among its choices"),
+        (f"probe:note='{LONG}", r"\"probe:note='9+\.\.\.9+\" \(5014 characters\) has an open ' quote"),
+        (f"probe:note='{LONG}'b", r"probe: note='9+\.\.\.9+'b \(5003 characters\) has an open quote"),
+        (f"probe:note={LONG} a", r"probe: note=9+\.\.\.9+ a \(5002 characters\): a string that is empty or holds"),
+        (f"x{LONG}", r"unknown method 'x9+\.\.\.9+' \(5003 characters\); Choices"),
+        (f"random+{LONG}+", r"'random\+9+\.\.\.9+\+' \(5010 characters\) has an empty stage"),
+        (f"@{LONG}", r"9+\.\.\.9+ \(5000 characters\) holds a name of 5000 bytes"),
+        ("lvpruning:from=" + "x" * 300, "holds a name of 300 bytes; the most is 255"),
+        ("lvpruning:from=~no-such-user", "there is no user 'no-such-user' here"),
+        ('lvpruning:from="a\0b"', "holds a NUL character"),
+        ("@~no-such-user/x", "there is no user 'no-such-user' here"),
+        ("@a\0b", "holds a NUL character"),
+    ],
+)
+def test_a_long_text_is_neither_read_for_long_nor_repeated(text: str, message: str) -> None:
+    said = told(text)
+    assert re.search(message, said), said
+    assert len(said) < 600
+
+
+def test_keep_of_many_digits_is_not_repeated() -> None:
+    with pytest.raises(FoveateError, match=r"keep='9+\.\.\.9+' \(5002 characters\) is neither a number of tokens"):
+        check_keep(LONG)
+    with pytest.raises(FoveateError, match=r"strategy='9+\.\.\.9+' \(5002 characters\) is not among its choices"):
+        FoPru(keep=1, strategy=LONG)
+
+
+@st.composite
+def _nearly_specs(draw: st.DrawFn) -> str:
+    """Names and fields that there are, with whatever a user may write behind them."""
+    name = draw(st.sampled_from(REGISTERED))
+    fields = [field.name for field in dataclasses.fields(methods.get(name)) if field.init and field.name != "path"]
+    value = (
+        st.text(max_size=20)
+        | st.text(alphabet="0123456789.eE+-/%,:\"'\\ ", max_size=20)
+        | st.integers().map(str)
+        | st.floats().map(str)
+        | st.text(alphabet="9", min_size=400, max_size=500)
+    )
+    items = draw(st.lists(st.tuples(st.sampled_from([*fields, "nothing"]), value), max_size=3))
+    return f"{name}:{','.join(f'{field}={text}' for field, text in items)}"
+
+
+@given(st.text() | st.text(st.characters()) | _nearly_specs())
+def test_arbitrary_text_is_a_method_or_refused(text: str) -> None:
+    try:
+        stages = parse_stages(text)
+    except FoveateError:
+        return
+    assert exactly(parse_stages(format_spec(stages)), stages)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # @file
 
@@ -380,6 +450,15 @@ def test_a_file_without_a_spec(tmp_path: Path, content: bytes, message: str) -> 
     path = tmp_path / "best.json"
     path.write_bytes(content)
     assert told(f"@{path}") == message.format(path=path)
+
+
+def test_a_file_of_brackets_or_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    assert told(f"@{path}") == f"@{path} cannot be read as JSON: its brackets are nested too deep"
+    assert told("@/dev/zero") == "@/dev/zero cannot be read as JSON: it has more than 1 MB"
+    path.write_text(json.dumps({"prune": "random:keep=" + "9" * 20_000}))
+    assert "(20014 characters) is too long for a spec" in told(f"@{path}")
 
 
 def test_a_file_that_points_at_itself_ends(tmp_path: Path) -> None:

@@ -81,18 +81,25 @@ def folder_target(given: Given) -> Path:
     return path
 
 
-def read_json(path: Path, name: str, what: str = "JSON") -> Any:
+def read_json(path: Path, name: str, what: str = "JSON", most: int | None = None) -> Any:
     """The value of a JSON file that a user named.
 
     Args:
         name: how messages call the file.
         what: what it is to be read as, for messages.
+        most: bytes that it may have; of a file without end no more are read.
 
     Raises:
-        FoveateError: it is not there, cannot be read, or is no JSON.
+        FoveateError: it is not there, cannot be read, has too many bytes, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read() if most is None else file.read(most + 1)
+        if most is not None and len(content) > most:
+            raise FoveateError(f"{name} cannot be read as {what}: it has more than {most / 1e6:g} MB")
+        return json.loads(content.decode())
+    except FoveateError:
+        raise
     except RecursionError as error:
         raise FoveateError(f"{name} cannot be read as {what}: its brackets are nested too deep") from error
     except OSError as error:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from foveate import methods
-from foveate.core import FoveateError, Method, did_you_mean
+from foveate.core import FoveateError, Method, did_you_mean, short
+from foveate.paths import checked, read_json
 
-_NUMBER = re.compile(r"-?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
-_EXPONENT = re.compile(r".*[=/,]\s*-?(\d+\.?\d*|\.\d+)[eE]", re.DOTALL)
+_NUMBER = re.compile(r"-?((\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
+_EXPONENT = re.compile(r"[=/,]\s*-?(\d+(\.\d*)?|\.\d+)[eE]\Z")
 _BARE = re.compile(r"[^,:+/\"'\\\s]+")
 _WORDS = {"none": None, "true": True, "false": False}
+
+LONGEST = 10_000
+"""Characters of a spec; a path in it can have 4,096."""
+
+MOST_BYTES = 1_000_000
+"""Of the JSON behind `@file`; `tune` writes its findings beside the spec."""
 
 
 def parse(text: str) -> Method:
@@ -28,17 +33,19 @@ def parse(text: str) -> Method:
     """
     stages = parse_stages(text)
     if len(stages) != 1:
-        raise FoveateError(f"{text!r} names {len(stages)} stages where one method is expected")
+        raise FoveateError(f"{_told(text)} names {len(stages)} stages where one method is expected")
     return stages[0]
 
 
 def parse_stages(text: str) -> tuple[Method, ...]:
     """Every stage of `a:keep=0.5+b:keep=0.25`, or of the JSON behind `@file`."""
+    if len(text) > LONGEST:
+        raise FoveateError(f"{_told(text)} is too long for a spec; the most is {LONGEST} characters")
     if text.startswith("@"):
-        return _load(Path(text[1:]))
+        return _load(text)
     parts = _split(text, "+")
     if not all(part.strip() for part in parts):
-        raise FoveateError(f"{text!r} has an empty stage; write name[:field=value,...], stages joined by +")
+        raise FoveateError(f"{_told(text)} has an empty stage; write name[:field=value,...], stages joined by +")
     return tuple(_parse_one(part.strip()) for part in parts)
 
 
@@ -75,11 +82,11 @@ def _parse_one(text: str) -> Method:
         field, equals, value = item.partition("=")
         field = field.strip()
         if not equals:
-            raise FoveateError(f"{item.strip()!r} in {text!r} is no field=value")
+            raise FoveateError(f"{_told(item.strip())} in {_told(text)} is no field=value")
         if field == "from" and hasattr(kind, "from_pretrained"):
             field = "path"
         elif field not in known:
-            raise FoveateError(f"{name} has no field {field!r}; {did_you_mean(field, known)}")
+            raise FoveateError(f"{name} has no field {_told(field)}; {did_you_mean(field, known)}")
         if field in values:
             raise FoveateError(f"{name} is given {field!r} twice")
         values[field] = _read(value.strip(), hints.get(field, str), f"{name}: {field}")
@@ -109,14 +116,14 @@ def _split(text: str, separator: str) -> list[str]:
         elif letter in "\"'":
             quote = letter
         elif letter == separator and not (
-            separator == "+" and text[place + 1 : place + 2].isdigit() and _EXPONENT.fullmatch(current)
+            separator == "+" and text[place + 1 : place + 2].isdigit() and _EXPONENT.search(current)
         ):
             parts.append(current)
             current = ""
             continue
         current += letter
     if quote:
-        raise FoveateError(f"{text!r} has an open {quote} quote")
+        raise FoveateError(f"{_told(text)} has an open {quote} quote")
     return [*parts, current]
 
 
@@ -127,8 +134,8 @@ def _read(text: str, hint: Any, where: str) -> Any:
             return reading
     choices = [choice for part in _alternatives(hint) for choice in typing.get_args(part) if _is_literal(part)]
     if choices:
-        raise FoveateError(f"{where}={text} is not among its choices; {did_you_mean(text, map(str, choices))}")
-    raise FoveateError(f"{where}={text} is {_kind_name(value)}, not {_hint_name(hint)}")
+        raise FoveateError(f"{where}={short(text)} is not among its choices; {did_you_mean(text, map(str, choices))}")
+    raise FoveateError(f"{where}={short(text)} is {_kind_name(value)}, not {_hint_name(hint)}")
 
 
 def _readings(text: str, value: Any) -> Iterator[Any]:
@@ -164,13 +171,14 @@ def _value(text: str, where: str) -> Any:
     if _NUMBER.fullmatch(text):
         return int(text) if re.fullmatch(r"-?\d{1,300}", text) else float(text)
     if not _BARE.fullmatch(text):
-        raise FoveateError(f"{where}={text or '(nothing)'}: a string that is empty or holds , : + / or space is quoted")
+        told = short(text) or "(nothing)"
+        raise FoveateError(f"{where}={told}: a string that is empty or holds , : + / or space is quoted")
     return text
 
 
 def _unquote(text: str, where: str) -> str:
     if len(text) < 2 or text[-1] != text[0]:
-        raise FoveateError(f"{where}={text} has an open quote")
+        raise FoveateError(f"{where}={short(text)} has an open quote")
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
@@ -234,14 +242,18 @@ def _hint_name(hint: Any) -> str:
     return " or ".join(names)
 
 
-def _load(path: Path) -> tuple[Method, ...]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"@{path} cannot be read as JSON: {error}") from error
+def _load(text: str) -> tuple[Method, ...]:
+    """The stages behind `@file`."""
+    told = short(text)
+    stored = read_json(checked(text[1:]), told, most=MOST_BYTES)
     spec = stored.get("prune") if isinstance(stored, dict) else stored
     if not isinstance(spec, str):
-        raise FoveateError(f'@{path} has no "prune" entry that holds a spec')
+        raise FoveateError(f'{told} has no "prune" entry that holds a spec')
     if spec.startswith("@"):
-        raise FoveateError(f"@{path} points on to {spec}; the file itself holds the spec")
+        raise FoveateError(f"{told} points on to {short(spec)}; the file itself holds the spec")
     return parse_stages(spec)
+
+
+def _told(text: str) -> str:
+    """What a user wrote, in quotes and no longer than a message can take."""
+    return short(repr(text))

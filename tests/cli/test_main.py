@@ -15,6 +15,64 @@ import foveate
 from foveate import cli
 from foveate.core import FoveateError
 
+IMPOSSIBLE = {
+    "n" * 300: "the most is 255",
+    "~no-such-user": "there is no user 'no-such-user' here; write the folder out",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), IMPOSSIBLE.items(), ids=["long", "user"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run X {picture} what",
+        "run mini X what",
+        "run mini {picture} what --prune lvpruning:from=X",
+        "run mini {picture} what --prune @X",
+        "run mini {picture} what --prune random:keep=4 --draw X/a.png",
+        "check X",
+        "cost X",
+        "cost mini --sweep keep --prune random:keep=4 --plot X/a.png",
+        "bench X",
+        "bench mini --json X/a.json",
+        "eval --model mini --tasks scenes --json X/a.json",
+        "analyze mini X",
+        "analyze mini {picture} --out X",
+        "analyze mini {picture} --json X/a.json",
+        "demo --out X",
+        "train mini --out X",
+        "train mini --out {folder} --start X",
+        "train lvpruning --steps 1 --out X",
+        "train lvpruning --out {folder} --data X --images {folder}",
+        "train lvpruning --out {folder} --data {file} --images X",
+    ],
+)
+def test_no_path_is_too_strange_for_words(
+    call: Any, picture: Path, tmp_path: Path, command: str, name: str, message: str
+) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    known = {"{picture}": picture, "{folder}": tmp_path / "run", "{file}": tmp_path / "data.json"}
+    words = [str(known.get(word, word)).replace("X", name) for word in command.split()]
+    result = call(*words)
+    assert (result.out, message in result.err) == ("", True), result.err
+    assert result.code == (1 if "--images X" in command else 2), result.err  # these are read with the data
+    assert len(result.err) < 400
+
+
+def test_a_file_is_no_folder_for_a_run(call: Any, picture: Path) -> None:
+    for command in ("train mini --out", "train lvpruning --steps 1 --out", "demo --out", "analyze mini --out"):
+        result = call(*command.split(), picture)
+        assert (result.code, result.err) == (2, f"foveate: {picture} is a file; give a folder\n")
+
+
+@pytest.mark.parametrize("long", ["x" * 150_000, "x " * 75_000], ids=["one word", "many"])
+def test_no_message_repeats_150_kilobytes(call: Any, picture: Path, long: str) -> None:
+    every = "eval --model mini --tasks scenes --every L"
+    for command in ("run mini {} what --device L", "run mini {} what --prune L", "cost L", "L", every):
+        result = call(*(word.replace("L", long).replace("{}", str(picture)) for word in command.split()))
+        assert result.code == 2, command
+        assert result.err.startswith("foveate: ") and len(result.err) < 5000, command
+
 
 def test_help_names_every_command(call: Any) -> None:
     result = call("--help")

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, short
 
 FAILURE = 1
 USAGE = 2
 INTERRUPTED = 130
+
+LONGEST_WORD, LONGEST_MESSAGE = 600, 4_000
+"""Characters; paths and lists of choices are shorter."""
 
 
 class UsageError(FoveateError):
@@ -61,5 +64,5 @@ def as_options(message: str, parameters: Mapping[str, inspect.Parameter]) -> str
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks."""
-    return " ".join(message.split())
+    """A message without line breaks, and without the middle of what a user wrote at too great a length."""
+    return short(" ".join(short(word, LONGEST_WORD) for word in message.split()), LONGEST_MESSAGE)

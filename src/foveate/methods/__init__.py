@@ -7,7 +7,7 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
-from foveate.core import FoveateError, Method, Scorer, did_you_mean
+from foveate.core import FoveateError, Method, Scorer, did_you_mean, short
 
 ENTRY_POINTS = "foveate.methods"
 
@@ -27,7 +27,7 @@ def get(name: str) -> type[Method]:
         FoveateError: no method has this name.
     """
     if name not in names():
-        raise FoveateError(f"unknown method {name!r}; {did_you_mean(name, names())}")
+        raise FoveateError(f"unknown method {short(repr(name))}; {did_you_mean(name, names())}")
     for point in entry_points(group=ENTRY_POINTS):
         if point.name == name:
             return _checked(name, point.load())
