@@ -1,11 +1,16 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
-# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows.
+# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows, and
+# another in .venv-newest, on the newest transformers.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/.installed
+TORCHVISION := .venv-torchvision
+TORCHVISION_STAMP := $(TORCHVISION)/.installed
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
@@ -15,10 +20,10 @@ NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lowest lint bench clean
+.PHONY: help demo test lowest newest newest-torchvision lint bench clean
 
 help: ## say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(STAMP) ## answer questions about a picture, unpruned and pruned; writes demo/kept.png
 	@HF_HUB_OFFLINE=1 $(BIN)/foveate demo --out demo
@@ -28,17 +33,26 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+part = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -p no:cacheprovider -n $(WORKERS) --dist worksteal \
+  @tests/newest.txt
+
 lowest: $(LOWEST_STAMP) ## the tests named in tests/lowest.txt, on the lowest versions
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -p no:cacheprovider @tests/lowest.txt
 
-test: lint lowest ## lint, the part for the lowest versions, then every test
+newest: $(NEWEST_STAMP) ## the tests named in tests/newest.txt, on the newest transformers
+	@$(call part,$(NEWEST))
+
+newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and torchvision; 5 GB, not part of `make test`
+	@$(call part,$(TORCHVISION))
+
+test: lint lowest newest ## lint, the parts for the lowest and the newest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 bench: $(STAMP) ## run every file of benchmarks/
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
@@ -59,3 +73,20 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	@$(LOWEST_PIP) hatchling
 	@$(LOWEST_PIP) --no-build-isolation --editable . hypothesis pytest pytest-socket
 	@touch $@
+
+# Both stand above .venv: what they do not install themselves they find there.
+$(NEWEST_STAMP): $(STAMP) constraints-newest.txt
+	@echo "Installing the newest transformers into $(NEWEST)"
+	@$(call above,$(NEWEST),constraints-newest.txt)
+	@touch $@
+
+$(TORCHVISION_STAMP): $(STAMP) constraints-newest.txt constraints-torchvision.txt
+	@echo "Installing the newest transformers, torch and torchvision into $(TORCHVISION) (several minutes)"
+	@$(call above,$(TORCHVISION),constraints-torchvision.txt)
+	@$(call above,$(TORCHVISION),constraints-newest.txt)
+	@touch $@
+
+SITE := import site; print(site.getsitepackages()[0])
+above = test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1); \
+  echo "import site; site.addsitedir('`$(BIN)/python -c "$(SITE)"`')" > "`$(1)/bin/python -c "$(SITE)"`/below.pth" && \
+  $(BIN)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --requirement $(2)

@@ -12,7 +12,9 @@ import pytest
 from pytest_socket import SocketConnectBlockedError
 
 ROOT = Path(__file__).parents[1]
-BY_PRODUCTS = {".git", ".venv", ".venv-lowest", "dist", "build", "demo", "runs", "__pycache__", ".hypothesis"}
+BY_PRODUCTS = {".git", "dist", "build", "demo", "runs", "__pycache__", ".hypothesis"} | {
+    f".venv{which}" for which in ("", "-lowest", "-newest", "-torchvision")
+}
 CATCH_ALLS = {"utils", "util", "helpers", "common", "misc"}
 LONGEST_FUNCTION = 60
 

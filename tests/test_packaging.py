@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from foveate.families import FAMILIES
+from foveate.runtime.seams import TESTED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -125,8 +127,9 @@ def test_the_rest_of_the_lowest_environment_is_pinned_as_elsewhere() -> None:
     assert lowest.keys() - usual.keys() == {"attrs"}  # which older versions of hypothesis need
 
 
-def test_what_runs_on_the_lowest_versions_is_there() -> None:
-    lines = (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("which", ["lowest", "newest"])
+def test_what_runs_on_other_versions_is_there(which: str) -> None:
+    lines = (ROOT / "tests" / f"{which}.txt").read_text(encoding="utf-8").splitlines()
     assert lines
     for line in lines:
         file, _, function = line.partition("::")
@@ -137,3 +140,12 @@ def test_what_runs_on_the_lowest_versions_is_there() -> None:
 def test_the_lowest_transformers_is_that_of_the_families() -> None:
     lowest = min(Version(family.transformers) for family in FAMILIES)
     assert lowest == Version(floors()["transformers"])
+
+
+def test_no_transformers_can_be_installed_that_nobody_has_tried() -> None:
+    (allowed,) = [one.specifier for one in map(Requirement, PROJECT["dependencies"]) if one.name == "transformers"]
+    highest = Version(TESTED[1])
+    assert allowed == SpecifierSet(f">={TESTED[0]},<{highest.major}.{highest.minor + 1}")
+    tried = [Version(pins(f"constraints-{which}.txt")["transformers"]) for which in ("lowest", "newest")]
+    assert [f"{one.major}.{one.minor}" for one in tried] == list(TESTED)
+    assert tried[0] < Version(pins()["transformers"]) <= tried[1]
