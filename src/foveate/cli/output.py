@@ -50,6 +50,20 @@ def show(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], title: st
         typer.echo(plain(columns, rows))
 
 
+def show_entries(entries: Mapping[str, str]) -> None:
+    """Print names, and beside each in lines that fit what is said of it; without anything said a name is left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, said in entries.items():
+        if said:
+            table.add_row(Text(name), Text(said))
+    stdout().print(table)
+
+
 def show_table(table: Table) -> None:
     """Print a table that is drawn already."""
     stdout().print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,12 +19,14 @@ class Column:
         title: what stands above it.
         write: how a value is written; an entry that is None or missing shows as "-".
         left: words are aligned left, figures right.
+        whole: on a terminal its words are not broken; other columns give way.
     """
 
     key: str
     title: str
     write: Callable[[Any], str] = str
     left: bool = False
+    whole: bool = False
 
     def cell(self, row: Mapping[str, Any]) -> str:
         """The text of this column in one row; several lines where `write` breaks them."""
@@ -44,7 +46,8 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], tit
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(Text(column.title), justify="left" if column.left else "right", overflow="fold")
+        side: Literal["left", "right"] = "left" if column.left else "right"
+        table.add_column(Text(column.title), justify=side, overflow="fold", no_wrap=column.whole)
     for row in rows:
         # Text is shown as it is: the brackets of a spec are no markup.
         table.add_row(*(Text(column.cell(row)) for column in columns))
