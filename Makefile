@@ -20,7 +20,7 @@ NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lowest newest newest-torchvision lint bench clean
+.PHONY: help demo test lowest newest newest-torchvision lint bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -48,8 +48,11 @@ newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and
 test: lint lowest newest ## lint, the parts for the lowest and the newest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-bench: $(STAMP) ## run every file of benchmarks/
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
+bench: $(STAMP) ## run every file of benchmarks/ but the soak
+	@set -e; for file in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
+
+soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothing drifts
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -331,7 +331,7 @@ class _Session:
     def _log(self, phase: Phase, step: int, report: Report) -> None:
         line: dict[str, Any] = {**vars(self.done), "phase": phase.kind, "rate": phase.encoder_rate * phase.rate(step)}
         line["seconds"] = round(line["seconds"], 2)
-        line |= {name: round(value.item(), 5) for name, value in self.means.current().items()}
+        line |= {name: round(value.item(), 5) for name, value in sorted(self.means.current().items())}
         self.means.clear()
         self.run.log(line)
         report(line)
