@@ -73,6 +73,21 @@ def whole_folder(folder: Given) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """A folder that others fill at its place; where that fails, it does not stay half full.
+
+    Raises:
+        FoveateError: it cannot be written, such as on a full disk; the message names it.
+    """
+    try:
+        with _named(folder):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def make_folder(folder: Given) -> Path:
     """Make a folder, and those above it; one that is there is kept as it is.
 
@@ -216,7 +231,9 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         raise FoveateError(f"{path} cannot be written: {error.strerror or error}") from error
     except Exception as error:
-        # Of safetensors, which wraps what the system said; its package is not loaded for that.
+        # Of safetensors, which wraps what the system said; its package is not loaded for that. torch.save says nothing.
+        if "inline_container" in str(error):
+            raise FoveateError(f"{path} cannot be written: there may be no room left") from error
         if type(error).__name__ != "SafetensorError":
             raise
         raise FoveateError(f"{path} cannot be written: {error}") from error

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -205,6 +206,27 @@ def test_a_killed_run_goes_on_as_if_it_had_not(finished: tuple[Path, list[dict[s
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     assert not (out / "lvpruning").exists()
+    train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
+    assert same(out, finished[0])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_names_the_checkpoint_and_leaves_no_half_of_it(
+    file: str, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole = last_checkpoint(finished[0])
+    assert whole is not None
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "run"
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((whole / file).stat().st_size // 10 * 9, before[1]))
+    try:
+        with pytest.raises(
+            FoveateError, match=r"run/checkpoint-\d+ cannot be written: .*(File too large|no room left)"
+        ):
+            train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(out.glob("checkpoint-*")) and not (out / "lvpruning").exists()
     train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
     assert same(out, finished[0])
 

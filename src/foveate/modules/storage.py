@@ -134,11 +134,12 @@ def write(modules: PreTrainedModel, folder: str | Path, card: str = "") -> Path:
     Raises:
         FoveateError: they cannot be written, such as on a full disk.
     """
+    folder = checked(folder)
     with whole_folder(folder) as temporary:
         modules.save_pretrained(temporary)
         if card:
             (temporary / "README.md").write_text(card, encoding="utf-8")
-    return Path(folder)
+    return folder
 
 
 def check_range(name: str, value: object, most: int) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import PushToHubMixin
 
+from foveate.paths import checked
 from foveate.runs import whole_folder
 from foveate.scenes import vocabulary
 
@@ -206,12 +207,12 @@ def save(model: LlavaForConditionalGeneration, folder: str | Path) -> Path:
 
     Every file appears whole: all are written to a temporary folder beside `folder` and then moved, the weights last.
     """
-    return _save(model, (processor(),), Path(folder))
+    return _save(model, (processor(),), checked(folder))
 
 
 def save_clip(clip: CLIPModel, folder: str | Path) -> Path:
     """Write `clip` in bfloat16 with its tokenizer and image processor, as `save` does."""
-    return _save(clip, (clip_tokenizer(), image_processor()), Path(folder))
+    return _save(clip, (clip_tokenizer(), image_processor()), checked(folder))
 
 
 def _save(model: PreTrainedModel, companions: tuple[PushToHubMixin, ...], folder: Path) -> Path:

@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from foveate.core import FoveateError, check_choices, check_depths, scaled_layers
 from foveate.modules import lvpruning as modules
-from foveate.runs import check_run, run_folder
+from foveate.paths import checked
+from foveate.runs import check_run, new_folder, run_folder
 from foveate.train import checkpoints
 from foveate.train.conversations import Extent, Row, collate
 from foveate.train.figures import Figures
@@ -172,7 +173,7 @@ def train_lvpruning(
             none and `resume`, one that is still at work, or another model, other data or settings than it was begun
             with.
     """
-    settings, out = settings or Settings(), Path(out)
+    settings, out = settings or Settings(), checked(out)
     check_trains(base, bool(settings.checkpointing))
     arguments = _arguments(settings, out, base.device)
     first = arguments.process_index == 0
@@ -371,9 +372,11 @@ class _Trainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         """What is added up belongs to a checkpoint, which is complete once the Trainer's own state is written."""
         figures = self.figures.state(self._over_processes)
-        if self.args.should_save:
-            checkpoints.write_figures(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", figures)
-        super()._save_checkpoint(*arguments, **options)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with new_folder(folder):
+            if self.args.should_save:
+                checkpoints.write_figures(folder, figures)
+            super()._save_checkpoint(*arguments, **options)
 
     def _over_processes(self, values: Tensor) -> Tensor:
         means: Tensor = self.accelerator.reduce(values.to(self.args.device), "mean")
