@@ -60,7 +60,7 @@ def prompts(
                 one.get("pixel_values"),
                 [_kept_before_the_decoder(image) for image in images],
                 stand_in,
-                drops=_drops(_columns(ids == model.config.image_token_id), ids.numel(), images),
+                drops=_drops(_columns(ids == model.config.image_token_id, images), ids.numel(), images),
                 renumber=renumber,
             )
         )
@@ -100,9 +100,9 @@ def _extra_before_the_decoder(image: ImageRecord) -> Tensor | None:
     return before[-1].extra if before else None
 
 
-def _columns(visual: Tensor) -> list[Tensor]:
+def _columns(visual: Tensor, images: Sequence[ImageRecord]) -> list[Tensor]:
     """Of each picture, the columns of its tokens. `visual`: (S,) bool, the placeholders of the row."""
-    return [columns for columns in visual.nonzero().squeeze(-1).split(tiny.TOKENS) if columns.numel()]
+    return list(visual.nonzero().squeeze(-1).split([image.original for image in images]))
 
 
 def _drops(visual: Sequence[Tensor], length: int, images: Sequence[ImageRecord]) -> list[reference.Drop]:
