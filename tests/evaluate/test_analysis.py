@@ -109,7 +109,7 @@ def test_a_prompt_without_picture_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "key", "count"),
-    [({}, 2, 3), ({"alpha": 0.3}, 2, 1), ({"where": 1, "keep": 4}, 0, 4), ({"where": "output"}, "read", 3)],
+    [({}, "2/24", 3), ({"alpha": 0.3}, "2/24", 1), ({"where": 1, "keep": 4}, 0, 4), ({"where": "output"}, "read", 3)],
 )
 def test_the_similarity_by_hand(settings: dict[str, Any], key: int | str, count: int) -> None:
     weights = torch.tensor([[0.1, 0.3, 0.1, 0.4, 0.1], [0.2] * 5])
@@ -152,7 +152,7 @@ def test_a_model_is_measured_as_its_eager_maps_say(attn: str, tower: str) -> Non
     if not cls:
         assert found.similarities() == []
         return
-    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[3]
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[1]  # after 1 block of 4
     scores = (hidden[:, 1:] @ hidden[:, 0, :, None])[..., 0] / 32**0.5
     for expected, got in zip(scores.softmax(dim=-1).tolist(), found.similarities(), strict=True):
         curve = sorted(expected, reverse=True)

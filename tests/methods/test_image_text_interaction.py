@@ -21,7 +21,7 @@ from foveate.spec import format as format_spec
 from foveate.spec import parse
 
 
-def signals(*weights: Sequence[float], block: int | str = 2) -> Signals:
+def signals(*weights: Sequence[float], block: int | str = "2/24") -> Signals:
     """Images whose patches have these weights, up to a factor, in the softmax of the similarity to CLS."""
     hidden = torch.tensor(weights, dtype=torch.float64).log().float()[..., None]
     batch, tokens = hidden.shape[:2]
@@ -73,7 +73,7 @@ def test_every_image_has_its_own_count() -> None:
 def test_the_similarity_is_divided_by_the_root_of_the_width() -> None:
     torch.manual_seed(0)
     hidden, cls = torch.randn(1, 40, 16), torch.randn(1, 16)
-    shown = Signals(original=40, index=torch.arange(40)[None], tower={2: Block(hidden=hidden, cls=cls)})
+    shown = Signals(original=40, index=torch.arange(40)[None], tower={"2/24": Block(hidden=hidden, cls=cls)})
     curve = torch.softmax(torch.stack([cls[0] @ patch for patch in hidden[0]]) / 4, dim=0).double()
     falling = curve.sort(descending=True)
     values = [(40 - i) * float(falling.values[0] - falling.values[i - 1]) for i in range(1, 40)]
@@ -107,7 +107,7 @@ def test_it_is_made_of_a_split_and_a_cache() -> None:
     split, cache = ImageTextInteraction(alpha=0.5).parts()
     assert split == ImageTextInteraction(alpha=0.5, visual_only=True) and split.parts() == (split,)
     assert split.site == "tower" and split.depths(24) == (3,)
-    assert split.needs == ("tower.2.hidden", "tower.2.cls")
+    assert split.needs == ("tower.2/24.hidden", "tower.2/24.cls")
     assert cache == H2O(heavy=0.5, recent=0.5)
     assert ImageTextInteraction(heavy=0.2, recent=16).parts()[1] == H2O(heavy=0.2, recent=16)
 
@@ -125,11 +125,20 @@ def test_tokens_can_leave_at_the_output_of_the_encoder() -> None:
     assert ImageTextInteraction(where=1).needs == ("tower.0.hidden", "tower.0.cls")
 
 
+@pytest.mark.parametrize(("blocks", "depth"), [(24, 3), (12, 2), (6, 1), (32, 4), (48, 5), (2, 1)])
+def test_by_default_it_acts_as_deep_in_any_encoder_as_after_3_blocks_of_24(blocks: int, depth: int) -> None:
+    assert ImageTextInteraction().depths(blocks) == (depth,)
+    assert ImageTextInteraction(where="6/24").depths(blocks) == (min(blocks - 1, 1 + round(5 * blocks / 24)),)
+    if blocks > 3:
+        assert ImageTextInteraction(where=3).depths(blocks) == (3,)
+
+
 def test_a_spec_survives_the_round_trip() -> None:
     for method in (
         ImageTextInteraction(),
         ImageTextInteraction(alpha=0.8, where="output", heavy=64),
         ImageTextInteraction(keep=127, where=5),
+        ImageTextInteraction(keep=127, where="5/12"),
     ):
         for one in (method, *method.parts()):
             again = parse(format_spec(one))
@@ -171,7 +180,7 @@ def test_tokens_ascend_and_rows_stand_alone(data: st.DataObject) -> None:
 # what patches receive
 
 
-def received(*weights: Sequence[float], block: int | str = 2) -> Signals:
+def received(*weights: Sequence[float], block: int | str = "2/24") -> Signals:
     """Images whose patches receive attention in proportion to these weights; there is no CLS."""
     rows = torch.tensor(weights) / 1000
     index = torch.arange(rows.shape[1]).repeat(len(rows), 1)
@@ -190,7 +199,7 @@ def test_the_curve_of_what_is_received_is_split() -> None:
 
 def test_the_block_is_the_one_that_cls_would_be_read_in() -> None:
     split, cache = ImageTextInteraction(attention="received").parts()
-    assert split.needs == ("tower.2.received",) and split.site == "tower" and cache == H2O(heavy=0.5, recent=0.5)
+    assert split.needs == ("tower.2/24.received",) and split.site == "tower" and cache == H2O(heavy=0.5, recent=0.5)
     assert ImageTextInteraction(attention="received", where=1).needs == ("tower.0.received",)
     output = ImageTextInteraction(attention="received", where="output")
     assert output.needs == ("tower.read.received",) and output.site == "input"
@@ -259,7 +268,7 @@ def test_no_alpha_comes_nearer(data: st.DataObject) -> None:
     found = ImageTextInteraction().calibrate(shown, target)
     best = abs(average(found, [shown]) - target)
     tries = [index / 120 + 1e-4 for index in range(1, 120 * tokens)]
-    splits = long_tail_split(shown.tower[2].hidden.squeeze(-1).softmax(dim=-1))  # type: ignore[union-attr]
+    splits = long_tail_split(shown.tower["2/24"].hidden.squeeze(-1).softmax(dim=-1))  # type: ignore[union-attr]
     for alpha in tries:
         counts = [tokens if split == tokens else min(tokens, max(1, round(alpha * split))) for split in splits]
         assert best <= abs(sum(counts) / len(counts) - target) + 1e-9

@@ -916,7 +916,7 @@ def test_tokens_must_leave_before_the_block_that_is_read(layer: int) -> None:
     foveate.prune(model, ImageTextInteraction(where=2))
     with pytest.raises(
         FoveateError,
-        match="image_text_interaction:visual_only=true acts after 3 encoder blocks; tokens must leave after 1 "
+        match="image_text_interaction:where=3,visual_only=true acts after 3 encoder blocks; tokens must leave after 1 "
         "to 2 of them, before the block that the projector reads",
     ):
         foveate.prune(model, ImageTextInteraction(where=3))
@@ -934,7 +934,7 @@ def test_a_projector_of_several_blocks_is_refused() -> None:
 
 def test_an_encoder_without_cls_is_refused() -> None:
     model = tiny.model(tower="siglip")
-    with pytest.raises(FoveateError, match=r"needs tower\.2\.cls, which llava-1\.5 with siglip_vision_model"):
+    with pytest.raises(FoveateError, match=r"needs tower\.2/24\.cls, which llava-1\.5 with siglip_vision_model"):
         foveate.prune(model, ImageTextInteraction())
     with pytest.raises(FoveateError, match=r"needs tower\.read\.cls"):
         foveate.prune(model, ImageTextInteraction(where="output"))

@@ -253,8 +253,8 @@ def similarity_figure(analysis: Analysis) -> Figure:
             axes.set_axis_off()
     figure.supxlabel("patches, the most similar first", fontsize=9.5, color=_INK)
     figure.supylabel("similarity to CLS, % of the sum", fontsize=9.5, color=_INK)
-    where = analysis.method.where
-    place = "at the encoder's output" if where == "output" else f"after {where} encoder block{'s' if where > 1 else ''}"
+    depths = analysis.method.depths(analysis.blocks)
+    place = f"after {depths[0]} encoder block{'s' if depths[0] > 1 else ''}" if depths else "at the encoder's output"
     mean = statistics.fmean(one.split for one in splits)
     told = f"split i* (red): {mean:.4g} of {len(splits[0].curve)} patches, {_over(analysis)}"
     told += f"; the first {len(shown)} are shown" if len(shown) < len(splits) else ""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -44,8 +44,9 @@ class ImageTextInteraction(Method):
         alpha: the count is max(1, round(alpha * i*)), half to even and at most all; a flat curve keeps everything.
         keep: a fixed number of most similar patches, or a share of them, for every image (the rival of Table 1), in
             place of the split.
-        where: encoder blocks that run in full before tokens leave, or "output": the block that the projector reads
-            (the paper says both).
+        where: encoder blocks that run in full before tokens leave, such as 3; "3/24": until as deep a block has run as
+            the last of 3 is in an encoder of 24, the paper's; or "output": the block that the projector reads (the
+            paper says both).
         visual_only: leave the cache alone (the ablation of Tables 2 and 4).
         heavy: cache entries chosen by attention received, or a share of the prompt's.
         recent: newest cache entries, likewise.
@@ -59,7 +60,7 @@ class ImageTextInteraction(Method):
 
     alpha: float = 1.0
     keep: Keep | None = None
-    where: int | Literal["output"] = 3
+    where: int | str = "3/24"
     visual_only: bool = False
     heavy: Keep = 0.5
     recent: Keep = 0.5
@@ -71,9 +72,12 @@ class ImageTextInteraction(Method):
             raise FoveateError(f"alpha={self.alpha} is no positive number; alpha=1.0 keeps the head of the curve")
         if self.keep is not None:
             check_keep(self.keep)
-        blocks = self.where if type(self.where) is int else 0
-        if self.where != "output" and blocks < 1:
-            raise FoveateError(f"where={self.where!r} is neither a number of encoder blocks from 1 nor 'output'")
+        blocks, of = (0, 1) if self.where == "output" else _blocks(self.where)
+        if self.where != "output" and not (blocks >= 1 and (of == 0 or blocks < of)):
+            raise FoveateError(
+                f"where={self.where!r} is neither a number of encoder blocks from 1 nor 'output'; in proportion to an "
+                "encoder's depth they are written '3/24'"
+            )
         H2O(self.heavy, self.recent)
         # The class speaks for the defaults; these two depend on the fields.
         object.__setattr__(self, "adaptive", self.keep is None)
@@ -87,7 +91,11 @@ class ImageTextInteraction(Method):
         return (f"tower.{block}.hidden", f"tower.{block}.cls")
 
     def _block(self) -> int | str:
-        return "read" if isinstance(self.where, str) else self.where - 1
+        """The name of the block that is read: the last that runs in full."""
+        if self.where == "output":
+            return "read"
+        blocks, of = _blocks(self.where)
+        return f"{blocks - 1}/{of}" if of else blocks - 1
 
     def parts(self) -> tuple[Method, ...]:
         """The split in the encoder, and the budget of the cache."""
@@ -97,13 +105,16 @@ class ImageTextInteraction(Method):
 
     def depths(self, layers: int) -> tuple[int, ...]:
         """ENCODER blocks, of `layers`, that run in full before tokens leave; empty at the encoder's output."""
-        if isinstance(self.where, str):
+        if self.where == "output":
             return ()
-        if self.where >= layers:
+        blocks, of = _blocks(self.where)
+        if of:
+            return (min(layers - 1, 1 + round((blocks - 1) * layers / of)),)
+        if blocks >= layers:
             raise FoveateError(
                 f"ImageTextInteraction: where={self.where} is outside 1..{layers - 1} of an encoder of {layers} blocks"
             )
-        return (self.where,)
+        return (blocks,)
 
     def select(self, signals: Signals) -> Selection:
         """The first part's."""
@@ -156,6 +167,14 @@ class ImageTextInteraction(Method):
             return received / received.sum(dim=-1, keepdim=True)
         assert block.hidden is not None and block.cls is not None
         return cls_similarity(block.hidden, block.cls)
+
+
+def _blocks(where: int | str) -> tuple[int, int]:
+    """(3, 0) of 3 and (3, 24) of "3/24"; (0, 0) of what is neither."""
+    if isinstance(where, str):
+        blocks, _, of = where.partition("/")
+        return (int(blocks), int(of)) if blocks.isdigit() and of.isdigit() else (0, 0)
+    return (where, 0) if type(where) is int else (0, 0)
 
 
 def _count(split: int, tokens: int, alpha: float) -> int:
