@@ -19,6 +19,7 @@ from foveate.cost.flops import lvpruning_modules
 from foveate.cost.shapes import shape
 from foveate.methods.lvpruning import LVPruning
 from foveate.modules.lvpruning import for_model, save
+from foveate.ops.subsets import even_order
 from foveate.spec import format as format_spec
 from foveate.spec import parse
 
@@ -66,6 +67,56 @@ def test_the_tokens_stay_whose_keeping_outweighs_their_removal(folder: Path) -> 
         assert [row.tolist() for row in chosen] == best.tolist()
 
 
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Modules that say how much is to be spread evenly."""
+    made = for_model(tiny.model().config, layers=(1, 2, 3), seed=1, evenness=True)
+    return save(made, tmp_path_factory.mktemp("spread"))
+
+
+@pytest.mark.parametrize(("even", "spread_out"), [(0.0, 0), (0.5, 3), (1.0, 6)])
+def test_a_share_of_the_budget_is_an_even_lattice_of_what_the_scores_leave(
+    folder: Path, even: float, spread_out: int
+) -> None:
+    method = LVPruning.from_pretrained(str(folder), keep=(6, 3, 2), even=even)
+    shown = signals(grid=(3, 4))
+    scores = method._score(shown)
+    rank = even_order(3, 4)
+    for row, kept in enumerate(method.select(shown).indices):
+        best = scores[row].argsort(descending=True, stable=True).tolist()
+        rest = sorted(best[6 - spread_out :], key=lambda token: int(rank[token]))
+        assert kept.tolist() == sorted(best[: 6 - spread_out] + rest[:spread_out])
+
+
+def test_a_later_stage_spreads_over_the_same_order(folder: Path) -> None:
+    """Where tokens have left there is no grid any more, but an even lattice of an even lattice is one."""
+    method = LVPruning.from_pretrained(str(folder), keep=(6, 3, 2), even=1.0)
+    first = signals(batch=1, grid=(3, 4))
+    kept = method.select(first).indices[0]
+    later = signals(batch=1, tokens=6, stage=1, original=12, index=kept[None], memory=first.memory)
+    assert method.select(later).indices[0].tolist() == sorted(even_order(3, 4).argsort()[:3].tolist())
+
+
+def test_modules_that_have_a_say_in_it_decide_by_text_and_budget_unless_told(spread: Path, folder: Path) -> None:
+    method = LVPruning.from_pretrained(str(spread), keep=(6, 3, 2))
+    shown = signals(grid=(3, 4))
+    shares = method._even_shares(shown, 0.5)
+    assert shares is not None and shares[0] != shares[1] and all(0 < share < 1 for share in shares)
+    assert method._even_shares(shown, 0.1) != shares
+    told = LVPruning.from_pretrained(str(spread), keep=(6, 3, 2), even=0.25)
+    assert told._even_shares(shown, 0.5) == [0.25, 0.25]
+    assert LVPruning.from_pretrained(str(spread), keep=(6, 3, 2), even=0.0)._even_shares(shown, 0.5) is None
+    assert LVPruning.from_pretrained(str(folder), keep=(6, 3, 2))._even_shares(shown, 0.5) is None
+    for seed in range(3):
+        assert_rows_stand_alone(method, [signals(seed, grid=(3, 4))])
+
+
+@pytest.mark.parametrize("even", [-0.1, 1.5, True])
+def test_a_share_outside_the_budget_is_refused(even: float) -> None:
+    with pytest.raises(FoveateError, match=rf"even={even} is no share of the budget from 0.0 to 1.0"):
+        LVPruning(path="random", even=even)
+
+
 def test_indices_are_the_original_ones(folder: Path) -> None:
     method = LVPruning.from_pretrained(str(folder), keep=(5, 3, 2))
     index = torch.arange(12).expand(2, 12) * 3
@@ -95,6 +146,7 @@ def test_a_spec_names_the_folder(folder: Path) -> None:
     text = format_spec(method)
     assert text == f'lvpruning:keep=9/0.1/0.05,from="{folder}"'
     assert parse(text) == method and parse(text).modules is not None  # type: ignore[attr-defined]
+    assert parse(format_spec(LVPruning(path="random", even=0.8))) == LVPruning(path="random", even=0.8)
     assert parse("lvpruning:from=random,keep=3/2/1") == LVPruning(keep=(3, 2, 1), path="random")
     assert "modules" not in repr(method)
 

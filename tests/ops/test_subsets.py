@@ -13,8 +13,10 @@ from torch import Tensor
 
 from foveate.core import FoveateError
 from foveate.ops.subsets import (
+    best_and_even,
     cell_centres,
     descending,
+    even_order,
     lattice,
     outlier_counts,
     random_subset,
@@ -320,3 +322,34 @@ def test_never_more_than_a_quarter_are_outliers(tokens: int, seed: int) -> None:
         low, high = row.quantile(0.25), row.quantile(0.75)
         above = row - (high + 1.5 * (high - low))
         assert (above > 1e-6).sum() <= count <= (above > -1e-6).sum()
+
+
+def test_an_even_order_of_a_line_halves_what_is_left_open() -> None:
+    order = even_order(1, 9).argsort().tolist()
+    assert {order[1], order[2]} <= {0, 8} or order[0] in {0, 8}, "the ends are farthest from anything inside"
+    assert sorted(order) == list(range(9))
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (7, 11), (1, 30)])
+@pytest.mark.parametrize("share", [0.06, 0.25, 0.6])
+def test_every_beginning_of_an_even_order_covers_the_grid_better_than_most_draws(
+    height: int, width: int, share: float
+) -> None:
+    """The largest distance from any token to the nearest chosen one, which a farthest-first order keeps small."""
+    tokens = height * width
+    places = torch.stack([torch.arange(tokens) // width, torch.arange(tokens) % width], dim=1).float()
+    apart = torch.cdist(places, places)
+    count = max(2, round(share * tokens))
+    chosen = even_order(height, width) < count
+    drawn = [apart[:, random_subset(tokens, count, seed, places.device)].amin(dim=1).amax() for seed in range(9)]
+    reached = apart[:, chosen].amin(dim=1).amax()
+    assert reached < sorted(drawn)[4]
+    closest = apart[chosen][:, chosen].fill_diagonal_(torch.inf).min()
+    assert reached <= closest, "no token is farther from all chosen ones than these are from each other"
+
+
+def test_the_best_stay_and_the_rest_come_in_even_order() -> None:
+    scores = torch.tensor([[5.0, 1, 9, 0, 2, 3], [5.0, 1, 9, 0, 2, 3], [5.0, 1, 9, 0, 2, 3]])
+    rank = torch.tensor([[3, 1, 0, 5, 2, 4]] * 3)
+    chosen = best_and_even(scores, rank, 4, [0, 2, 4])
+    assert chosen.tolist() == [[0, 2, 4, 5], [0, 1, 2, 4], [0, 1, 2, 4]]

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import Keep, Selection, Signals, Site
+from foveate.core import FoveateError, Keep, Selection, Signals, Site
 from foveate.methods._stages import stage_depths
 from foveate.methods._trained import RANDOM, TrainedStages, Words
-from foveate.ops.subsets import top_k
+from foveate.ops.subsets import best_and_even, even_order, top_k
 
 LAYERS = (1, 8, 16)
 """The paper's depths in a decoder of 32 blocks."""
@@ -27,6 +27,9 @@ class LVPruning(TrainedStages):
     ranks the tokens (eq. 13 prints the hard decision, which cannot rank). Tokens leave for good and keep their
     positions (eq. 14). The modules are trained by `foveate train lvpruning` while the model stays frozen.
 
+    Beyond the paper a share of each budget can go to an even lattice of what the scores leave: a score for each token
+    by itself cannot keep what is spread over the whole picture, such as how many things there are.
+
     Args:
         layers: decoder blocks that run before each stage; by default those that the modules were trained for, and
             without modules 1, 8 and 16 of 32, scaled to the decoder.
@@ -34,6 +37,9 @@ class LVPruning(TrainedStages):
             shares that training aimed at. The paper writes (r, r - 0.2, r - 0.4) with r = 0.6, 0.5 or 0.45.
         path: folder or hub id of trained modules; "mini" for those of the model that ships with Foveate, "random" for
             untrained ones. In a spec it is written `from=`. None plans and counts but cannot choose.
+        even: share of each stage's budget, rounded half to even, for an even lattice of what the scores leave. None is
+            what the modules say of the text, as those of `mini` do, and nothing, as in the paper, where they have no
+            say in it.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.13652"
@@ -49,18 +55,28 @@ class LVPruning(TrainedStages):
     layers: tuple[int, ...] | None = None
     keep: tuple[Keep, ...] = (0.5, 0.3, 0.1)
     path: str | None = None
+    even: float | None = None
     modules: Any = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.even is not None and (isinstance(self.even, bool) or not 0.0 <= self.even <= 1.0):
+            raise FoveateError(f"LVPruning: even={self.even} is no share of the budget from 0.0 to 1.0")
 
     @classmethod
     def from_pretrained(
-        cls, path: str, keep: tuple[Keep, ...] = (0.5, 0.3, 0.1), layers: tuple[int, ...] | None = None
+        cls,
+        path: str,
+        keep: tuple[Keep, ...] = (0.5, 0.3, 0.1),
+        layers: tuple[int, ...] | None = None,
+        even: float | None = None,
     ) -> LVPruning:
         """LVPruning with the modules of a folder or hub id; "mini" for those of the model that ships with Foveate.
 
         Raises:
-            FoveateError: no modules can be loaded from there, or `keep` or `layers` do not fit them.
+            FoveateError: no modules can be loaded from there, or `keep`, `layers` or `even` do not fit them.
         """
-        return cls(layers=layers, keep=keep, path=str(path))._ready()
+        return cls(layers=layers, keep=keep, path=str(path), even=even)._ready()
 
     def _load(self, path: str) -> Any:
         from foveate.modules.lvpruning import load
@@ -100,7 +116,12 @@ class LVPruning(TrainedStages):
         return 2 * (blocks * width**2 * (6 * visual + 2 * text) + 2 * width * visual)
 
     def select(self, signals: Signals) -> Selection:
-        kept = top_k(self._score(signals), self.wanted(signals))
+        keep = self.wanted(signals)
+        scores, shares = self._score(signals), self._even_shares(signals, keep / signals.original)
+        if shares is None:
+            kept = top_k(scores, keep)
+        else:
+            kept = best_and_even(scores, _even_ranks(signals), keep, [round(share * keep) for share in shares])
         return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
 
     @torch.no_grad()
@@ -112,3 +133,31 @@ class LVPruning(TrainedStages):
         modules = self._modules_for(visual.shape[-1]).placed(visual.device, visual.dtype)
         scores: Tensor = modules(signals.stage, visual, text, signals.text_mask.to(visual.device))
         return scores[..., 0] - scores[..., 1]
+
+    @torch.no_grad()
+    def _even_shares(self, signals: Signals, budget: float) -> list[float] | None:
+        """Of each image the share of the budget for an even lattice; None where scores alone choose.
+
+        Args:
+            budget: share of the original tokens that this stage leaves.
+        """
+        if self.even is not None:
+            return [self.even] * len(signals.index) if self.even else None
+        assert signals.decoder is not None and signals.text_mask is not None
+        text = signals.decoder.text_hidden
+        assert text is not None
+        modules = self._modules_for(text.shape[-1]).placed(text.device, text.dtype)
+        budgets = torch.full((len(text),), budget, device=text.device)
+        odds = modules.even_odds(signals.stage, text, signals.text_mask.to(text.device), budgets)
+        shares: list[float] | None = None if odds is None else odds.sigmoid().tolist()
+        return shares
+
+
+def _even_ranks(signals: Signals) -> Tensor:
+    """(B, N) each token's place in an even order of the picture's original tokens, the same at every stage.
+
+    Tokens without a grid are spaced evenly by index.
+    """
+    if "grid" not in signals.memory:
+        signals.memory["grid"] = signals.grid or (1, signals.original)
+    return even_order(*signals.memory["grid"]).to(signals.index.device)[signals.index]

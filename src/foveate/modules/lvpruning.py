@@ -43,6 +43,7 @@ class LVPruningConfig(storage.ModulesConfig):
         base_name: what it is called; for people.
         ratios: shares of the visual tokens that training aimed at; inference is free of them.
         answers: whether training let the modules read the answers.
+        evenness: whether they have heads that say how much of a budget is to be spread evenly; the paper's have none.
     """
 
     model_type = MODEL_TYPE
@@ -56,6 +57,7 @@ class LVPruningConfig(storage.ModulesConfig):
     base_name: str = ""
     ratios: list[float] | tuple[float, ...] = (0.5, 0.3, 0.1)
     answers: bool = False
+    evenness: bool = False
 
     def check_shape(self) -> None:
         """Refuse modules that cannot be built, and depths outside the decoder; FoveateError."""
@@ -124,6 +126,26 @@ class DecisionModule(nn.Module):
         return scores
 
 
+class EvenShare(nn.Module):
+    """How much of a budget an even lattice gets, of the text and the budget alone; the paper has no such thing.
+
+    What is spread over the picture, such as how many things there are, is not found by scoring each token by itself.
+    """
+
+    def __init__(self, width: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.ask = nn.Linear(width, 1)
+        self.norm = nn.LayerNorm(width)
+        self.answer = nn.Sequential(nn.Linear(width + 1, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+    def forward(self, text: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
+        """(B, T, C) with mask (B, T), and (B,) shares of the original tokens -> (B,) float32, logarithms of odds."""
+        weight = self.ask(text).float()[..., 0].masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)
+        read = self.norm((weight[..., None].to(text.dtype) * text).sum(dim=1))
+        odds: Tensor = self.answer(torch.cat([read, budget.log()[:, None].to(read.dtype)], dim=-1))[..., 0]
+        return odds.float()
+
+
 class LVPruningModules(PreTrainedModel):
     """All decision modules of one model."""
 
@@ -138,6 +160,7 @@ class LVPruningModules(PreTrainedModel):
         self.stages = nn.ModuleList(
             DecisionModule(config.width, config.heads, config.blocks) for _ in range(len(config.layers))
         )
+        self.even = nn.ModuleList(EvenShare(config.width) for _ in range(len(config.layers) * config.evenness))
         self._placed: dict[tuple[torch.device, torch.dtype], LVPruningModules] = {}
         self.post_init()
 
@@ -163,6 +186,17 @@ class LVPruningModules(PreTrainedModel):
         """Scores of one stage. (B, N, C), (B, T, C), (B, T) bool -> (B, N, 2) float32: for keeping, for removing."""
         scores: Tensor = self.stages[stage](visual, text, mask)
         return scores
+
+    def even_odds(self, stage: int, text: Tensor, mask: Tensor, budget: Tensor) -> Tensor | None:
+        """How much of one stage's budget is to be spread evenly: (B,) float32 logarithms of odds.
+
+        None where the modules have no say in it.
+
+        Args:
+            text, mask: (B, T, C) and (B, T).
+            budget: (B,) share of the original tokens that the stage is to leave.
+        """
+        return self.even[stage](text, mask, budget) if self.config.evenness else None
 
     @torch.no_grad()
     def start_keeping(self, share: float) -> None:

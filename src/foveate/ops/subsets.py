@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -226,6 +227,43 @@ def cell_centres(cell: Tensor, grid: Grid) -> Tensor:
     is_nearest = distance <= nearest[cell] + 1e-9
     first = torch.full_like(count, cell.numel(), dtype=torch.int64)
     return first.scatter_reduce(0, cell[is_nearest], tokens[is_nearest], "amin")
+
+
+@lru_cache(maxsize=32)
+def even_order(height: int, width: int) -> Tensor:
+    """(h * w,) rank of each token of a grid, 0 first, so that the first k are spread evenly for every k.
+
+    Each token in turn is one of those farthest from all before it. A fixed draw decides between equally far ones, as
+    the lowest index would fill the top of the picture first.
+    """
+    tokens = height * width
+    generator = torch.Generator().manual_seed(0)
+    lot = torch.rand(tokens, generator=generator, dtype=torch.float64) / 2  # squared distances are whole numbers
+    row, column = torch.arange(tokens) // width, torch.arange(tokens) % width
+    apart = torch.full((tokens,), 4.0 * (height**2 + width**2), dtype=torch.float64)
+    rank = torch.empty(tokens, dtype=torch.int64)
+    for turn in range(tokens):
+        token = int((apart + lot).argmax())
+        rank[token] = turn
+        apart = torch.minimum(apart, ((row - row[token]) ** 2 + (column - column[token]) ** 2).double())
+        apart[token] = -1.0
+    return rank
+
+
+def best_and_even(scores: Tensor, rank: Tensor, k: int, even: Sequence[int]) -> Tensor:
+    """The highest scores, and of the others those that come first in an even order: (B, k) positions, ascending.
+
+    Args:
+        scores: (B, N); ties: the lowest index wins.
+        rank: (B, N) place of each token in an order whose every beginning is spread evenly, see `even_order`.
+        even: B numbers in 0..k, how many of the k are chosen by that order.
+    """
+    order = descending(scores)
+    chosen = []
+    for row, ranks, count in zip(order, rank, even, strict=True):
+        best, rest = row[: k - count], row[k - count :]
+        chosen.append(torch.cat([best, rest[ranks[rest].argsort()[:count]]]))
+    return torch.stack(chosen).sort(dim=-1).values
 
 
 def random_subset(tokens: int, k: int, seed: int, device: torch.device) -> Tensor:
