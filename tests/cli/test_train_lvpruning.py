@@ -80,6 +80,45 @@ def test_options_reach_the_training(call: Any, given: dict[str, Any], folder: Pa
     assert "5 entries; left out: 1 with a missing picture\nmissing pictures: gone.png\n" in result.err
 
 
+def test_options_of_scenes_reach_the_training(call: Any, given: dict[str, Any], tmp_path: Path) -> None:
+    options = (
+        "--budgets 0.5/0.3/0.1,32/32/32 --even-weight 0.2 --start mini --mix count=2,digit=1 --check-steps 50 "
+        "--check-rows 3 --above-random count --steps 4 --batch 2 --pool 2 --hint-weight 1 --device cpu"
+    ).split()
+    result = call("train", "lvpruning", "--model", "mini", "--data", "scenes", "--out", tmp_path, *options)
+    assert result.code == 0, result.err
+    settings = given["settings"]
+    assert settings.budgets == ((0.5, 0.3, 0.1), (32, 32, 32))
+    assert (settings.even_weight, settings.start, settings.check_steps) == (0.2, "mini", 50)
+    assert settings.above_random == "count"
+    assert given["rows"].mix == {"count": 2.0, "digit": 1.0} and given["rows"].pool == 2
+    assert len(given["held_out"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mix digits=1", "unknown kind of question 'digits'; did you mean 'digit'"),
+        ("--mix count", "'count' has no number; write count=1"),
+        ("--mix count=-1", "'count=-1' is below 0 or infinite"),
+        ("--mix count=0", "--mix asks nothing"),
+        ("--budgets 0.5/x/0.1", "write --budgets 0.5/0.3/0.1,32/32/32"),
+        ("--budgets 0.5/0.3", "2 of (0.5, 0.3) for 3 modules"),
+        ("--budgets 0.1/0.3/0.5", "(0.1, 0.3, 0.5) rises"),
+        ("--even-weight 1", "give budgets= with it"),
+        ("--budgets 32/32/32 --causal-weight 0", "give hint_weight= with it"),
+        ("--above-random count", "give --check-steps"),
+        ("--check-steps 5 --above-random counts", "unknown kind of question 'counts'; did you mean 'count'"),
+        ("--check-steps 5 --check-rows 0", "--check-rows 0 judges nothing"),
+    ],
+)
+def test_what_scenes_cannot_be_asked_is_refused(call: Any, tmp_path: Path, options: str, message: str) -> None:
+    where = ["--model", "mini", "--data", "scenes", "--out", tmp_path / "run"]
+    result = call("train", "lvpruning", *where, *options.split())
+    assert result.code != 0 and message in result.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_models_are_trained_as_in_the_paper(
     call: Any, given: dict[str, Any], folder: Path, data: Any, tmp_path: Path
 ) -> None:

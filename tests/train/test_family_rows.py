@@ -24,7 +24,7 @@ from foveate.train.conversations import Conversations, Row, collate
 from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning
 from foveate.train.scene_questions import SceneQuestions
-from foveate.train.softened import Pass, Rows, Softened
+from foveate.train.softened import Pass, Softened, whole_rows
 
 # numpy's word on how stock GLM-4V reads a tensor
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -66,7 +66,7 @@ def logits_of(model: Any, batch: dict[str, Tensor], choose: Any) -> Tensor:
     seen = look(model, ids, mask, given, answered=labels != IGNORED)
     passing = Pass(mask.bool() & ~seen.holders, seen.visual)
     with torch.no_grad():
-        return passing.run(model, LAYERS, choose, Rows(ids, mask, torch.full_like(ids, IGNORED), seen))
+        return passing.run(model, LAYERS, choose, whole_rows(ids, mask, torch.full_like(ids, IGNORED), seen))
 
 
 def everything(stage: int, visual: Tensor, *_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Both losses by hand."""
+"""The losses by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from foveate.train.losses import IGNORED, causal_loss, hint_loss, kept_shares, ratio_loss
+from foveate.train.losses import IGNORED, causal_loss, even_loss, hint_loss, kept_shares, ratio_loss
 
 DECISIONS = [torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1]])]
 PRESENT = torch.tensor([[True] * 4, [True, True, False, False]])
@@ -40,11 +40,38 @@ def test_answers_are_predicted_one_place_before_them() -> None:
     assert causal_loss(logits, longer).item() == pytest.approx(-(math.log(0.25) + math.log(0.1)) / 2)
 
 
-def test_hints_weigh_wanted_tokens_and_others_by_half_each() -> None:
-    scores, wanted = (
-        [torch.tensor([[2.0, 0.0, 0.0, -1.0]]), torch.zeros(1, 4)],
-        torch.tensor([[True, False, False, False]]),
-    )
-    first = 0.5 * math.log(1 + math.exp(-2)) + 0.5 * (2 * math.log(2) + math.log(1 + math.exp(-1))) / 3
-    assert hint_loss(scores, wanted).item() == pytest.approx((first + math.log(2)) / 2)
-    assert hint_loss(scores[1:], torch.zeros(1, 4, dtype=torch.bool)).isfinite()
+def softplus(value: float) -> float:
+    return math.log(1 + math.exp(value))
+
+
+def test_hints_put_wanted_tokens_first_and_distracting_ones_last() -> None:
+    scores, wanted = torch.tensor([[2.0, 0.0, 0.0, -1.0]]), torch.tensor([[1, 0, 0, -1]])
+    wants = 0.5 * math.log(2) + 0.5 * (2 * softplus(-2) + softplus(-3)) / 3  # the border at 2
+    distracts = 0.5 * (softplus(-4) + 2 * softplus(-2)) / 3 + 0.5 * softplus(1)  # the one at -2
+    assert hint_loss([scores], wanted).item() == pytest.approx((wants + distracts) / 2)
+    again = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 4  # 0 for all: each border is 2 away
+    flat = hint_loss([torch.zeros(1, 4)], wanted).item()
+    assert flat == pytest.approx(2 * again)
+    assert hint_loss([scores, torch.zeros(1, 4)], wanted).item() == pytest.approx(((wants + distracts) / 2 + flat) / 2)
+
+
+def test_hints_judge_what_a_stage_could_choose_and_rows_that_want_something() -> None:
+    scores, wanted = torch.tensor([[2.0, 0.0, 9.0], [5.0, -5.0, 5.0]]), torch.tensor([[1, 0, -1], [0, 0, 0]])
+    left = torch.tensor([[True, True, False], [True, True, True]])
+    loss = hint_loss([scores], wanted, [left]).item()
+    wants = 0.5 * math.log(2) + 0.5 * softplus(-2)
+    stays = 0.5 * (softplus(-4) + softplus(-2)) / 2
+    assert loss == pytest.approx((wants + stays) / 2)
+    assert hint_loss([scores], torch.zeros(2, 3)).item() == 0.0
+
+
+def test_shares_spread_evenly_are_judged_where_rows_say_so() -> None:
+    odds = [torch.tensor([0.0, 3.0]), torch.tensor([2.0, 1.0])]
+    even = [torch.tensor([0.25, torch.nan]), torch.tensor([1.0, torch.nan])]
+    assert even_loss(odds, even).item() == pytest.approx((math.log(2) + softplus(-2)) / 2)
+    assert even_loss(odds, [torch.full((2,), torch.nan)] * 2).item() == 0.0
+
+
+def test_shares_can_be_asked_of_each_row() -> None:
+    wanted = torch.tensor([[0.5, 0.5], [0.25, 1.0]])
+    assert ratio_loss(DECISIONS, PRESENT, wanted).item() == pytest.approx((0 + 0.25 + 0 + 0.25) / 4)

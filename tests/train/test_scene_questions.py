@@ -35,10 +35,16 @@ def test_rows_ask_about_the_pictures_that_they_show(base: Any) -> None:
         torch.testing.assert_close(row.features[0], expected, atol=1e-4, rtol=1e-3)
         assert row.wanted is not None and row.wanted.shape == (1, mini.TOKENS)
         patches = scenes.patches()[number % 32]
-        if any(word in said for word in ("how many", "describe", "no <eos>")):
-            assert torch.equal(row.wanted[0], patches.any(dim=0))
+        objects, asked = patches.any(dim=0), row.wanted[0] > 0
+        if any(word in said for word in ("how many", "describe")):
+            assert torch.equal(row.wanted[0], objects.to(torch.int8)), "all objects, and nothing distracts"
+        elif "no <eos>" in said:
+            assert not row.wanted.any(), "what is not there is nowhere"
         else:
-            assert any(torch.equal(row.wanted[0], one) for one in patches)
+            assert any(torch.equal(asked, one) for one in patches)
+            assert torch.equal(row.wanted[0] < 0, objects & ~asked), "the other objects distract"
+        assert row.even is not None and row.even.shape == (1, 2)
+        assert bool(row.even.any()) == (row.kind in ("count", "describe"))
         if "how many" in said:
             assert answer == f"{scenes.count[number % 32]} <eos>"
 
@@ -67,3 +73,14 @@ def test_what_cannot_be_drawn_is_refused(base: Any) -> None:
         SceneQuestions(base, None, 0)
     with pytest.raises(FoveateError, match="336 x 336 pixels, the model sees 24 x 24"):
         SceneQuestions(tiny.model(), None, 5)
+
+
+def test_what_is_held_out_shows_other_pictures(base: Any) -> None:
+    trained, held_out = (SceneQuestions(base, mini.processor(), 40, split=split) for split in ("train", "test"))
+    assert not torch.equal(trained[3].features, held_out[3].features)  # type: ignore[arg-type]
+    assert trained.fingerprint() != held_out.fingerprint()
+
+
+def test_kinds_are_asked_as_often_as_the_mix_says(base: Any) -> None:
+    rows = SceneQuestions(base, mini.processor(), 64, pool=32, mix={"count": 1.0, "describe": 0.0})
+    assert {rows[number].kind for number in range(0, 64, 7)} == {"count"}

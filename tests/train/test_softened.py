@@ -18,7 +18,7 @@ from foveate.core import FoveateError, Grid, Method, Selection, Signals, Site
 from foveate.modules.lvpruning import LVPruningModules, for_model
 from foveate.runtime.soften import Seen, look
 from foveate.train.losses import IGNORED
-from foveate.train.softened import Pass, Rows, Softened, thinned
+from foveate.train.softened import Pass, Rows, Softened, thinned, whole_rows
 
 LAYERS = (1, 2, 3)
 ROWS = ("3i4", "2i9")
@@ -67,7 +67,8 @@ def softened(model: Any, **options: Any) -> Softened:
 
 def rows_of(model: Any, given: dict[str, Tensor]) -> Rows:
     ids, mask, labels = given["input_ids"], given["attention_mask"], given["labels"]
-    return Rows(ids, mask, labels, look(model, ids, mask, {"pixel_values": given["pixel_values"]}))
+    seen = look(model, ids, mask, {"pixel_values": given["pixel_values"]})
+    return whole_rows(ids, mask, labels, seen)
 
 
 def passing(given: dict[str, Tensor]) -> Pass:
@@ -198,7 +199,7 @@ def test_thinning_leaves_some_tokens_out_as_if_they_had_been_pruned_before_the_d
 def test_rows_of_different_pictures_are_not_thinned_together() -> None:
     ids = torch.tensor([[tiny.IMAGE, 3, 4], [tiny.IMAGE, tiny.IMAGE, 4]])
     visual = ids == tiny.IMAGE
-    rows = Rows(ids, torch.ones_like(ids), ids, Seen(visual, visual, ids))
+    rows = Rows(ids, torch.ones_like(ids), ids, Seen(visual, visual, ids), torch.zeros(2, 2), visual.sum(dim=1))
     with pytest.raises(FoveateError, match=r"rows of \[1, 2\] visual tokens .* use visual_share=1.0"):
         thinned(rows, 0.5, None)
 
@@ -214,8 +215,8 @@ def test_the_loss_is_the_weighted_sum_and_the_shares_are_those_of_the_decisions(
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_hints_reach_the_scores_where_they_are_asked_for(share: float) -> None:
     model = tiny.model()
-    wanted = torch.zeros(2, tiny.TOKENS, dtype=torch.bool)
-    wanted[:, ::2] = True
+    wanted = torch.zeros(2, tiny.TOKENS, dtype=torch.int8)
+    wanted[:, ::2] = 1
     plain = softened(model, share=share)(**given_rows(model), wanted=wanted)
     assert "hint" not in plain
     made = softened(model, share=share, hint_weight=0.5)(**given_rows(model), wanted=wanted)

@@ -20,7 +20,7 @@ from foveate.families import FAMILIES
 from foveate.modules.lvpruning import for_model, load, save
 from foveate.runtime.soften import look
 from foveate.train.losses import IGNORED
-from foveate.train.softened import Pass, Rows, Softened, thinned
+from foveate.train.softened import Pass, Rows, Softened, thinned, whole_rows
 
 EVERY = (*tiny.FAMILIES, *(name for name in tiny_families.KINDS if "/" in name))
 ROWS = ("3i4", "2i1i5")
@@ -66,12 +66,12 @@ def batch_of(model: Any, *rows: str, padding: str = "left") -> Batch:
         mine = torch.cat([torch.arange(image.original) for image in trace.images if image.row == row])
         assert mine.numel() == int(seen.visual[row].sum())
         index[row, : mine.numel()] = mine
-    return Batch(ids, mask, labels, given, Rows(ids, mask, labels, seen), index, stock)
+    return Batch(ids, mask, labels, given, whole_rows(ids, mask, labels, seen), index, stock)
 
 
 def run(model: Any, batch: Batch, choose: Any, layers: tuple[int, ...] = LAYERS) -> tuple[Tensor, Pass]:
     """(B, L, V) of all places."""
-    rows = Rows(batch.ids, batch.mask, torch.full_like(batch.ids, IGNORED), batch.rows.seen)
+    rows = whole_rows(batch.ids, batch.mask, torch.full_like(batch.ids, IGNORED), batch.rows.seen)
     passing = Pass(batch.mask.bool() & ~rows.seen.holders, rows.seen.visual)
     with torch.no_grad():
         return passing.run(model, layers, choose, rows), passing

@@ -375,3 +375,57 @@ def test_noise_depends_on_the_step_and_not_on_the_random_state() -> None:
         kept.append(made(**batch, **row.given)["kept"].tolist())
         torch.rand(7)
     assert kept[0] == kept[1] != kept[2]
+
+
+class Hinted(Few):
+    """Rows that know which tokens they want, and how much is best spread evenly."""
+
+    def __getitem__(self, number: int) -> Row:
+        row = super().__getitem__(number)
+        wanted = torch.zeros(1, tiny.TOKENS, dtype=torch.int8)
+        wanted[:, number % 8 :: 8], wanted[:, (number + 1) % 8 :: 8] = 1, -1
+        even = torch.tensor([[0.75, 0.25]])
+        return dataclasses.replace(row, wanted=wanted, even=even, kind=("odd" if number % 2 else "even"))
+
+
+HINTED = dataclasses.replace(
+    SETTINGS, budgets=((0.5, 0.3, 0.1), (2, 2, 2)), hint_weight=1.0, even_weight=0.5, causal_weight=0.0
+)
+
+
+def test_hints_alone_teach_without_answers_and_a_run_goes_on_from_its_modules(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    model = tiny.model()
+    with untouched(model):
+        folder = train_lvpruning(model, Hinted(), tmp_path / "first", HINTED, report=lines.append)
+    first = load(folder)
+    assert first.config.evenness
+    steps = [line for line in lines if "hint" in line]
+    assert len(steps) == 6 and all("even" in line and "causal" not in line for line in steps)
+    kept = {tuple(round(36 * line[f"kept_{stage}"]) for stage in (1, 2, 3)) for line in steps}
+    assert kept == {(18, 10, 3), (2, 2, 2)}, "each step has one of the budgets, to the token"
+    again = dataclasses.replace(HINTED, start=str(folder), rate=1e-12, causal_weight=1.0)
+    second = load(train_lvpruning(tiny.model(), Hinted(), tmp_path / "second", again))
+    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    with pytest.raises(FoveateError, match=r"holds modules after \[1, 2, 3\] blocks, not \[1, 2\]"):
+        train_lvpruning(
+            tiny.model(),
+            Hinted(),
+            tmp_path / "third",
+            Settings(start=str(folder), layers=(1, 2), ratios=(0.5, 0.1), batch=4, steps=1),
+        )
+
+
+def test_held_out_rows_are_answered_beside_rivals(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    held_out = [Hinted(seed=9)[number] for number in range(6)]
+    settings = dataclasses.replace(HINTED, check_steps=3)
+    train_lvpruning(tiny.model(), Hinted(), tmp_path / "run", settings, report=lines.append, held_out=held_out)
+    exams = [line for line in lines if "modules all" in line]
+    assert [line["step"] for line in exams] == [3, 6]
+    for line in exams:
+        for who in ("modules", "random", "uniform"):
+            parts = [line[f"{who} {kind}"] for kind in ("even", "odd")]
+            assert line[f"{who} all"] == pytest.approx(sum(parts) / 2), "as many rows of each kind"
+    assert exams[0]["random all"] == exams[1]["random all"]

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -33,6 +33,14 @@ MINI = {
 CausalWeight = Annotated[float | None, typer.Option(metavar="W", help="Of the loss of the answers; 1.")]
 RatioWeight = Annotated[float | None, typer.Option(metavar="W", help="Of the loss of the kept shares; 2.")]
 HintWeight = Annotated[float | None, typer.Option(metavar="W", help="Of hints which tokens are asked about; scenes.")]
+EvenWeight = Annotated[float | None, typer.Option(metavar="W", help="Of how much is to be spread evenly; scenes.")]
+Budgets = Annotated[
+    str | None, typer.Option(metavar="K/K/K,...", help="Each step draws one, such as 0.5/0.3/0.1,32/32/32.")
+]
+Mix = Annotated[
+    str | None, typer.Option(metavar="MIX", help="Kinds of questions on scenes: even, or count=2,digit=1,...")
+]
+Start = Annotated[str | None, typer.Option(metavar="FOLDER", help="Modules to start from; mini for those shipped.")]
 DecisionClip = Annotated[float | None, typer.Option(metavar="C", help="Cut the gradient of one decision; 0 is never.")]
 Anneal = Annotated[float | None, typer.Option(metavar="S", help="Share of the steps in which the ratios fall from 1.")]
 VisualShare = Annotated[
@@ -43,6 +51,13 @@ Micro = Annotated[
 ]
 Checkpointing = Annotated[
     bool | None, typer.Option(help="Recompute blocks for their gradients: less memory, more time. Where it is needed.")
+]
+CheckSteps = Annotated[
+    int | None, typer.Option(metavar="N", help="Steps between exams on held-out scenes, beside random and uniform.")
+]
+CheckRows = Annotated[int, typer.Option(metavar="N", help="Questions of an exam, kinds balanced.")]
+AboveRandom = Annotated[
+    str | None, typer.Option(metavar="KIND", help="Stop where two exams find this kind below random.")
 ]
 MaxSeconds = Annotated[float | None, typer.Option(metavar="S", help="Stop after S seconds, with everything saved.")]
 
@@ -62,6 +77,10 @@ def command(
     causal_weight: CausalWeight = None,
     ratio_weight: RatioWeight = None,
     hint_weight: HintWeight = None,
+    even_weight: EvenWeight = None,
+    budgets: Budgets = None,
+    start: Start = None,
+    mix: Mix = None,
     ratio_loss: Annotated[str, typer.Option(metavar="KIND", help="mse or huber.")] = "mse",
     decision_clip: DecisionClip = None,
     anneal: Anneal = None,
@@ -72,6 +91,9 @@ def command(
     pool: Annotated[int, typer.Option(metavar="N", help="Different pictures of scenes.")] = 4096,
     save_steps: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints.")] = 500,
     log_steps: Annotated[int, typer.Option(metavar="N", help="Steps between two lines of the log.")] = 10,
+    check_steps: CheckSteps = None,
+    check_rows: CheckRows = 100,
+    above_random: AboveRandom = None,
     max_seconds: MaxSeconds = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of modules, order, noise and scenes.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -94,11 +116,12 @@ def command(
             folder_target(out)
             _check(data, images, own, steps, max_seconds)
             settings = _settings({**own, **{name: value for name, value in given.items() if value is not None}})
+            asked = _Asked(pool, _mix(mix, data), _checked(check_steps, check_rows, above_random, data))
         if int(os.environ.get("RANK", "0")) == 0:
             check_run(out, resume)
         check = partial(_check_dtype, model, dtype)
         loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code, check=check)
-        _train(loaded, data, images, out, settings, pool=pool, resume=resume, max_seconds=max_seconds)
+        _train(loaded, data, images, out, settings, asked, resume=resume, max_seconds=max_seconds)
 
 
 def _own(device: str) -> str:
@@ -158,8 +181,88 @@ def _settings(given: dict[str, Any]) -> Any:
                 values[name] = tuple(kind(part) for part in values[name].split("/"))
             except ValueError as error:
                 raise FoveateError(f"{error}; write --layers 1/8/16 and --ratios 0.5/0.3/0.1") from error
+    if "budgets" in values:
+        values["budgets"] = tuple(_budget(one) for one in values["budgets"].split(","))
     values["decision_clip"] = values.get("decision_clip") or None
     return Settings(**values)
+
+
+def _budget(text: str) -> tuple[int | float, ...]:
+    from foveate.core import FoveateError
+
+    try:
+        return tuple(int(part) if part.isdigit() else float(part) for part in text.split("/"))
+    except ValueError as error:
+        raise FoveateError(f"{error}; write --budgets 0.5/0.3/0.1,32/32/32") from error
+
+
+def _mix(text: str | None, data: str) -> dict[str, float] | None:
+    """How often each kind of question is asked; None is as the scenes have it."""
+    from foveate.core import FoveateError, did_you_mean
+    from foveate.scenes.questions import KINDS
+
+    if text is None:
+        return None
+    if data != SCENES:
+        raise FoveateError("--mix belongs to scenes; an instruction file asks what it holds")
+    if text == "even":
+        return dict.fromkeys(KINDS, 1.0)
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        kind, _, share = part.partition("=")
+        if kind not in KINDS:
+            raise FoveateError(f"--mix: unknown kind of question {kind!r}; {did_you_mean(kind, KINDS)}")
+        try:
+            found[kind] = float(share)
+        except ValueError as error:
+            raise FoveateError(f"--mix: {part!r} has no number; write {kind}=1") from error
+        if not 0 <= found[kind] < float("inf"):
+            raise FoveateError(f"--mix: {part!r} is below 0 or infinite; the smallest is {kind}=0")
+    if not sum(found.values()):
+        raise FoveateError("--mix asks nothing; give one kind at least a share above 0")
+    return found
+
+
+class _Asked(NamedTuple):
+    """What scenes are asked."""
+
+    pool: int
+    mix: dict[str, float] | None  # None is as the scenes have it
+    checked: int  # held-out questions of an exam; 0 is none
+
+
+def _checked(steps: int | None, rows: int, kind: str | None, data: str) -> int:
+    """Held-out questions of an exam."""
+    from foveate.core import FoveateError, did_you_mean
+    from foveate.scenes.questions import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise FoveateError(f"--above-random: unknown kind of question {kind!r}; {did_you_mean(kind, KINDS)}")
+    if kind is not None and steps is None:
+        raise FoveateError("--above-random is judged in exams; give --check-steps, such as --check-steps 200")
+    if steps is None:
+        return 0
+    if data != SCENES:
+        raise FoveateError("--check-steps asks held-out scenes; an instruction file has none")
+    if rows < 1:
+        raise FoveateError(f"--check-rows {rows} judges nothing; the smallest is 1")
+    return rows
+
+
+def _scenes(loaded: Loaded, settings: Any, asked: _Asked) -> tuple[Any, list[Any]]:
+    """Rows to train on, and those of other pictures to judge by, of every kind as many."""
+    from foveate.scenes.packing import MIX
+    from foveate.scenes.questions import KINDS
+    from foveate.train.scene_questions import SceneQuestions
+
+    model, processor, seed = loaded.model, loaded.processor, settings.seed
+    mix = MIX if asked.mix is None else asked.mix
+    rows = SceneQuestions(model, processor, settings.steps * settings.batch, pool=asked.pool, seed=seed, mix=mix)
+    if not asked.checked:
+        return rows, []
+    even = dict.fromkeys(KINDS, 1.0)
+    held_out = SceneQuestions(model, processor, asked.checked, pool=asked.checked, seed=seed, mix=even, split="test")
+    return rows, [held_out[number] for number in range(asked.checked)]
 
 
 def _train(
@@ -168,8 +271,8 @@ def _train(
     images: Path | None,
     out: Path,
     settings: Any,
+    asked: _Asked,
     *,
-    pool: int,
     resume: bool,
     max_seconds: float | None,
 ) -> None:
@@ -177,7 +280,6 @@ def _train(
     from foveate.families import family_of
     from foveate.train.conversations import Conversations
     from foveate.train.lvpruning import train_lvpruning
-    from foveate.train.scene_questions import SceneQuestions
     from foveate.train.softened import check_trains
 
     console = stderr()
@@ -192,10 +294,9 @@ def _train(
     if loaded.model.device.type == "cpu":
         loaded.model.get_decoder().set_attn_implementation("eager")  # takes masks with gradients in half the time
     rows: Any
+    held_out: list[Any] = []
     if data == SCENES:
-        rows = SceneQuestions(
-            loaded.model, loaded.processor, settings.steps * settings.batch, pool=pool, seed=settings.seed
-        )
+        rows, held_out = _scenes(loaded, settings, asked)
     else:
         assert images is not None
         token = family_of(loaded.model).image_token_id(loaded.model.config)
@@ -204,7 +305,7 @@ def _train(
         if rows.skipped.missing:
             say(f"missing pictures: {', '.join(rows.skipped.missing[:20])}")
     say(f"learning rate {settings.rate:g}, batch {settings.batch}, ratios {'/'.join(map(str, settings.ratios))}")
-    options: dict[str, Any] = {"name": loaded.name, "resume": resume, "max_seconds": max_seconds}
+    options: dict[str, Any] = {"name": loaded.name, "resume": resume, "max_seconds": max_seconds, "held_out": held_out}
     folder = train_lvpruning(loaded.model, rows, out, settings, **options, report=report, tell=say)
     if data != SCENES and rows.skipped.broken:
         say(f"broken pictures: {', '.join(rows.skipped.broken)}")

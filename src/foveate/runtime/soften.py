@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, Grid
 from foveate.families import Family, family_of
 from foveate.layouts import Encoded, runs_of
 from foveate.runtime.prefill import TOKEN_TYPES, renamed
@@ -40,6 +40,7 @@ class Seen:
     positions: Tensor  # (B, L) or (A, B, L)
     encoded: Any = None  # transformers' output for the pictures
     types: dict[str, Tensor] = field(default_factory=dict)  # (B, L) each
+    grids: tuple[Grid | None, ...] = ()  # of each row's picture before any token left; None without one raster
 
     def options(self) -> dict[str, Any]:
         """Arguments of a call beside ids and mask."""
@@ -59,6 +60,7 @@ class Seen:
             self.positions.gather(-1, columns.expand(*self.positions.shape[:-1], -1)),
             None if self.encoded is None else _cut(self.encoded, stays),
             {name: types.gather(1, columns) for name, types in self.types.items()},
+            self.grids,
         )
 
 
@@ -91,6 +93,7 @@ def look(
     if encoded is None and bool(holders.any()):
         raise FoveateError(f"the rows have {int(holders.sum())} visual placeholders but no pixel_values were given")
     visual = torch.zeros_like(holders)
+    grids: list[list[Grid | None]] = [[] for _ in ids]
     if encoded is not None:
         tower, token = family.tower_of(model)[0], family.image_token_id(model.config)
         rows = list(encoded.pooler_output)
@@ -99,10 +102,12 @@ def look(
         images, _ = place_images(ids, token, torch.cat(rows), layouts)
         for image in images:
             visual[image.row, image.columns] = True
+            grids[image.row].append(image.grid)
     types = {name: given[name] for name in TOKEN_TYPES if name in given}
     if family.answers_typed and answered is not None:
         types["token_type_ids"] = answered.cumsum(dim=1).clamp(max=1)
-    return Seen(visual, holders, _positions(model, family, ids, mask, given), encoded, types)
+    of_rows = tuple(of_row[0] if len(of_row) == 1 else None for of_row in grids)
+    return Seen(visual, holders, _positions(model, family, ids, mask, given), encoded, types, of_rows)
 
 
 def _encoded(model: Any, given: Mapping[str, Tensor], features: Tensor | None) -> Any:

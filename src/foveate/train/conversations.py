@@ -40,7 +40,9 @@ class Row:
     labels: Tensor  # (L,) int64, -100 wherever no answer stands
     given: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, their sizes, token types (1, L), by their names
     features: Tensor | None = None  # (pictures, N, D), in place of pixels
-    wanted: Tensor | None = None  # (pictures, N) bool, the tokens that the question is about, where that is known
+    wanted: Tensor | None = None  # (pictures, N) int8: 1 what the question is about, -1 what distracts from it, else 0
+    even: Tensor | None = None  # (pictures, 2) share of an ample and a tight budget best spread evenly, or NaN
+    kind: str = ""  # of the question, for whoever counts answers by kind
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,7 @@ def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
         values = [row.given[name] for row in rows]
         typed = name in TOKEN_TYPES
         batch[name] = torch.stack([padded(value[0], 0) for value in values]) if typed else joined(values)
-    for name in ("features", "wanted"):
+    for name in ("features", "wanted", "even"):
         if getattr(rows[0], name) is not None:
             batch[name] = torch.cat([getattr(row, name) for row in rows])
     return batch

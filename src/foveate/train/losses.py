@@ -1,4 +1,4 @@
-"""The two losses of LVPruning: predicting the answers, and keeping the shares that were asked for."""
+"""The losses of LVPruning: the answers, the shares that were asked for, and hints that the paper does without."""
 
 from __future__ import annotations
 
@@ -27,34 +27,70 @@ def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def ratio_loss(
-    decisions: Sequence[Tensor], present: Tensor, ratios: Sequence[float], kind: RatioLoss = "mse", beta: float = 0.5
+    decisions: Sequence[Tensor],
+    present: Tensor,
+    ratios: Sequence[float] | Tensor,
+    kind: RatioLoss = "mse",
+    beta: float = 0.5,
 ) -> Tensor:
     """How far the kept shares are from `ratios` (eq. 11), mean over stages and rows.
 
     Args:
         decisions: of each stage (B, N), those of earlier stages multiplied in (eq. 10).
         present: (B, N) bool, which of the N are tokens of their row.
+        ratios: of each stage, or (S, B) of each stage and row.
         kind: "mse" squares the difference as eq. 11 does; "huber" is quadratic up to `beta` and linear beyond, the
-            loss that the paper's next sentence names.
+            loss that the paper's next sentence names. With a beta of 0.5 it is the same up to a difference of 0.5.
     """
     shares = kept_shares(decisions, present)
-    target = torch.tensor(ratios, device=shares.device, dtype=shares.dtype)[:, None].expand_as(shares)
+    target = torch.as_tensor(ratios, device=shares.device, dtype=shares.dtype)
+    target = target.view(len(target), -1).expand_as(shares)
     if kind == "huber":
         return functional.smooth_l1_loss(shares, target, beta=beta)
     return functional.mse_loss(shares, target)
 
 
-def hint_loss(scores: Sequence[Tensor], wanted: Tensor) -> Tensor:
-    """How well the scores tell wanted tokens from others: cross-entropy, either kind weighing half, mean over stages.
+MARGIN = 2.0
+"""How far the scores of what a question asks about, of the background and of what distracts are to be apart."""
+
+
+def hint_loss(scores: Sequence[Tensor], wanted: Tensor, left: Sequence[Tensor] | None = None) -> Tensor:
+    """How well the scores put wanted tokens first and distracting ones last: ordinal logistic, mean over stages.
+
+    Wanted tokens are to score above `MARGIN`, distracting ones below its negative, the others in between. Either side
+    of either border weighs half. Rows without a wanted token say nothing.
 
     Args:
         scores: of each stage (B, N), by how much keeping outweighs removing.
-        wanted: (B, N) bool.
+        wanted: (B, N) 1 for what the question is about, -1 for what would distract from it, else 0.
+        left: of each stage (B, N) bool, the tokens that it could choose from; None is all at all stages.
     """
-    target = wanted.to(scores[0].dtype)
-    weight = 0.5 * target / target.sum().clamp(min=1) + 0.5 * (1 - target) / (1 - target).sum().clamp(min=1)
-    found = [functional.binary_cross_entropy_with_logits(one, target, weight, reduction="sum") for one in scores]
+    told = (wanted > 0).any(dim=1, keepdim=True).expand_as(wanted)
+    found = []
+    for number, one in enumerate(scores):
+        counts = told if left is None else told & left[number]
+        found += [_border(one - MARGIN, wanted > 0, counts), _border(one + MARGIN, wanted >= 0, counts)]
     return torch.stack(found).mean()
+
+
+def _border(scores: Tensor, above: Tensor, counts: Tensor) -> Tensor:
+    """Cross-entropy of lying on the right side of 0, either side weighing half, over the tokens that count."""
+    loss = functional.binary_cross_entropy_with_logits(scores.float(), above.float(), reduction="none")
+    sides = [counts & above, counts & ~above]
+    return torch.stack([0.5 * (loss * side).sum() / side.sum().clamp(min=1) for side in sides]).sum()
+
+
+def even_loss(odds: Sequence[Tensor], even: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of the shares that are spread evenly against those that rows ask for, mean over stages and rows.
+
+    Args:
+        odds: of each stage (B,), logarithms.
+        even: of each stage (B,), from 0 to 1; NaN says nothing.
+    """
+    said, wanted = torch.stack(list(odds)), torch.stack(list(even))
+    loss = functional.binary_cross_entropy_with_logits(said, wanted.nan_to_num(0.0), reduction="none")
+    told = ~wanted.isnan()
+    return (loss * told).sum() / told.sum().clamp(min=1)
 
 
 def kept_shares(decisions: Sequence[Tensor], present: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,23 +17,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from foveate.core import FoveateError, check_choices, check_depths, scaled_layers
+from foveate.core import FoveateError, Keep, check_choices, check_depths, check_keep, scaled_layers
 from foveate.modules import lvpruning as modules
 from foveate.paths import checked
 from foveate.runs import check_run, new_folder, run_folder
 from foveate.train import checkpoints
 from foveate.train.conversations import Extent, Row, collate
 from foveate.train.figures import Figures
+from foveate.train.held_out import Examiner, HeldOut
 from foveate.train.losses import RatioLoss
 from foveate.train.memory import divide
 from foveate.train.softened import Softened, check_trains
 
 Report = Callable[[dict[str, Any]], None]
 
+_NO_DIFFERENCE = ("save_steps", "log_steps", "check_steps", "above_random")  # settings that no weight depends on
+
 LAYERS = (1, 8, 16)
 """The paper's depths in a decoder of 32 blocks."""
 
-_NOT_OF_THE_RECIPE = ("steps", "micro", "checkpointing", "save_steps", "log_steps")
+_NOT_OF_THE_RECIPE = ("steps", "micro", "checkpointing", *_NO_DIFFERENCE)
 
 
 class Rows(Protocol):
@@ -58,9 +63,16 @@ class Settings:
         warmup: share of the steps in which the rate rises.
         decay: weight decay.
         clip: largest norm of the gradient.
-        causal_weight, ratio_weight: of the two losses; the paper states neither.
-        hint_weight: of a third loss that the paper does not have: cross-entropy of the scores against the tokens that
-            the question is about. Scenes know them; other data say nothing. 0 is none.
+        budgets: in place of `ratios`, several of them, counts or shares of the visual tokens for each module; each step
+            draws one, and the modules are told it: their scores are shifted so that it is met on average. What
+            inference reads, the order of the scores, stays free.
+        causal_weight, ratio_weight: of the two losses; the paper states neither. With `budgets` and no causal one, each
+            stage keeps what inference would keep, blocks behind the last module do not run, and hints alone teach.
+        hint_weight: of a third loss that the paper does not have: the scores are to put the tokens that the question is
+            about first and those that distract from it last. Scenes know them; other data say nothing. 0 is none.
+        even_weight: of a fourth one: how much of the budget is to be spread evenly; scenes know what is best. It gives
+            the modules heads that say so, and so needs `budgets`. 0 is neither.
+        start: folder of modules to start from, of the same layers; None is from nothing.
         ratio_loss: "mse" (eq. 11) or "huber" (the sentence below it).
         temperature: of the Gumbel-softmax; not stated.
         decision_clip: cut the causal loss's gradient with respect to one decision of one row at this; None, as in the
@@ -74,11 +86,16 @@ class Settings:
         bf16: compute in bfloat16 on float32 modules.
         save_steps: steps between two checkpoints.
         log_steps: steps between two lines of the log.
+        check_steps: steps between two examinations on held-out rows; None is never.
+        above_random: the kind of held-out question that is to stay above `random` at the same layers; training stops
+            where it is twice in a row below. None never stops.
         seed: of modules, order and noise.
     """
 
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] = (0.5, 0.3, 0.1)
+    budgets: tuple[tuple[Keep, ...], ...] = ()
+    start: str | None = None
     rate: float = 2e-6
     batch: int = 64
     micro: int | None = None
@@ -90,6 +107,7 @@ class Settings:
     causal_weight: float = 1.0
     ratio_weight: float = 2.0
     hint_weight: float = 0.0
+    even_weight: float = 0.0
     ratio_loss: RatioLoss = "mse"
     temperature: float = 1.0
     decision_clip: float | None = None
@@ -100,6 +118,8 @@ class Settings:
     bf16: bool = True
     save_steps: int = 500
     log_steps: int = 10
+    check_steps: int | None = None
+    above_random: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,10 +127,10 @@ class Settings:
         for name in ("rate", "batch", "epochs", "clip", "temperature", "save_steps", "log_steps"):
             if not getattr(self, name) > 0:
                 raise FoveateError(f"{name}={getattr(self, name)} is not above 0")
-        for name in ("micro", "steps"):
+        for name in ("micro", "steps", "check_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise FoveateError(f"{name}={getattr(self, name)} is below 1; the smallest is {name}=1")
-        for name in ("decay", "causal_weight", "ratio_weight", "hint_weight"):
+        for name in ("decay", "causal_weight", "ratio_weight", "hint_weight", "even_weight"):
             if getattr(self, name) < 0:
                 raise FoveateError(f"{name}={getattr(self, name)} is below 0; the smallest is {name}=0")
         for name in ("warmup", "anneal"):
@@ -125,9 +145,25 @@ class Settings:
         stages = LAYERS if self.layers is None else self.layers
         if len(stages) != len(self.ratios):
             raise FoveateError(f"{len(self.ratios)} ratios {self.ratios} for {len(stages)} layers {stages}")
+        self._check_budgets(len(stages))
 
-    def targets(self, done: float) -> tuple[float, ...]:
-        """The shares to aim at when so much of the training, from 0 to 1, is done."""
+    def _check_budgets(self, stages: int) -> None:
+        for budget in self.budgets:
+            if len(budget) != stages:
+                raise FoveateError(f"budgets: {len(budget)} of {budget} for {stages} modules; give one for each")
+            for keep in budget:
+                check_keep(keep, f"budgets: {keep} of {budget}")
+            if any(type(one) is type(two) and two > one for one, two in pairwise(budget)):
+                raise FoveateError(f"budgets: {budget} rises, but a token that has left does not come back")
+        if self.even_weight and not self.budgets:
+            raise FoveateError("even_weight= teaches how much of a budget is spread evenly; give budgets= with it")
+        if self.budgets and not self.causal_weight and not self.hint_weight:
+            raise FoveateError("causal_weight=0 with budgets= leaves hints alone to teach; give hint_weight= with it")
+
+    def targets(self, done: float, step: int = 0) -> tuple[Keep, ...]:
+        """What to aim at when so much of the training, from 0 to 1, is done: one of `budgets`, drawn for each step."""
+        if self.budgets:
+            return random.Random(f"budget {self.seed} {step}").choice(self.budgets)
         left = max(0.0, 1 - done / self.anneal) if self.anneal else 0.0
         return tuple(ratio + (1 - ratio) * left for ratio in self.ratios)
 
@@ -151,6 +187,7 @@ def train_lvpruning(
     report: Report | None = None,
     tell: Callable[[str], None] | None = None,
     card: str = "",
+    held_out: Sequence[Row] = (),
 ) -> Path:
     """Train decision modules for `base` and return their folder, `out`/lvpruning.
 
@@ -167,6 +204,8 @@ def train_lvpruning(
         report: called with each line of the log, in the first process.
         tell: called at the start with how a step is divided and what memory that takes, in the first process.
         card: text of the README beside the modules; by default it says what they were trained on and how.
+        held_out: rows that are never trained on, to be answered every `settings.check_steps` steps beside `random` and
+            `uniform` at the same layers; the result is a line of the log.
 
     Raises:
         FoveateError: a model that cannot be trained for, settings that cannot be met, a run in `out` and no `resume`,
@@ -182,9 +221,11 @@ def train_lvpruning(
     settings = _divided(settings, arguments, base, rows, tell if first and tell else lambda said: None)
     before = checkpoints.fingerprint(base)
     identity = _identity(settings, before, base, rows, arguments.world_size)
-    gates = _untrained(base, settings, name)
+    gates = _gates(base, settings, name)
     with run_folder(out, identity, resume, first):
         trainer = _Trainer(_softened(base.to(arguments.device), gates, settings, arguments), arguments, rows, settings)
+        if held_out and settings.check_steps:
+            trainer.add_callback(trainer.examiner(held_out, report if first else None))
         _run(trainer, out, resume, max_seconds, report if first else None)
         if checkpoints.fingerprint(base) != before or any(one.grad is not None for one in base.parameters()):
             raise RuntimeError("training has changed the frozen model")
@@ -193,20 +234,6 @@ def train_lvpruning(
             card = card or describe(name, settings, gates, rows, trainer.state.global_step)
             _export(gates.config, weights, out / modules.FOLDER, card)
     return out / modules.FOLDER
-
-
-def _untrained(base: Any, settings: Settings, name: str) -> modules.LVPruningModules:
-    gates = modules.for_model(
-        base.config,
-        layers=settings.depths(len(base.get_decoder().layers)),
-        seed=settings.seed,
-        ratios=list(settings.ratios),
-        answers=settings.answers,
-        base_name=name,
-    )
-    if settings.anneal:
-        gates.start_keeping(0.9)
-    return gates
 
 
 def _run(trainer: _Trainer, out: Path, resume: bool, max_seconds: float | None, report: Report | None) -> None:
@@ -218,6 +245,32 @@ def _run(trainer: _Trainer, out: Path, resume: bool, max_seconds: float | None, 
     for callback in _callbacks(out, max_seconds, report, trainer.figures):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _gates(base: Any, settings: Settings, name: str) -> modules.LVPruningModules:
+    """What is trained: new modules, or those of `settings.start`, whose heads for evenness may be new."""
+    before = None if settings.start is None else modules.load(settings.start)
+    gates = modules.for_model(
+        base.config,
+        layers=settings.depths(len(base.get_decoder().layers)),
+        seed=settings.seed,
+        ratios=list(settings.ratios),
+        answers=settings.answers,
+        evenness=bool(settings.even_weight or (settings.budgets and before and before.config.evenness)),
+        base_name=name,
+    )
+    if before is not None:
+        before.check(base.config)
+        if list(before.config.layers) != list(gates.config.layers):
+            raise FoveateError(
+                f"start={settings.start!r} holds modules after {list(before.config.layers)} blocks, not "
+                f"{list(gates.config.layers)}; give the same layers"
+            )
+        given = before.float().state_dict()
+        gates.load_state_dict({key: given.get(key, value) for key, value in gates.state_dict().items()})
+    elif settings.anneal:
+        gates.start_keeping(0.9)
+    return gates
 
 
 def _export(config: modules.LVPruningConfig, weights: dict[str, Tensor], folder: Path, card: str) -> None:
@@ -260,6 +313,8 @@ def _softened(base: Any, gates: modules.LVPruningModules, settings: Settings, ar
         causal_weight=settings.causal_weight,
         ratio_weight=settings.ratio_weight,
         hint_weight=settings.hint_weight,
+        even_weight=settings.even_weight,
+        told=bool(settings.budgets),
         ratio_kind=settings.ratio_loss,
         temperature=settings.temperature,
         share=settings.visual_share,
@@ -272,7 +327,8 @@ def _softened(base: Any, gates: modules.LVPruningModules, settings: Settings, ar
 def _identity(settings: Settings, model: str, base: Any, rows: Rows, processes: int) -> dict[str, Any]:
     """What decides each step of a run."""
     kept = dataclasses.asdict(settings)
-    del kept["save_steps"], kept["log_steps"]
+    for name in _NO_DIFFERENCE:
+        del kept[name]
     return {**kept, "model": model, "dtype": str(base.dtype), "data": rows.fingerprint(), "processes": processes}
 
 
@@ -335,9 +391,16 @@ class _Trainer(Trainer):
         visual = {softened.image_token, getattr(softened.base.config, "video_token_id", None)}
         pad = pad if pad not in visual else next(other for other in range(3) if other not in visual)
         super().__init__(softened, arguments, data_collator=partial(collate, pad=pad), train_dataset=rows)
-        self.softened, self.settings = softened, settings
+        self.softened, self.settings, self.pad = softened, settings, pad
         self.figures = Figures()
         self._drawn = (-1, 0)  # step, rows drawn for in it
+
+    def examiner(self, rows: Sequence[Row], report: Report | None) -> Examiner:
+        """What answers held-out rows, at each budget that is trained on."""
+        held_out = HeldOut(rows, self.settings.budgets or (self.settings.ratios,), pad=self.pad)
+        steps, kind = self.settings.check_steps, self.settings.above_random
+        assert steps is not None
+        return Examiner(held_out, self.softened, steps, above_random=kind, report=report)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
         """One forward and backward pass."""
@@ -347,14 +410,14 @@ class _Trainer(Trainer):
         number = (self.settings.seed * 1_000_003 + step) * 4096 + part
         number = number * 4096 + self.args.process_index
         self.softened.generator = torch.Generator(self.args.device).manual_seed(number % 2**63)
-        self.softened.ratios = self.settings.targets(step / self.args.max_steps)
+        self.softened.ratios = self.settings.targets(step / self.args.max_steps, step)
         loss: Tensor = super().training_step(model, inputs, *rest, **options)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         """The weighted loss."""
         outputs = model(**inputs)
-        named = {name: outputs[name] for name in ("causal", "ratio", "hint") if name in outputs}
+        named = {name: outputs[name] for name in ("causal", "ratio", "hint", "even") if name in outputs}
         named |= {f"kept_{stage}": share for stage, share in enumerate(outputs["kept"].unbind(), start=1)}
         self.figures.add({"loss": outputs["loss"], **named})
         return outputs["loss"]

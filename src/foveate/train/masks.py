@@ -19,11 +19,15 @@ def decide(scores: Tensor, temperature: float = 1.0, generator: torch.Generator 
     scores and noise, divided by `temperature`.
     """
     scores = scores.float()
-    uniform = torch.rand(scores.shape, generator=generator, device=scores.device)
-    noise = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
-    soft = ((scores + noise) / temperature).softmax(dim=-1)[..., 0]
+    soft = ((scores + gumbel(scores, generator)) / temperature).softmax(dim=-1)[..., 0]
     hard = (soft > 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())
+
+
+def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Gumbel noise in float32, as many numbers as another tensor has, on its device."""
+    uniform = torch.rand(like.shape, generator=generator, device=like.device)
+    return -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
 
 
 def columns(decisions: Tensor, places: Tensor, present: Tensor, length: int) -> Tensor:

@@ -17,14 +17,21 @@ from foveate.scenes import generator, mini, packing, questions
 from foveate.train.conversations import Extent, Row, expand, extent_of, tokens
 
 POOL = 4096
+EVEN = {"count": (1.0, 0.35), "describe": (0.25, 0.25)}
+"""How much of an ample and of a tight budget is best spread evenly for a kind of question; of others nothing.
+
+Measured: with all objects' tokens for the rest, `mini` answers most questions right so."""
+
 _CHUNK = 32  # pictures drawn and encoded at once
 
 
 class SceneQuestions(Dataset[Row]):
-    """One question about one picture of the split "train" for each number.
+    """One question about one picture for each number.
 
-    Rows know what they ask about: the patches of that object, or those of all objects for counts, descriptions and
-    things that are not there. Only training with `hint_weight` looks at that.
+    Rows know what they ask about: the patches of that object, and those of the others, which distract; all objects for
+    a description. They say nothing of a count, for which all objects first leaves fewer right than a random choice, nor
+    of what is not there; and they know how much of a budget is best spread evenly (`EVEN`). Only training with
+    `hint_weight` or `even_weight` looks at that.
 
     Args:
         base: the frozen model, whose tower and projector make the visual tokens; it must see 336 x 336 pixels.
@@ -33,6 +40,7 @@ class SceneQuestions(Dataset[Row]):
         pool: different pictures among them; each is drawn and encoded when it is first needed, and kept.
         seed: of pictures and questions.
         mix: how often each kind of question is asked.
+        split: of the pictures; "test" for rows that are never trained on.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class SceneQuestions(Dataset[Row]):
         pool: int = POOL,
         seed: int = 0,
         mix: Mapping[str, float] = packing.MIX,
+        split: generator.Split = "train",
     ) -> None:
         for name, value in (("samples", samples), ("pool", pool)):
             if value < 1:
@@ -57,7 +66,7 @@ class SceneQuestions(Dataset[Row]):
         if side != generator.SIZE:
             raise FoveateError(f"scenes are {generator.SIZE} x {generator.SIZE} pixels, the model sees {side} x {side}")
         self.base, self.processor, self.samples = base, processor, samples
-        self.pool, self.seed, self.mix = min(pool, samples), seed, dict(mix)
+        self.pool, self.seed, self.mix, self.split = min(pool, samples), seed, dict(mix), split
         self.image_token = family.image_token_id(base.config)
         self._chunks: dict[int, tuple[generator.Scenes, Tensor]] = {}
 
@@ -66,7 +75,8 @@ class SceneQuestions(Dataset[Row]):
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must find again."""
-        return {"kind": "scenes", "samples": self.samples, "pool": self.pool, "seed": self.seed, "mix": self.mix}
+        told = {"samples": self.samples, "pool": self.pool, "seed": self.seed, "mix": self.mix, "split": self.split}
+        return {"kind": "scenes", **told}
 
     def extent(self) -> Extent:
         """The longest row to be expected: questions are of much the same length."""
@@ -80,13 +90,19 @@ class SceneQuestions(Dataset[Row]):
         ids, labels = tokens(self.processor, ((asked.text, asked.answer),))
         ids, labels = expand(ids, labels, self.image_token, features.shape[1])
         boxes = scenes.patches()[row]
-        wanted = boxes.any(dim=0) if asked.target is None else boxes[asked.target]
-        return Row(ids, labels, features=features[row : row + 1], wanted=wanted[None])
+        wanted = torch.zeros(boxes.shape[1], dtype=torch.int8)
+        if asked.target is not None:
+            wanted[boxes.any(dim=0)] = -1
+            wanted[boxes[asked.target]] = 1
+        elif asked.kind in ("count", "describe"):
+            wanted[boxes.any(dim=0)] = 1
+        even, kind = torch.tensor([EVEN.get(asked.kind, (0.0, 0.0))]), asked.kind
+        return Row(ids, labels, features=features[row : row + 1], wanted=wanted[None], even=even, kind=kind)
 
     def _chunk(self, number: int) -> tuple[generator.Scenes, Tensor]:
         """Scenes without their pixels, and their visual tokens (pictures, N, D)."""
         if number not in self._chunks:
-            scenes = generator.generate(_CHUNK, seed=(self.seed * 1_000_003 + number) % 2**31)
+            scenes = generator.generate(_CHUNK, seed=(self.seed * 1_000_003 + number) % 2**31, split=self.split)
             pixels = mini.normalise(scenes.pixels).to(self.base.device, self.base.dtype)
             with torch.no_grad():
                 features = torch.stack(list(self.base.get_image_features(pixels, return_dict=True).pooler_output))
