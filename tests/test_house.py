@@ -92,6 +92,35 @@ def test_functions_fit_on_a_screen() -> None:
     assert {name: functions for name, functions in found.items() if functions} == {}
 
 
+def told_to_checkers(test: ast.expr) -> bool:
+    """Whether an assertion only narrows a type: not None, or of a class."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return all(map(told_to_checkers, test.values))
+    if isinstance(test, ast.Call):
+        return isinstance(test.func, ast.Name) and test.func.id == "isinstance"
+    return isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)
+
+
+def bare_assertions(text: str) -> list[str]:
+    """Assertions that check a value: where a user's reaches them, they end in a traceback without a word."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
+    return [ast.unparse(node) for node in nodes if not told_to_checkers(node.test)]
+
+
+def test_assertions_check_no_values() -> None:
+    found = {name: bare_assertions(text) for name, text in texts(".py").items() if name.startswith("src/")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_files_are_written_and_paths_checked_in_one_place() -> None:
+    own = re.compile(r"os\.(?:replace|rename|mkdir|makedirs)|\.mkdir\(|tempfile|expanduser|shutil\.move")
+    rooms = {"src/foveate/runs.py", "src/foveate/paths.py"}
+    sources = {name: text for name, text in texts(".py").items() if name.startswith("src/")}
+    found = {name: own.findall(text) for name, text in sources.items() if own.search(text)}
+    assert found.keys() >= rooms
+    assert {name: words for name, words in found.items() if name not in rooms} == {}
+
+
 def test_no_module_is_a_catch_all() -> None:
     assert [name for name in texts(".py") if CATCH_ALLS & set(Path(name).with_suffix("").parts)] == []
 
@@ -109,6 +138,9 @@ def test_the_checks_above_can_fail() -> None:
     body = "\n    pass" * 60
     assert long_functions(f"class A:\n  def long(self):{body}\n  def short(self):\n    pass") == ["long has 61 lines"]
     assert long_functions(f"def fits():{body[:-9]}") == []
+    assert bare_assertions("assert a is not None and isinstance(b, int)") == []
+    assert bare_assertions("assert a > 1") == ["assert a > 1"]
+    assert bare_assertions("assert a is not None or b") == ["assert a is not None or b"]
     assert foreign("see /" + "tmp/x and frame/" + "work") == ["/" + "tmp"]
     assert foreign("https://py" + "pi.org/simple") == ["py" + "pi.org"]
 

@@ -100,6 +100,11 @@ def at_angles(*degrees: float) -> Tensor:
     return torch.stack([radians.cos(), radians.sin()], dim=-1)
 
 
+def test_padding_needs_a_first_pick() -> None:
+    with pytest.raises(FoveateError, match=r"with padding .* is no first pick; give first="):
+        farthest(at_angles(0, 90, 180), 1, free=torch.tensor([[False, False, True]]))
+
+
 def test_the_most_isolated_token_is_first_then_the_farthest() -> None:
     """Nearest neighbours are 10, 10, 40, 50 and 40 degrees away; then 180 is 50 + 0, 0 and 10 are 130 and 120 away."""
     assert farthest(at_angles(0, 10, 90, 180, 130), 5).tolist() == [[3, 0, 2, 4, 1]]

@@ -48,8 +48,9 @@ def farthest(
             then).
         weight: (B, N), at least 0; None for 1.
     """
+    if first is None and free is not None:
+        raise FoveateError("with padding the distance to the nearest other token is no first pick; give first=")
     cosines = _Cosines(features)
-    assert first is not None or free is None
     _check_finite(first, weight)
     gain = 1.0 - cosines.nearest() if first is None else first.detach().float()
     weight = torch.ones_like(gain) if weight is None else weight.detach().float()
