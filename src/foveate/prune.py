@@ -31,10 +31,11 @@ def prune(
         clip: for methods that compare image and question in CLIP's joint space: folder or hub id of the CLIPModel whose
             vision tower the encoder is, or the pair (CLIPModel, tokenizer); `mini` brings its own.
         short_outputs: a direct call `model(**inputs)` hands out logits, hidden states and attentions as they are, with
-            a column for each token that entered the decoder, in the order of `trace.index`. For training that needs
+            a column for each token that entered the decoder, in the order of `trace.index`: for training that needs
             the memory. By default they have the columns of the caller's `input_ids`: in that of a token that left
-            stands what the last one before it gave (zero where none is), attentions are refused, and `logits_to_keep`
-            and `labels` count as ever. The loss is the same.
+            stands what the last one before it in the call gave (zero where there is none), `logits_to_keep` and labels
+            count as ever, and attentions are refused. The loss is the same. `image_hidden_states` and `router_logits`
+            are those of the tokens that are left, either way.
 
     Returns:
         The handle: `with handle as trace: ...`, or `handle.start()` and `handle.stop()`.
