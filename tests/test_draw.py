@@ -101,3 +101,26 @@ def test_what_cannot_be_drawn_is_refused(images: int | None, trace: Any, image: 
     one = Image.new("RGB", (6, 4))
     with pytest.raises(FoveateError, match=message):
         draw(one if images is None else [one] * images, trace, image)
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [((30, 20), True), ((33, 20), True), ((300, 290), True), ((20, 30), False), ((100, 20), False)]
+)
+def test_a_picture_of_another_shape_is_refused_where_proportions_are_kept(size: tuple[int, int], fits: bool) -> None:
+    """Three patches beside each other may have been 2.1 to 3.9, two above each other 1.1 to 2.9."""
+    trace = SimpleNamespace(images=(ImageRecord(0, 6, (2, 3), (stage([0]),), proportional=True),))
+    picture = Image.new("RGB", size, GREEN)
+    if fits:
+        assert draw(picture, trace).size == size  # type: ignore[arg-type]
+        return
+    with pytest.raises(FoveateError) as error:
+        draw(picture, trace)  # type: ignore[arg-type]
+    assert str(error.value) == (
+        f"a picture of {size[0]} x {size[1]} pixels is not image 0 of this call, whose tokens lie 3 x 2; give the "
+        "picture that was asked about, upright as the model saw it"
+    )
+
+
+def test_words_alone_cannot_be_drawn() -> None:
+    with pytest.raises(FoveateError, match="the call had no picture, so there is none to draw"):
+        draw(Image.new("RGB", (30, 20), GREEN), SimpleNamespace(images=()))  # type: ignore[arg-type]

@@ -690,6 +690,7 @@ class ImageRecord:
     original: int
     grid: Grid | None
     stages: tuple[StageRecord, ...]
+    proportional: bool = False  # the grid has the picture's own proportions; else one of any shape may have made it
 
     @property
     def after(self) -> int:

@@ -36,12 +36,16 @@ def draw(images: Picture | Sequence[Picture | Sequence[Picture]], trace: Trace, 
 
     Raises:
         FoveateError: the call had no such image, a list of another length than the call's, tokens that form no raster,
-            or a file that is no picture (see `load_image`).
+            a picture of a shape that cannot have made the raster (where a model keeps a picture's proportions), or a
+            file that is no picture (see `load_image`).
     """
     records = trace.images
+    if not records:
+        raise FoveateError("the call had no picture, so there is none to draw")
     if not 0 <= image < len(records):
         raise FoveateError(f"image={image}, but the call had {len(records)} images; the last is {len(records) - 1}")
     picture = _pick(images, image, len(records))
+    _check_shape(picture, records[image], image)
     colour = _colour(records[image], image).resize(picture.size, Image.Resampling.NEAREST)
     grey = Image.new("RGB", picture.size, (_GREY, _GREY, _GREY))
     return Image.composite(picture, Image.blend(picture.convert("L").convert("RGB"), grey, _FADED), colour)
@@ -56,6 +60,20 @@ def _pick(images: Picture | Sequence[Picture | Sequence[Picture]], image: int, c
             raise FoveateError(f"{len(flat)} pictures for a call that had {count} images; give one, or all {count}")
         picture = flat[image]
     return on_white(picture) if isinstance(picture, Image.Image) else load_image(picture)
+
+
+def _check_shape(picture: Image.Image, record: ImageRecord, image: int) -> None:
+    """Refuse a picture that cannot be the traced one: each side was rounded to whole patches, by less than one."""
+    if record.grid is None or not record.proportional:
+        return
+    height, width = record.grid
+    least = max((height - 1) / picture.height, (width - 1) / picture.width)
+    most = min((height + 1) / picture.height, (width + 1) / picture.width)
+    if least >= most:
+        raise FoveateError(
+            f"a picture of {picture.width} x {picture.height} pixels is not image {image} of this call, whose "
+            f"tokens lie {width} x {height}; give the picture that was asked about, upright as the model saw it"
+        )
 
 
 def _colour(record: ImageRecord, image: int) -> Image.Image:

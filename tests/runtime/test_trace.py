@@ -200,3 +200,10 @@ def test_tokens_that_are_not_to_be_drawn_are_marked() -> None:
     trace = traced(model, tiny.inputs(model, "3i4"), Answer(answer=answer))
     assert trace.images[0].extra.tolist() == [False, True]
     assert trace.images[0].kept.tolist() == [4, 35]
+
+
+@pytest.mark.parametrize(("family", "keeps"), [("llava-1.5", False), ("qwen2.5-vl", True), ("internvl", False)])
+def test_whether_a_raster_has_the_pictures_proportions(family: str, keeps: bool) -> None:
+    model = tiny.model(family)
+    trace = traced(model, tiny.inputs(model, "2i3"), Random(keep=0.5))
+    assert [image.proportional for image in trace.images] == [keeps]

@@ -543,6 +543,7 @@ class Prefill:
                 timeline=timeline,
                 past_entries=new.entries,
                 repeats=repeats,
+                proportional=self.family.tower_of(self.model)[1].packed,
                 stopwatches=shortened.stopwatches,
             )
         return shortened

@@ -56,6 +56,7 @@ def record(
     timeline: Timeline,
     past_entries: int,
     repeats: int,
+    proportional: bool,
     stopwatches: Sequence[Callable[[], float]],
 ) -> Call:
     """The record of one call, as far as its stages have come.
@@ -68,6 +69,7 @@ def record(
         past: (B,) valid entries that each row's cache held before; `past_entries` with padding.
         timeline: what the cache holds after the prefill.
         repeats: beams or samples per row, each with a cache of its own.
+        proportional: grids have their pictures' own proportions.
     """
     config = model.config
     layers = shape.decoder.layers
@@ -85,7 +87,9 @@ def record(
         tokens = tuple(sum(seen) / len(images) for seen in zip(*counts, strict=True))
         return Budget(tokens, float(flops), kv_bytes(shape.decoder, lengths, width, batch))
 
-    records = tuple(ImageRecord(image.row, image.original, image.grid, tuple(image.stages)) for image in images)
+    records = tuple(
+        ImageRecord(image.row, image.original, image.grid, tuple(image.stages), proportional) for image in images
+    )
     return Call(
         images=records,
         prompt_length=prompt_length,
