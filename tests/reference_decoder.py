@@ -56,6 +56,7 @@ class Conversation:
         self.embeddings = torch.empty(0, model.config.get_text_config().hidden_size)
         self.positions = torch.empty(0, dtype=torch.int64)
         self.next_position = 0
+        self.pictured = False  # of text alone nothing is evicted
         heads = model.config.get_text_config().num_key_value_heads
         self.alive = [torch.empty(0, dtype=torch.bool) for _ in self.layers]  # (T,) tokens that a block runs on
         self.seen = [torch.empty(heads, 0, 0, dtype=torch.bool) for _ in self.layers]  # (Hkv, T, T)
@@ -80,6 +81,7 @@ class Conversation:
         for start in starts:
             mine = visual & (short.columns >= start) & (short.columns < start + tiny.TOKENS)
             pictures.append(_Picture(places[mine], short.columns[mine] - start, tiny.TOKENS))
+        self.pictured = self.pictured or bool(pictures)
         self._append(short.embeddings, short.positions + self.next_position)
         self.next_position += ids.numel()
         return self._run(_Call(first, pictures, places[~visual]))
@@ -295,10 +297,12 @@ class Conversation:
         name = type(self.evicting).__name__
         if name == "H2O":
             self._count(number, new)
+            if not self.pictured:
+                return
             heavy, recent = _h2o_budget(self.evicting, self.left[number])
             for head, held in enumerate(self.held[number]):
                 self.held[number][head] = _heavy_and_recent(held, self.score[number][head], heavy, recent)
-        elif prompt:
+        elif prompt and self.pictured:
             assert name == "SnapKV"
             self._snap(number, new)
 

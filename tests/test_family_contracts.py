@@ -107,7 +107,7 @@ def served(model: Any, name: str, **settings: Any) -> Method:
     method = methods.get(name).example(model.config)
     try:
         method = dataclasses.replace(method, **settings)
-        tiny.prune(model, method)
+        tiny.prune(model, method).discard()
     except FoveateError as error:
         pytest.skip(f"refused: {error}")
     return method
@@ -616,7 +616,7 @@ def test_the_methods_that_a_family_is_said_to_serve(family: str) -> None:
     assert behind & set(works) == (behind if family_of(model).within is None else set())
     for name in RUNNABLE:
         try:
-            tiny.prune(model, methods.get(name).example(model.config))
+            tiny.prune(model, methods.get(name).example(model.config)).discard()
         except FoveateError:
             assert name not in works, name
         else:

@@ -151,6 +151,7 @@ def model() -> PreTrainedModel:
 
 
 def parts(handle: Any) -> list[str]:
+    handle.discard()
     return [format_spec(part) for part in handle.parts]
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from foveate.methods.vispruner import VisPruner as VisPruner
     from foveate.methods.vscan import VScan as VScan
     from foveate.prune import prune as prune
+    from foveate.prune import restore as restore
     from foveate.runtime.handle import Handle as Handle
     from foveate.serve import vllm as vllm
 
@@ -76,6 +77,7 @@ _HOMES = {
     "calibrate": "calibrate",
     "Handle": "runtime.handle",
     "prune": "prune",
+    "restore": "prune",
     "draw": "draw",
 }
 _ROOMS = {"cost": "foveate.cost", "vllm": "foveate.serve.vllm"}

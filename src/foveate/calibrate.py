@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from foveate.core import FoveateError, Keep, Method, Signals, check_keep
-from foveate.prune import prune
+from foveate.prune import check_prunable
 
 
 def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processor: Any = None) -> Method:
@@ -29,7 +29,7 @@ def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processo
     if fit is None:
         raise FoveateError(f"{method} has nothing to calibrate; image_text_interaction has its alpha")
     check_keep(target, "target")
-    prune(model, method)  # installs nothing; refuses what the model cannot serve
+    check_prunable(model, method)
     batches = _batches(images, processor)
     if not batches:
         raise FoveateError("calibration needs at least one picture")

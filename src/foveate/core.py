@@ -769,6 +769,8 @@ class Call:
         }
 
     def __str__(self) -> str:
+        if not self.images:
+            return f"no picture: {self.text:.4g} tokens of text in each row, run as they are"
         counts = []
         for image in self.images:
             steps = [image.original, *(stage.after for stage in image.stages)]

@@ -24,9 +24,9 @@ def prune(
     """A handle that prunes the visual tokens of `model` while it is active.
 
     Args:
-        model: a loaded vision-language model of transformers, or a PEFT model around one.
+        model: a loaded vision-language model of transformers, a PEFT model around one, or a pipeline with one.
         methods: a method, its spec ("fopru:keep=0.25"), or several of them, which act one after the other.
-        processor: the model's processor, for methods that read the question as text.
+        processor: the model's processor, for methods that read the question as text; a pipeline brings its own.
         question: what those methods are to read in place of the prompt's text after the image; one, or one per row.
         clip: for methods that compare image and question in CLIP's joint space: folder or hub id of the CLIPModel whose
             vision tower the encoder is, or the pair (CLIPModel, tokenizer); `mini` brings its own.
@@ -38,7 +38,8 @@ def prune(
             are those of the tokens that are left, either way.
 
     Returns:
-        The handle: `with handle as trace: ...`, or `handle.start()` and `handle.stop()`.
+        The handle: `with handle as trace: ...`, or `handle.start()` and `handle.stop()`. `restore` stops one that is
+        out of reach.
 
     Raises:
         FoveateError: the model is no VLM of a known family, a method cannot run on it, or an argument is missing.
@@ -46,15 +47,43 @@ def prune(
     from foveate.runtime.handle import Handle
     from foveate.runtime.joint_space import joint_space
     from foveate.runtime.support import check_parts
-    from foveate.runtime.wrapped import unwrapped
+    from foveate.runtime.wrapped import is_pipeline, unwrapped
 
     parts = tuple(part for method in _listed(methods) for part in method.parts())
     if not parts:
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
+    if processor is None and is_pipeline(model):
+        processor = model.processor
     model = unwrapped(model)
     check_parts(model, parts)
     space = joint_space(model, parts, processor=processor, question=question, clip=clip)
     return Handle(model, parts, space, short_outputs)
+
+
+def check_prunable(model: Any, methods: Method | str | Sequence[Method | str], **options: Any) -> None:
+    """Refuse what `prune` refuses, without a handle that waits to be started.
+
+    Args:
+        options: further arguments of `prune`.
+    """
+    prune(model, methods, **options).discard()
+
+
+def restore(model: Any) -> None:
+    """Stop whatever handle prunes `model`, also one that no name points at any more; else nothing is changed.
+
+    Args:
+        model: as `prune` takes it.
+
+    Raises:
+        FoveateError: a call of the model is running, and this comes from inside it.
+    """
+    from foveate.runtime.handle import handle_of
+    from foveate.runtime.wrapped import unwrapped
+
+    handle = handle_of(unwrapped(model))
+    if handle is not None:
+        handle.stop()
 
 
 def share_encoding(model: Any, needs: Iterable[str]) -> AbstractContextManager[None]:

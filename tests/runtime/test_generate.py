@@ -566,20 +566,3 @@ def test_embeddings_are_refused() -> None:
     message = "inputs_embeds hide which tokens are visual; pass input_ids"
     with foveate.prune(model, Random(keep=0.25)), pytest.raises(FoveateError, match=message):
         model.generate(inputs_embeds=embeddings, max_new_tokens=1)
-
-
-def test_custom_processors_see_the_ids_of_the_shortened_prompt() -> None:
-    """What they see ends in the answer so far; its beginning is the prompt without the dropped placeholders."""
-    seen: list[Tensor] = []
-
-    class Look(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            seen.append(input_ids)
-            return scores
-
-    model = tiny.model()
-    given = tiny.inputs(model, "3i4")
-    with foveate.prune(model, Random(keep=0.25)) as trace:
-        out = model.generate(**given, max_new_tokens=3, logits_processor=LogitsProcessorList([Look()]))
-    assert torch.equal(seen[0], given["input_ids"].gather(1, trace.index))
-    assert torch.equal(seen[2][0, -2:], out[0, -3:-1])

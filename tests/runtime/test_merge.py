@@ -604,7 +604,7 @@ def test_weights_need_an_attention_that_takes_them() -> None:
     model.model.vision_tower.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(FoveateError, match="attention 'flash_attention_2' cannot; use proportional=false, or load the"):
         foveate.prune(model, ToMe(keep=9))
-    foveate.prune(model, ToMe(keep=9, proportional=False))
+    foveate.prune(model, ToMe(keep=9, proportional=False)).discard()
 
 
 def test_a_cross_token_needs_cls() -> None:

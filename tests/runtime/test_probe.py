@@ -244,7 +244,7 @@ def test_signals_follow_tokens_that_change_places() -> None:
 def test_signals_that_an_encoder_cannot_give() -> None:
     with_cls, without = tiny.model(tower="clip"), tiny.model(tower="siglip")
     method = Answer(wants=("tower.read.cls_attention", "tower.last.cls"))
-    foveate.prune(with_cls, method)
+    foveate.prune(with_cls, method).discard()
     message = (
         r"needs tower.read.cls_attention, tower.last.cls, which llava-1.5 with siglip_vision_model does not have; "
         r"methods that work: .*fopru, .*pool, .*random, .*uniform"

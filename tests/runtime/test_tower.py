@@ -913,14 +913,14 @@ def test_stopping_in_the_middle_of_nothing() -> None:
 @pytest.mark.parametrize("layer", [-2, 3])
 def test_tokens_must_leave_before_the_block_that_is_read(layer: int) -> None:
     model = tiny.model(vision_feature_layer=layer)
-    foveate.prune(model, ImageTextInteraction(where=2))
+    foveate.prune(model, ImageTextInteraction(where=2)).discard()
     with pytest.raises(
         FoveateError,
         match="image_text_interaction:where=3,visual_only=true acts after 3 encoder blocks; tokens must leave after 1 "
         "to 2 of them, before the block that the projector reads",
     ):
         foveate.prune(model, ImageTextInteraction(where=3))
-    foveate.prune(tiny.model(vision_feature_layer=-1), ImageTextInteraction(where=3))
+    foveate.prune(tiny.model(vision_feature_layer=-1), ImageTextInteraction(where=3)).discard()
     for where in (4, 9):
         with pytest.raises(FoveateError, match=rf"where={where} is outside 1\.\.3 of an encoder of 4 blocks"):
             foveate.prune(model, ImageTextInteraction(where=where))

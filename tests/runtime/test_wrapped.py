@@ -228,9 +228,9 @@ def test_blocks_on_several_accelerators(method: str) -> None:
         f"{method} acts inside the model, whose blocks are on 2 devices (0, 1); load it on one, or use a method that "
         "acts between encoder and decoder"
     )
-    foveate.prune(model, "fopru:keep=0.5")
+    foveate.prune(model, "fopru:keep=0.5").discard()
     model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu", "lm_head": "disk"}
-    foveate.prune(model, method)
+    foveate.prune(model, method).discard()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

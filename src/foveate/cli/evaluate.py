@@ -118,7 +118,7 @@ def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model
     from foveate.core import FoveateError
     from foveate.evaluate.catalogue import at
     from foveate.families import family_of
-    from foveate.prune import prune
+    from foveate.prune import check_prunable
 
     if not budgets:
         return []
@@ -131,7 +131,7 @@ def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model
         for keep in budgets:
             try:
                 made = at(name, keep, height * width, model if (folder / name).is_dir() else None)
-                prune(loaded.model, made, processor=loaded.processor)
+                check_prunable(loaded.model, made, processor=loaded.processor)
             except FoveateError as error:
                 unreached.setdefault((name, str(error)), []).append(keep)
             else:

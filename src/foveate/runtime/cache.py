@@ -129,6 +129,7 @@ class Timeline:
     next_position: Tensor  # (B,) position id of the token after the prompt
     lag: Tensor | None  # (..., B) by axis, what generate() adds to its positions where a prompt ends in dropped tokens
     owner: Owner
+    pictured: Tensor  # (B,) bool, on the CPU: rows that have had a picture; the others are left as they are
     groups: list[Group] = field(default_factory=list)  # of deep layers, by their first layer
     evicting: bool = False  # entries leave the cache, so that its tensors no longer say how long it is
     held: dict[int, Held] = field(default_factory=dict)  # by layer, once entries may have left it
@@ -181,7 +182,7 @@ class Timeline:
         """Follow a re-ordering, repetition or selection of the cache's rows."""
         rows = rows.to(self.kept.device)
         self.kept, self.valid = self.kept[rows], self.valid[rows]
-        self.next_position = self.next_position[rows]
+        self.next_position, self.pictured = self.next_position[rows], self.pictured[rows.cpu()]
         self.lag = None if self.lag is None else self.lag[..., rows]
         for group in self.groups:
             group.select_rows(rows)
@@ -375,6 +376,8 @@ def _entries(layer: Any, evicted: bool) -> Any:
 def attach(cache: Cache, timeline: Timeline) -> None:
     """Make an empty stock cache carry `timeline`, in place, so that the caller's own variable is the pruned cache."""
     if not isinstance(cache, _Timelined):
+        if timeline.evicting and isinstance(cache, StaticCache) and not bool(timeline.pictured.any()):
+            timeline.evicting = False  # nothing leaves before a picture comes
         if timeline.evicting and isinstance(cache, StaticCache):
             raise FoveateError("a static cache cannot shrink, so nothing can be evicted from it; use a dynamic cache")
         cache.__class__ = _UPGRADES[type(cache)]  # same layout: the subclass adds behaviour, no storage

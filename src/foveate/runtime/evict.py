@@ -39,6 +39,7 @@ class Evictor:
     layers: Sequence[Any]
     descent: Descent | None = None  # of the prefill in progress, where layers see different tokens
     _heard: dict[int, _Heard] = field(default_factory=dict)
+    _listening: bool = False  # in this call, whose cache is to lose entries
     _counted: Tensor | None = None  # (R, Q) bool, queries of this call that are no padding
 
     def listen(self, probe: DecoderProbe) -> None:
@@ -48,8 +49,7 @@ class Evictor:
 
     def forget(self) -> None:
         """A call is over."""
-        self._heard.clear()
-        self.descent = None
+        self._heard, self.descent, self._listening = {}, None, False
 
     # -- before a layer -------------------------------------------------------------------------------------------
 
@@ -98,6 +98,8 @@ class Evictor:
     def _hear(
         self, number: int, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> None:
+        if not self._listening:
+            return
         heard = self._heard[number] = _Heard()
         if "cache.window_queries" in self.part.needs:
             heard.queries = queries
@@ -114,7 +116,7 @@ class Evictor:
 
     def before_layer(self, number: int, timeline: Timeline, descent: Descent | None) -> None:
         """Note which tokens come, and which of them are padding, whose attention does not count."""
-        self.descent = descent
+        self.descent, self._listening = descent, True
         valid = self._fresh(timeline)[1] if timeline.seen - timeline.before > 1 else None
         self._counted = None if valid is None or bool(valid.all()) else valid
 
@@ -134,7 +136,7 @@ class Evictor:
         if prompt:
             held.prompt = held.valid.sum(dim=1)
         if prompt or getattr(self.part, "when", "decode") == "decode":
-            self._evict(layer, held, heard)
+            self._evict(layer, held, heard, timeline.pictured.tolist())
 
     def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard) -> Held:
         places, valid = self._fresh(timeline)
@@ -149,19 +151,24 @@ class Evictor:
         ages, valid = torch.cat([earlier.ages, ages], dim=2), torch.cat([earlier.valid, valid], dim=1)
         return Held(ages, valid, scores, earlier.prompt)
 
-    def _evict(self, layer: Any, held: Held, heard: _Heard) -> None:
+    def _evict(self, layer: Any, held: Held, heard: _Heard, pictured: list[bool]) -> None:
+        if not any(pictured):
+            return
         if not held.whole:
             self._compact(layer, held)
         counts, prompts = held.valid.sum(dim=1).tolist(), held.prompt.tolist()
         asking = heard.asking or [0 if heard.queries is None else heard.queries.shape[2]] * len(counts)
         groups: dict[tuple[int, int, int], list[int]] = {}
         for row, key in enumerate(zip(counts, prompts, asking, strict=True)):
-            groups.setdefault(key, []).append(row)
+            if pictured[row]:
+                groups.setdefault(key, []).append(row)
         chosen: dict[int, Tensor] = {}
         for (count, prompt, asked), rows in groups.items():
             positions = self._select(layer, held, heard, rows, count, prompt, asked)
             for place, row in enumerate(rows):
                 chosen[row] = positions[place]
+        every = torch.arange(held.ages.shape[2], device=held.ages.device).expand(held.ages.shape[1], -1)
+        chosen.update({row: every[:, -count:] for row, count in enumerate(counts) if not pictured[row]})
         longest = max(slots.shape[-1] for slots in chosen.values())
         if longest == held.ages.shape[2] and all(chosen[row].shape[-1] == count for row, count in enumerate(counts)):
             return

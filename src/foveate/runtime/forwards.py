@@ -1,8 +1,8 @@
-"""The hooks of a handle: on the model, where a direct call is shortened, and on the layers of its decoder."""
+"""The hooks of a handle: where a model may be called, prompts are shortened or refused; and on its decoder's layers."""
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,32 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core import FoveateError
 from foveate.families import Family
 from foveate.runtime import cache as caches
 from foveate.runtime.calls import Calls
 from foveate.runtime.layers import decode_mask
-from foveate.runtime.prefill import Prefill, Shortened, renamed
+from foveate.runtime.prefill import Prefill, Shortened, named
 from foveate.runtime.seams import CACHE, unfit
+from foveate.runtime.uncopied import Uncopied
 from foveate.runtime.widen import kept, spread, widen
 
 
-class Forwards:
-    """The hooks on one model and its decoder's layers, from install() to remove()."""
+class Forwards(Uncopied):
+    """The hooks on one model and its decoder's layers, from install() to remove().
+
+    The model and its base model take pictures, so that a call of either is shortened. What is between them and the
+    decoder's layers takes words alone.
+    """
 
     def __init__(self, model: Any, family: Family, layers: Sequence[nn.Module], calls: Calls, prefill: Prefill) -> None:
         self.model, self.family, self._layers, self.calls, self._prefill = model, family, layers, calls, prefill
+        self._whole = [model] if model.base_model is model else [model, model.base_model]
+        self._inner = _between(model.base_model, model.get_decoder())
         self._hooks: list[Any] = []
 
     def install(self) -> None:
         """Put the hooks in place."""
-        self._hooks.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        self._hooks.append(self.model.register_forward_hook(self._after_forward, always_call=True))
+        # Before a call of the decoder by itself is over, so that it is never taken for the outer one's.
+        self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
+        for module in self._whole:
+            self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after_forward, always_call=True))
+        for module in self._inner:
+            self._hooks.append(module.register_forward_pre_hook(self._before_inner, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after_forward, always_call=True))
         for number, layer in enumerate(self._layers):
             hook = partial(self._before_layer, number)
             self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if self.calls.evictor is not None:
                 self._hooks.append(layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True))
-        self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
         if self.calls.stages and self.family.deepstack is not None:
             decoder = self.model.get_decoder()
             stock = getattr(decoder, self.family.deepstack)
@@ -51,18 +64,38 @@ class Forwards:
 
     # -- the model ------------------------------------------------------------------------------------------------
 
-    def _before_forward(self, model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if not torch.compiler.is_compiling():  # a compiled step is generate()'s own
-            self.calls.claim()
-        if self.calls.run is not None:
-            return self._generate_step(arguments, options)
-        self.calls.finish()  # pictures may have been encoded by hand
-        bound = inspect.signature(type(model).forward).bind_partial(model, *arguments, **options).arguments
-        given = renamed({**bound, **bound.pop("kwargs", {})})
+    def await_step(self) -> None:
+        """The next call of the model is generate()'s own."""
+        self.calls.await_calls(*self._whole, *self._inner)
+
+    def _before_forward(self, module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():  # a step of generate()
+            return self._generate_step(arguments, options) if module is self.model else None
+        if self.calls.is_awaited(module):
+            return self._generate_step(arguments, options) if module is self.model else None
+        self.calls.enter(sys._getframe(1))
+        given = named(type(module).forward, (module, *arguments), options)
         given.pop("self")
         self.calls.direct = self._prefill.for_forward(given)
         self.calls.begin(self.calls.direct)
+        below = self._whole[self._whole.index(module) + 1 :]
+        self.calls.await_calls(*below, *self._inner)
         return (), self.calls.direct.options
+
+    def _before_inner(self, module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Refuse what is called past the model, unless it is text alone."""
+        if torch.compiler.is_compiling() or self.calls.is_awaited(module):
+            return
+        self.calls.enter(sys._getframe(1))
+        ids = named(type(module).forward, (module, *arguments), options).get("input_ids")
+        if ids is None or self._prefill.is_visual(ids).any():
+            name = type(module).__name__
+            whole = " or ".join(type(one).__name__ for one in self._whole)
+            raise FoveateError(
+                f"{name} of this pruned model was called by itself, where nothing says what is visual, so it would run "
+                f"unpruned; call the {whole} around it with input_ids and pixel_values, or stop() the handle first"
+            )
+        self.calls.await_calls(*self._inner[self._inner.index(module) + 1 :])
 
     def _generate_step(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """generate() counts on from the last token that stayed; where the prompt ended in dropped ones it lags."""
@@ -75,17 +108,13 @@ class Forwards:
         lag = shortened.timeline.lag.to(positions.device)[..., None] * (columns >= shortened.timeline.entries)
         return arguments, {**options, "position_ids": positions + lag}
 
-    def _after_forward(self, model: Any, arguments: Any, output: Any) -> None:
+    def _after_forward(self, module: Any, arguments: Any, output: Any) -> None:
         """Runs after an exception as well, that of a refused call from another thread included."""
-        if not torch.compiler.is_compiling() and not self.calls.mine:
+        if torch.compiler.is_compiling() or not self.calls.mine:
             return
-        try:
-            self.calls.settle(done=output is not None)
-        finally:
-            self.calls.direct = None
-            self.calls.finish()
-            if self.calls.run is None:
-                self.calls.free()
+        ended = self.calls.returned(sys._getframe(1), failed=output is None)
+        if not ended and module is self.model and self.calls.run is not None:
+            self.calls.end_step(done=output is not None)
 
     # -- the decoder ----------------------------------------------------------------------------------------------
 
@@ -98,18 +127,19 @@ class Forwards:
         hidden = arguments[0] if arguments else options["hidden_states"]
         self._check_cache(number, hidden, options, shortened)
         timeline = caches.timeline_of(options.get(CACHE))
-        if self.calls.evictor is not None and timeline is not None and number == 0:
+        evictor = self.calls.evictor if timeline is not None and timeline.evicting else None
+        if evictor is not None and timeline is not None and number == 0:
             timeline.before, timeline.seen = timeline.seen, timeline.seen + hidden.shape[1]
         if self.calls.descent is not None:
             options.pop("hidden_states", None)
             hidden, options = self.calls.descent.before_layer(number, hidden, options)
             arguments = (hidden, *arguments[1:])
-        elif timeline is not None and number in timeline.held and self.calls.evictor is not None:
-            options = self.calls.evictor.mask(number, timeline, options)
+        elif evictor is not None and timeline is not None and number in timeline.held:
+            options = evictor.mask(number, timeline, options)
         elif timeline is not None and timeline.groups:
             options = decode_mask(timeline, number, layer, options)
-        if self.calls.evictor is not None and timeline is not None:
-            self.calls.evictor.before_layer(number, timeline, self.calls.descent)
+        if evictor is not None and timeline is not None:
+            evictor.before_layer(number, timeline, self.calls.descent)
         return arguments, options
 
     def _check_cache(self, number: int, hidden: Tensor, options: dict[str, Any], shortened: Shortened) -> None:
@@ -128,7 +158,7 @@ class Forwards:
     ) -> None:
         cache: Any = options.get(CACHE)
         timeline = caches.timeline_of(cache)
-        if self.calls.evictor is not None and timeline is not None:
+        if self.calls.evictor is not None and timeline is not None and timeline.evicting:
             self.calls.evictor.after_layer(number, timeline, cache.layers[number])
 
     def _after_decoder(self, decoder: Any, arguments: Any, output: Any) -> Any:
@@ -149,3 +179,10 @@ class Forwards:
         if self.calls.descent is None or self.calls.descent.rows is None:
             return stock(hidden, visual, features)
         return self.calls.descent.add(hidden, visual, features)
+
+
+def _between(base: Any, decoder: nn.Module) -> list[nn.Module]:
+    """The modules from below the base model to the decoder, each around the next."""
+    path = next(name for name, module in base.named_modules() if module is decoder)
+    steps = path.split(".") if path else []
+    return [base.get_submodule(".".join(steps[: number + 1])) for number in range(len(steps))]

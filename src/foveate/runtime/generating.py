@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationMixin, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from foveate.core import FoveateError
 from foveate.families import Family
 from foveate.runtime import cache as caches
+from foveate.runtime.callbacks import Streamer, View, shown_criteria, shown_processors
 from foveate.runtime.calls import Calls, Run
-from foveate.runtime.prefill import Prefill, renamed
+from foveate.runtime.prefill import Prefill, named
 from foveate.runtime.seams import CACHE, unfit
+from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
 
 OVERRIDDEN = {
@@ -27,17 +28,26 @@ OVERRIDDEN = {
     "_prepare_generated_length": "_correct_length",
     "_prepare_cache_for_generation": "_prepare_cache",
     "_prepare_position_ids_for_generation": "_prepare_positions",
+    "_get_logits_processor": "_make_processors",
+    "_get_stopping_criteria": "_make_criteria",
+    "prepare_inputs_for_generation": "_prepare_step",
 }
 """Methods of a model that are replaced while a handle is at work, and what stands in for each."""
+
+REFUSED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Those that are refused meanwhile, where transformers has them."""
 
 _UNSUPPORTED_CACHES = ("offloaded", "offloaded_static", "quantized", "paged")
 
 
-class Generating:
+class Generating(Uncopied):
     """The overridden parts of one model's generate(), from install() to remove()."""
 
-    def __init__(self, model: Any, family: Family, owner: caches.Owner, calls: Calls, prefill: Prefill) -> None:
-        self.model, self.family, self.owner, self.calls, self._prefill = model, family, owner, calls, prefill
+    def __init__(
+        self, model: Any, family: Family, calls: Calls, prefill: Prefill, await_step: Callable[[], None]
+    ) -> None:
+        self.model, self.family, self.calls, self._prefill = model, family, calls, prefill
+        self._await_step = await_step
         self._stock: dict[str, Callable[..., Any]] = {}
 
     def check(self) -> None:
@@ -46,48 +56,62 @@ class Generating:
         Raises:
             FoveateError: naming the method.
         """
-        for name in OVERRIDDEN:
+        for name in (*OVERRIDDEN, *REFUSED):
             if name in vars(self.model):
                 raise FoveateError(f"{name} of this model is already replaced by something else; undo that first")
 
     def install(self) -> None:
         """Replace the methods on the model."""
         self._stock = {name: getattr(self.model, name) for name in OVERRIDDEN}
-        for name, replacement in OVERRIDDEN.items():
-            # The signature and name that transformers inspects stay those of the stock method.
-            setattr(self.model, name, _as_method(getattr(self, replacement), self._stock[name]))
+        for name, stock in self._stock.items():
+            setattr(self.model, name, self._as_method(getattr(self, OVERRIDDEN[name]), stock))
+        for name in REFUSED:
+            if hasattr(self.model, name):
+                setattr(self.model, name, self._as_method(self._refuse_batching, getattr(self.model, name)))
 
     def remove(self) -> None:
         """The model's own methods are back."""
-        for name in OVERRIDDEN:
+        for name in (*OVERRIDDEN, *REFUSED):
             vars(self.model).pop(name, None)
 
+    def _as_method(self, function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+        """One that somebody holds on to after the handle's stop is the stock one again."""
+
+        def method(*arguments: Any, **options: Any) -> Any:
+            return (function if self.calls.active else stock)(*arguments, **options)
+
+        # The signature and name that transformers inspects stay those of the stock method.
+        method.__name__ = stock.__name__
+        method.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+        return method
+
     def _generate(self, *arguments: Any, **options: Any) -> Any:
-        self.calls.claim()
-        outer, self.calls.run = self.calls.run, None  # a logits processor may generate on its own
+        given = named(self._stock["generate"], arguments, options)
+        run = Run(contains_past=_contains_past(given), given=given)
+        work = self.calls.enter(sys._getframe(), run)
         try:
-            self.calls.finish()  # pictures may have been encoded by hand
-            bound = inspect.signature(self._stock["generate"]).bind_partial(*arguments, **options).arguments
-            given = renamed({**bound, **bound.pop("kwargs", {})})
             self._check_generate(given)
-            self.calls.run = Run(contains_past=_contains_past(given), given=given)
-            self._prefill.expect(given.get("input_ids", given.get("inputs")), given, self.calls.run.contains_past)
+            self._prefill.expect(given.get("input_ids", given.get("inputs")), given, run.contains_past)
             if given.get("streamer") is not None:
-                given["streamer"] = _PromptStreamer(given["streamer"], self.calls.run)
-            return self._restore_prompt(self._stock["generate"](**given), self.calls.run)
+                given["streamer"] = Streamer(given["streamer"], View(run, self.calls))
+            return self._restore_prompt(self._stock["generate"](**given), run)
         finally:
-            self.calls.run = outer
-            self.calls.finish()
-            if outer is None:
-                self.calls.free()
+            self.calls.leave(work)
+
+    def _refuse_batching(self, *_: Any, **__: Any) -> Any:
+        raise FoveateError(
+            "continuous batching takes ids alone, so that no picture reaches this pruned model by it; use generate(), "
+            "which takes batches, or stop() the handle first"
+        )
 
     def _check_generate(self, given: dict[str, Any]) -> None:
-        config = given.get("generation_config") or self.model.generation_config
+        config = self._config(given)
         kind = given.get("cache_implementation", config.cache_implementation)
         if kind in _UNSUPPORTED_CACHES:
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
-        caches.check_usable(given.get(CACHE), self.owner)
-        if self.calls.stages or self.calls.evictor is not None:
+        caches.check_usable(given.get(CACHE), self.calls)
+        ids = given.get("input_ids", given.get("inputs"))
+        if not self._prefill.is_text(ids, given):
             self._check_inside(config, given)
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None and Version(transformers.__version__) < Version("5.23"):
@@ -102,21 +126,24 @@ class Generating:
             )
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
-        ids = given.get("input_ids", given.get("inputs"))
         if isinstance(ids, Tensor):
             self._prefill.check_images(ids, given, given.get(CACHE))
             self._prefill.check_length(ids, given, _contains_past(given), _longest(config, given, ids.shape[1]))
 
+    def _config(self, given: dict[str, Any]) -> Any:
+        return given.get("generation_config") or self.model.generation_config
+
     def _check_inside(self, config: Any, given: dict[str, Any]) -> None:
         """What stages inside the decoder cannot work with."""
+        if not self.calls.stages and self.calls.evictor is None:
+            return
         part = self.calls.stages[0].part if self.calls.evictor is None else self.calls.evictor.part
         name, where = format_spec(part), "on the cache" if part.site == "cache" else "inside the decoder"
-        for option in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
-            if given.get(option, getattr(config, option, None)) is not None:
-                raise FoveateError(
-                    f"{name} acts {where} and chooses once per prompt or token; {option} feeds the prompt or the "
-                    "answer in pieces. Leave it out, or use a method that acts before the decoder"
-                )
+        for option in _pieces(config, given):
+            raise FoveateError(
+                f"{name} acts {where} and chooses once per prompt or token; {option} feeds the prompt or the "
+                "answer in pieces. Leave it out, or use a method that acts before the decoder"
+            )
         if given.get("use_cache", config.use_cache) is False:
             raise FoveateError(f"{name} acts {where} and keeps its choice there, so use_cache=False leaves it no place")
         kind = given.get("cache_implementation", config.cache_implementation)
@@ -130,9 +157,11 @@ class Generating:
         run = self.calls.run
         if run is None:
             return stock(expand_size, is_encoder_decoder, input_ids, **options)
-        run.prompt = input_ids
+        run.prompt, run.mask, run.repeats = input_ids, options.get("attention_mask"), expand_size
         shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given)
         run.shortened = shortened
+        if not bool(shortened.timeline.pictured.any()) and _pieces(self._config(run.given), run.given):
+            shortened.timeline.evicting = False  # words alone are left as they are, however they come
         input_ids, options = stock(expand_size, is_encoder_decoder, shortened.ids, **shortened.options)
         if shortened.encoded is not None:
             options["mm_encoder_outputs"] = shortened.repeat_encoded(expand_size)
@@ -168,7 +197,7 @@ class Generating:
         if shortened is not None:
             held = model_kwargs.get(CACHE)
             if held is not None:
-                caches.check_usable(held, self.owner)
+                caches.check_usable(held, self.calls)
                 caches.attach(held, shortened.timeline)
                 shortened.cache = held
             elif generation_config.use_cache:
@@ -184,13 +213,30 @@ class Generating:
             return GenerationMixin._prepare_position_ids_for_generation(self.model, inputs, options)
         return self._stock["_prepare_position_ids_for_generation"](inputs, options)
 
+    def _prepare_step(self, *arguments: Any, **options: Any) -> Any:
+        """generate() prepares each of its calls of the model right before it."""
+        made = self._stock["prepare_inputs_for_generation"](*arguments, **options)
+        if self.calls.run is not None:
+            self._await_step()
+        return made
+
+    def _make_processors(self, *arguments: Any, **options: Any) -> Any:
+        stock, run = self._stock["_get_logits_processor"], self.calls.run
+        if run is None or run.shortened is None:
+            return stock(*arguments, **options)
+        view = View(run, self.calls)
+        return shown_processors(stock(**view.settings(named(stock, arguments, options))), view)
+
+    def _make_criteria(self, *arguments: Any, **options: Any) -> Any:
+        criteria, run = self._stock["_get_stopping_criteria"](*arguments, **options), self.calls.run
+        if run is None or run.shortened is None:
+            return criteria
+        return shown_criteria(criteria, run.given.get("stopping_criteria") or (), View(run, self.calls))
+
     def _restore_prompt(self, result: Any, run: Run) -> Any:
         if run.shortened is None or run.prompt is None:
             return result
-        sequences = result if isinstance(result, Tensor) else result.sequences
-        prompt = run.prompt.to(sequences.device)
-        prompt = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0)
-        sequences = torch.cat([prompt, sequences[:, run.shortened.ids.shape[1] :]], dim=1)
+        sequences = run.as_callers(result if isinstance(result, Tensor) else result.sequences)
         if isinstance(result, Tensor):
             return sequences
         result.sequences = sequences
@@ -204,35 +250,14 @@ def _longest(config: Any, given: dict[str, Any], prompt: int) -> int:
     return int(tokens) if tokens is not None else max(1, length - prompt) if length is not None else 1
 
 
+def _pieces(config: Any, given: dict[str, Any]) -> list[str]:
+    """Which options feed a prompt or an answer in pieces."""
+    options = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+    return [name for name in options if given.get(name, getattr(config, name, None)) is not None]
+
+
 def _contains_past(given: dict[str, Any]) -> bool:
     """generate() takes ids that repeat the cached prompt or only new ones: the length of the mask tells."""
     mask = given.get("attention_mask")
     ids = given.get("input_ids", given.get("inputs"))
     return mask is None or ids is None or mask.shape[1] == ids.shape[1]
-
-
-def _as_method(function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    def method(*arguments: Any, **options: Any) -> Any:
-        return function(*arguments, **options)
-
-    method.__name__ = stock.__name__
-    method.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
-    return method
-
-
-class _PromptStreamer(BaseStreamer):
-    """Hands a streamer the caller's own prompt in place of the shortened one."""
-
-    def __init__(self, streamer: Any, run: Run) -> None:
-        self.streamer, self.run, self.first = streamer, run, True
-
-    def put(self, value: Tensor) -> None:
-        """The first value is the prompt, later ones are new tokens."""
-        if self.first and self.run.prompt is not None:
-            value = self.run.prompt.cpu()
-        self.first = False
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        """The answer is complete."""
-        self.streamer.end()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -18,9 +21,13 @@ from foveate.runtime.prefill import Prefill
 from foveate.runtime.probe import DecoderProbe, Probe
 from foveate.runtime.seams import check_seams
 from foveate.runtime.tower import TowerStages
+from foveate.runtime.uncopied import Uncopied
+from foveate.spec import format as format_spec
+
+_STARTING = threading.Lock()
 
 
-class Handle:
+class Handle(Uncopied):
     """Pruning installed on one model, from start() to stop(); also a context manager that gives the trace.
 
     Works for stock generate(), for the image-text-to-text pipeline, and for direct calls of the model. Parameters,
@@ -32,8 +39,8 @@ class Handle:
     ) -> None:
         self.model = model
         self.parts = tuple(parts)
+        self._started = False  # has ever been
         self.trace = Trace()
-        self.active = False
         self.family = family_of(model)
         decoder = model.get_decoder()
         stages = stages_of(self.parts, len(decoder.layers))
@@ -44,14 +51,25 @@ class Handle:
         if evictor is not None:
             evictor.listen(self._decoder_probe)
         inside = [part for part in self.parts if part.site == "tower"]
-        mine = lambda: self._calls.mine  # noqa: E731 - a question, asked while the encoder runs
-        self._tower = TowerStages(model, self.family, inside, self._probe, mine)
-        self._calls: Calls = Calls(
+        self._tower = TowerStages(model, self.family, inside, self._probe, lambda: calls.mine)
+        self._calls = calls = Calls(
             model, self.trace, stages, decoder.layers, self._probe, self._tower, self._decoder_probe, evictor
         )
-        prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, self, joint_space, short_outputs)
-        self._generating = Generating(model, self.family, self, self._calls, prefill)
-        self._forwards = Forwards(model, self.family, decoder.layers, self._calls, prefill)
+        prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, calls, joint_space, short_outputs)
+        self._forwards = Forwards(model, self.family, decoder.layers, calls, prefill)
+        self._generating = Generating(model, self.family, calls, prefill, self._forwards.await_step)
+        # Nothing that lives on holds a handle that is not at work, so that it is collected as soon as it is lost.
+        self._unused = weakref.finalize(self, _warn_unused, repr(self))
+
+    @property
+    def active(self) -> bool:
+        """Whether it prunes the model now."""
+        return self._calls.active
+
+    def __repr__(self) -> str:
+        names = "+".join(format_spec(part) for part in self.parts)
+        state = "at work" if self.active else "stopped" if self._started else "not started"
+        return f"<Handle of {names} on {type(self.model).__name__}: {state}>"
 
     def start(self) -> Handle:
         """Install pruning on the model.
@@ -60,17 +78,23 @@ class Handle:
             FoveateError: this or another handle is already at work on the model, or the installed transformers runs it
                 in another way than pruning counts on.
         """
-        other = getattr(self.model, "_foveate_handle", None)
-        if other is not None:
-            whose = "this handle" if other is self else "another handle"
-            raise FoveateError(f"{whose} already prunes this model; stop() it first, or give several methods as a list")
-        self._generating.check()
-        check_seams(self.model, self.model.get_decoder().layers)
-        try:
-            self._install()
-        except BaseException:
-            self.stop()
-            raise
+        self.discard()
+        with _STARTING:
+            other = handle_of(self.model)
+            if other is self:
+                raise FoveateError("this handle already prunes this model; stop() it first")
+            if other is not None:
+                raise FoveateError(
+                    f"another handle already prunes this model: {other!r}. stop() it first, by foveate.restore(model) "
+                    "where it is out of reach, or give several methods as a list"
+                )
+            self._generating.check()
+            check_seams(self.model, self.model.get_decoder().layers)
+            try:
+                self._install()
+            except BaseException:
+                self._uninstall()
+                raise
         return self
 
     def _install(self) -> None:
@@ -82,20 +106,37 @@ class Handle:
         self._probe.install()
         self._tower.install()
         self._decoder_probe.install()
-        self.active = True
+        self._calls.active = self._started = True
 
     def stop(self) -> None:
-        """Take pruning off the model. Caches it pruned refuse to work until start() is called again."""
-        if getattr(self.model, "_foveate_handle", None) is not self:
+        """Take pruning off the model, once a call that another thread is making has returned.
+
+        Caches that it pruned refuse to work until start() is called again. A handle that is not at work warns: nothing
+        is changed then.
+
+        Raises:
+            FoveateError: a call of the model is running, and stop() comes from inside it (of a logits processor, say).
+        """
+        if self.active:
+            self._calls.wait()
+            self._uninstall()
             return
+        other = handle_of(self.model)
+        more = "" if other is None else f"; {other!r} is, and foveate.restore(model) stops it"
+        warnings.warn(f"{self!r} is not at work, so stop() changes nothing{more}", UserWarning, stacklevel=2)
+
+    def _uninstall(self) -> None:
         self._probe.remove()
         self._tower.remove()
         self._decoder_probe.remove()
-        self.active = False
+        self._calls.active = False
         self._forwards.remove()
         self._generating.remove()
         del self.model._foveate_handle
-        self._calls.forget()
+
+    def discard(self) -> None:
+        """Nobody is going to start it, which else is worth a warning when it is lost."""
+        self._unused.detach()
 
     def __enter__(self) -> Trace:
         self.start()
@@ -104,4 +145,19 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.stop()
+        if self.active:  # else somebody has stopped it before
+            self.stop()
+
+
+def handle_of(model: Any) -> Handle | None:
+    """The handle that prunes a model now."""
+    found: Handle | None = getattr(model, "_foveate_handle", None)
+    return found
+
+
+def _warn_unused(handle: str) -> None:
+    warnings.warn(
+        f"{handle} was made and never started, so nothing was pruned; use `with foveate.prune(...):`, or start() it",
+        UserWarning,
+        stacklevel=2,
+    )

@@ -18,6 +18,7 @@ from foveate.core import Block, FoveateError, Merger
 from foveate.families import Tower
 from foveate.ops.scores import attention_sums, row_attention
 from foveate.runtime.probe import PackedWatch, Probe, key_mask
+from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
 
 
@@ -78,7 +79,7 @@ class Attended:
 
 
 @dataclass(eq=False)
-class OpenBlocks:
+class OpenBlocks(Uncopied):
     """Blocks that run from their own children, from install() to remove().
 
     Attributes:
@@ -184,7 +185,7 @@ class MergingBlocks(OpenBlocks):
 
     def forget(self) -> None:
         """The block at work is done."""
-        self._attended.clear()
+        self._attended = []
 
     def remove(self) -> None:
         super().remove()

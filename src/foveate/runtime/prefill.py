@@ -163,8 +163,8 @@ class Prefill:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
 
         Raises:
-            FoveateError: pictures without placeholders, placeholders without pictures, or neither; pixels that are NaN
-                or infinite; another encoder block than the configuration's.
+            FoveateError: pictures without placeholders, or placeholders without pictures; pixels that are NaN or
+                infinite; another encoder block than the configuration's.
         """
         for name in _OF_ENCODER:
             asked, stated = given.get(name), getattr(self.model.config, name, None)
@@ -177,19 +177,24 @@ class Prefill:
         pixels = [given[name] for name in _PIXELS.values() if given.get(name) is not None]
         pictures = bool(pixels)
         # Both at once: each would wait for the device.
-        placeholders, broken = torch.stack([self._is_visual(ids).sum(), unfit(pixels, ids.device)]).tolist()
+        placeholders, broken = torch.stack([self.is_visual(ids).sum(), unfit(pixels, ids.device)]).tolist()
         if broken:
             raise FoveateError(f"{broken} pixel values are NaN or infinite; pass what the processor made")
-        if timeline_of(cache) is not None:
+        timeline = timeline_of(cache)
+        if timeline is not None:
             self._check_later_turn(pictures)
+            if pictures and self.evicting and not timeline.evicting:
+                raise FoveateError(
+                    "the words in this cache came in pieces or into a static cache, where a method on the cache did "
+                    "not see them; start with a new cache for the picture"
+                )
             return
-        if not placeholders:
-            has = "pixel_values were given but the prompt has" if pictures else "the prompt has"
+        if pictures and not placeholders:
             raise FoveateError(
-                f"{has} no image: no token {self.image_token} among {ids.numel()}; write the image into the prompt, "
-                "or call the model outside the handle for text alone"
+                f"pixel_values were given but the prompt has no image: no token {self.image_token} among "
+                f"{ids.numel()}; write the image into the prompt"
             )
-        if not pictures:
+        if placeholders and not pictures:
             raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
 
     def check_length(self, ids: Tensor, given: dict[str, Any], contains_past: bool, new_tokens: int) -> None:
@@ -256,7 +261,14 @@ class Prefill:
         if self.joint_space is not None:
             raise FoveateError(f"{other}, which clip= does not belong to; use a method that needs no CLIP")
 
-    def _is_visual(self, ids: Tensor) -> Tensor:
+    def is_text(self, ids: object, given: Mapping[str, Any]) -> bool:
+        """Whether neither a prompt nor the cache that it follows has any picture, so that all runs as it is."""
+        timeline = timeline_of(given.get(CACHE))
+        if timeline is not None and bool(timeline.pictured.any()):
+            return False
+        return isinstance(ids, Tensor) and not bool(self.is_visual(ids).any())
+
+    def is_visual(self, ids: Tensor) -> Tensor:
         """Which ids stand for visual tokens, of pictures or videos."""
         visual = ids == self.image_token
         video = self.tokens["video"]
@@ -420,7 +432,7 @@ class Prefill:
         first = self.model.get_decoder().layers[0]
         if first.training and getattr(first, "gradient_checkpointing", False):
             cache = None  # transformers leaves it empty, and says so
-        if cache is None and self.evicting:
+        if cache is None and self.evicting and bool(timeline.pictured.any()):
             raise FoveateError(
                 "a method on the cache needs one; use_cache=False leaves it no place, nor does gradient checkpointing"
             )
@@ -475,7 +487,7 @@ class Prefill:
         if timeline is None and stated is not None and stated.ndim == 3:
             return stated[-3:, :, -length:].expand(3, batch, -1).to(new.device)
         start = new.new_zeros(batch) if timeline is None else timeline.positions(entries, 1)[:, 0]
-        if bool(self._is_visual(new).any()):
+        if bool(self.is_visual(new).any()):
             return self.family.positions(self.model, new, mask, given, start)
         along = mask.long().cumsum(dim=1) - 1 if timeline is None else torch.arange(length, device=new.device)
         return (start[:, None] + along).clamp(min=0).expand(3, batch, -1)
@@ -494,21 +506,21 @@ class Prefill:
         self, new: _Input, kind: str, encoded: Any, side: Side, repeats: int, given: dict[str, Any]
     ) -> Shortened:
         images, aparts, blocks = self._images(new.ids, kind, encoded, given)
-        masked = int((self._is_visual(new.ids) & ~new.mask).sum())
+        masked = int((self.is_visual(new.ids) & ~new.mask).sum())
         if masked:
             raise FoveateError(f"attention_mask hides {masked} visual placeholders; only padding may be masked")
         for name, block in blocks.items():
             for value in vars(block).values():
                 if value is not None and value.shape[0] != len(images):
                     raise FoveateError(f"encoder block {name} saw {value.shape[0]} pictures, the prompt {len(images)}")
-        is_text = new.mask & ~self._is_visual(new.ids)
+        is_text = new.mask & ~self.is_visual(new.ids)
         stopwatch = Stopwatch(new.ids.device)
         with stopwatch:
             embed = lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0))  # noqa: E731 - rarely asked
             prompt = Prompt(embed, is_text, self.joint_space, new.ids)
             choose(self.parts, images, blocks, prompt, self._projector())
         made = plan(new.mask, images, side)
-        timeline = self._timeline(new, made, repeats)
+        timeline = self._timeline(new, made, repeats, [image.row for image in images])
         shortened = Shortened(
             ids=new.ids,
             options={},
@@ -525,7 +537,8 @@ class Prefill:
             kind=kind,
             repeats=repeats,
         )
-        if images:
+        # Text alone is noted where it begins; what follows it is a step of decoding, for all that can be told.
+        if images or new.timeline is None:
             mine = list(zip(images, aparts, strict=True))
             past = [0] * new.ids.shape[0] if new.past_mask is None else new.past_mask.sum(dim=1).tolist()
             shortened.record = partial(
@@ -581,9 +594,12 @@ class Prefill:
                 image.features = image.features[image.index]
         return images, aparts, to_tokens(blocks, layouts, row.packed)
 
-    def _timeline(self, new: _Input, made: Plan, repeats: int) -> Timeline:
+    def _timeline(self, new: _Input, made: Plan, repeats: int, rows: list[int]) -> Timeline:
         kept, valid = made.index + new.reached, made.valid
+        pictured = torch.zeros(new.ids.shape[0], dtype=torch.bool)
+        pictured[rows] = True
         if new.timeline is not None:
+            pictured = pictured | new.timeline.pictured
             kept = torch.cat([new.timeline.places(new.entries), kept], dim=1)
             valid = torch.cat([new.past_mask, valid], dim=1)  # type: ignore[list-item]
         lag = new.following - (made.gather(new.positions, 0)[..., -1] + 1)
@@ -595,7 +611,8 @@ class Prefill:
             lag=lag if bool(lag.any()) else None,
             owner=self.owner,
             groups=[] if new.timeline is None else list(new.timeline.groups),
-            evicting=self.evicting,
+            pictured=pictured,
+            evicting=self.evicting and (new.timeline is None or new.timeline.evicting),
             held={} if new.timeline is None else new.timeline.held,
             before=new.entries,
             seen=new.entries,
@@ -626,6 +643,16 @@ class Prefill:
         pad = 0 if pad is None or pad < 0 else int(pad)
         visual = set(self.tokens.values())
         return pad if pad not in visual else next(other for other in range(3) if other not in visual)
+
+
+def named(function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function is called with, by the names that its arguments have now."""
+    signature = inspect.signature(function)
+    bound = signature.bind_partial(*arguments, **options).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return renamed(bound)
 
 
 def renamed(given: Mapping[str, Any]) -> dict[str, Any]:

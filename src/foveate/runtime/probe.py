@@ -23,6 +23,7 @@ from foveate.ops.padding import joined
 from foveate.ops.scores import attention_sums, row_attention
 from foveate.runtime.choose import JOINT, TOKEN_AXIS
 from foveate.runtime.seams import CACHE
+from foveate.runtime.uncopied import Uncopied
 
 PROBE = "foveate_probe"
 """Name under which the observing attention is registered. It stays registered: transformers cannot take it back."""
@@ -85,7 +86,7 @@ def block_number(name: str, read: int, blocks: int) -> int:
     return number
 
 
-class Observed:
+class Observed(Uncopied):
     """One attention module under observation, from install() to remove()."""
 
     def __init__(self, attention: Any) -> None:
@@ -341,7 +342,7 @@ class Probe:
                 block = self._video_blocks[number]
                 attention = getattr(block, self._row.attention)
                 self._of_videos[number] = Watch(block, attention, set(watch.fields), self._row.summary)
-        for watch in self._all():
+        for watch in self.observers:
             watch.install()
 
     def _check_shared(self, other: Probe) -> None:
@@ -357,11 +358,13 @@ class Probe:
 
     def remove(self) -> None:
         """Stop observing; the encoder is as it was."""
-        for watch in self._all():
+        for watch in self.observers:
             watch.remove()
         self._of_videos.clear()
 
-    def _all(self) -> list[Watch]:
+    @property
+    def observers(self) -> list[Watch]:
+        """Whatever holds something of the encoding in progress."""
         return [*self._watches.values(), *self._of_videos.values()]
 
     def peek(self, depth: int, at: Callable[[Block, int], Block]) -> dict[int | str, Block]:
@@ -575,6 +578,11 @@ class DecoderProbe:
         """Stop observing; the decoder is as it was."""
         for watch in self._watches.values():
             watch.remove()
+
+    @property
+    def observers(self) -> list[_DecoderWatch]:
+        """Whatever holds something of the prefill in progress."""
+        return list(self._watches.values())
 
     def open(self, cached: Callable[[int], int]) -> None:
         """A prefill begins: the blocks behind the stages keep what they compute until they are closed.

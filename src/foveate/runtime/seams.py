@@ -83,6 +83,21 @@ SEAMS = (
         exact=True,
     ),
     Seam(
+        _GENERATE + "_get_logits_processor",
+        "replaced: processors are shown the caller's ids, and count in the caller's numbers",
+        ("generation_config", "input_ids_seq_length", "model_kwargs"),
+    ),
+    Seam(
+        _GENERATE + "_get_stopping_criteria",
+        "replaced: criteria are shown the caller's ids",
+        ("generation_config", "stopping_criteria"),
+    ),
+    Seam(
+        _GENERATE + "prepare_inputs_for_generation",
+        "replaced: comes right before each call of the model that is generate()'s own",
+        ("input_ids",),
+    ),
+    Seam(
         _GENERATE + "_prepare_multimodal_encoder_kwargs_for_generation",
         "relied on: pictures are encoded before anything is expanded, and stand in mm_encoder_outputs",
         ("model_kwargs",),

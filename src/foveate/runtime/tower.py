@@ -24,6 +24,7 @@ from foveate.runtime.packing import to_tokens
 from foveate.runtime.probe import LATEST, Probe, block_number, tower_needs
 from foveate.runtime.record import Stopwatch
 from foveate.runtime.rows import Batched, Packed
+from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
 
 
@@ -80,7 +81,7 @@ def _encoded(tiles: Sequence[Tile], patches: Tensor, packed: bool) -> Sequence[T
 
 
 @dataclass(eq=False)
-class TowerStages:
+class TowerStages(Uncopied):
     """The stages inside one encoder, from install() to remove()."""
 
     model: Any
@@ -125,6 +126,11 @@ class TowerStages:
     def merging(self) -> MergingBlocks | None:
         """The blocks in which tokens merge, where a method does that."""
         return self.open if isinstance(self.open, MergingBlocks) else None
+
+    @property
+    def observers(self) -> list[Any]:
+        """Whatever holds something of the encoding in progress."""
+        return [self] if self.open is None else [self, self.open]
 
     def _opened(self) -> OpenBlocks | None:
         """The blocks that run from their own children: those in which tokens merge, and those that take no mask."""

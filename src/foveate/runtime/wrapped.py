@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import transformers
@@ -16,13 +17,15 @@ _PEFT = "0.21"
 
 
 def unwrapped(model: Any) -> Any:
-    """The model of transformers that a PEFT model, or nothing, wraps.
+    """The model of transformers that a pipeline, a PEFT model, both or nothing wraps.
 
-    A PEFT model calls the one inside like any caller, so that pruning acts on what it generates.
+    They call the one inside like any caller, so that pruning acts on what it generates.
 
     Raises:
         FoveateError: a wrapping that hides the prompt's ids, or a module that is compiled as a whole.
     """
+    if is_pipeline(model):
+        model = model.model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         _check_peft()
         learning = getattr(model.active_peft_config, "is_prompt_learning", False)
@@ -36,6 +39,12 @@ def unwrapped(model: Any) -> Any:
     if hasattr(model, "named_modules"):
         _check_compiled(model)
     return model
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether this is a pipeline of transformers."""
+    pipelines = sys.modules.get("transformers.pipelines.base")  # which no pipeline comes without
+    return pipelines is not None and isinstance(model, pipelines.Pipeline)
 
 
 def _check_peft() -> None:
