@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -113,6 +114,8 @@ class Calls(Uncopied):
             FoveateError: another thread has the model.
         """
         with self._freed:
+            if not self.active:
+                raise FoveateError("this handle has been stopped while the call began; call again")
             self._bury()
             if self._works and not self.mine:
                 raise FoveateError(
@@ -204,11 +207,12 @@ class Calls(Uncopied):
         self._awaited = self._awaited - {id(module)}
         return True
 
-    def wait(self) -> None:
-        """Until no call is in progress.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this is open no call is in progress and none begins; it waits for those of other threads.
 
         Raises:
-            FoveateError: one is, and it is this thread's.
+            FoveateError: one is in progress, and it is this thread's.
         """
         with self._freed:
             self._bury()
@@ -220,6 +224,7 @@ class Calls(Uncopied):
             while self._works:
                 self._freed.wait(timeout=0.1)  # a thread that was killed gives no notice
                 self._bury()
+            yield
 
     # -- what is noted of one -------------------------------------------------------------------------------------
 

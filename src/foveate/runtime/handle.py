@@ -118,8 +118,8 @@ class Handle(Uncopied):
             FoveateError: a call of the model is running, and stop() comes from inside it (of a logits processor, say).
         """
         if self.active:
-            self._calls.wait()
-            self._uninstall()
+            with self._calls.alone():
+                self._uninstall()
             return
         other = handle_of(self.model)
         more = "" if other is None else f"; {other!r} is, and foveate.restore(model) stops it"
