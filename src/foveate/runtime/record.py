@@ -73,7 +73,6 @@ def record(
     """
     config = model.config
     layers = shape.decoder.layers
-    width = model.dtype.itemsize
     length = past_entries + index.shape[1]
     kv_lengths = _kv_lengths(config, [timeline.holds(layer, length) for layer in range(layers)])
     batch = index.shape[0] * repeats
@@ -85,13 +84,10 @@ def record(
             mine = [count for image, count in zip(images, counts, strict=True) if image.row == row]
             flops += _row_flops(shape, [words + sum(seen) for seen in zip(*mine, [0] * layers, strict=True)], past[row])
         tokens = tuple(sum(seen) / len(images) for seen in zip(*counts, strict=True))
-        return Budget(tokens, float(flops), kv_bytes(shape.decoder, lengths, width, batch))
+        return Budget(tokens, float(flops), kv_bytes(shape.decoder, lengths, model.dtype.itemsize, batch))
 
-    records = tuple(
-        ImageRecord(image.row, image.original, image.grid, tuple(image.stages), proportional) for image in images
-    )
     return Call(
-        images=records,
+        images=tuple(_image(image, proportional) for image in images),
         prompt_length=prompt_length,
         length=index.shape[1],
         text=sum(text) / max(1, len(text)),
@@ -107,6 +103,10 @@ def record(
         kv_lengths=kv_lengths,
         stopwatch=lambda: sum(stopwatch() for stopwatch in stopwatches),
     )
+
+
+def _image(image: Image, proportional: bool) -> ImageRecord:
+    return ImageRecord(image.row, image.original, image.grid, tuple(image.stages), proportional)
 
 
 def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) -> int:
