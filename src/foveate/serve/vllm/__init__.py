@@ -45,7 +45,8 @@ def options(
     from foveate import MINI
     from foveate.core import FoveateError
     from foveate.serve.vllm.asked import SPEC
-    from foveate.serve.vllm.settings import CLIP, METHODS, ROUTE, check_vllm, written
+    from foveate.serve.vllm.routes import ROUTE
+    from foveate.serve.vllm.settings import CLIP, METHODS, check_vllm, written
 
     try:
         import vllm

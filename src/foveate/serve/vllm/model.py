@@ -24,7 +24,7 @@ from foveate.serve.vllm.asked import SPEC, Asked, parts_of, reads_joint_space
 from foveate.serve.vllm.outline import Outline
 from foveate.serve.vllm.positions import AXES, Span, columns_of, settled, waiting, with_places
 from foveate.serve.vllm.processor import ASKED, BATCHED, FIELDS, ROWS, SHARED, SOURCES, TOKENS
-from foveate.serve.vllm.rooms import Block, FoveateError, JointSpace
+from foveate.serve.vllm.rooms import Block, FoveateError, JointSpace, context_of
 from foveate.serve.vllm.selecting import Decoder, Item, choose_rows
 from foveate.serve.vllm.settings import clip_of, needs_joint_space
 from foveate.serve.vllm.slots import count_of, fitted
@@ -172,6 +172,9 @@ class Pruning:
         **options: Any,
     ) -> Any:
         """The decoder, at the positions that it counts on."""
+        # An answer may run past the context, since its prompt is short where its positions are not. In place: graphs
+        # replay what lies at this address.
+        positions.clamp_(max=self._foveate.last)
         if self._foveate.flat:
             row = positions[0].contiguous()
             return self._forward_flat(input_ids, row, intermediate_tensors, inputs_embeds, **options)
@@ -188,6 +191,7 @@ class _State:
         flat: its decoder counts on one axis, and the engine keeps three.
         placeholders: id of a visual token, by kind.
         decoder: what choosing needs of it.
+        last: the largest position that it knows.
     """
 
     def __init__(self, model: Any, vllm_config: Any) -> None:
@@ -197,6 +201,8 @@ class _State:
         self.placeholders = {"image": self.outline.family.image_token_id(config)}
         if getattr(config, "video_token_id", None) is not None:
             self.placeholders["video"] = config.video_token_id
+        longest = vllm_config.model_config.max_model_len
+        self.last = max(context_of(config) or longest, longest) - 1
         scheduler = vllm_config.scheduler_config
         self._most = int(scheduler.max_num_encoder_input_tokens)
         family, space = self.outline.family, None
@@ -268,21 +274,31 @@ def check_engine(vllm_config: Any) -> None:
     Raises:
         FoveateError: naming the option.
     """
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise FoveateError(
-            "pipeline parallelism keeps the positions of pruned pictures from later stages; use --tensor-parallel-size"
-        )
-    if vllm_config.speculative_config is not None:
-        raise FoveateError(
-            "speculative decoding reads pictures a second time, unpruned; leave --speculative-config out"
-        )
-    if vllm_config.compilation_config.compile_mm_encoder or getattr(
-        vllm_config.compilation_config, "cudagraph_mm_encoder", False
-    ):
-        raise FoveateError(
-            "a compiled encoder cannot be read; leave compile_mm_encoder and cudagraph_mm_encoder out (the decoder is "
-            "compiled all the same)"
-        )
+    parallel, compiled = vllm_config.parallel_config, vllm_config.compilation_config
+    pictures = vllm_config.model_config.multimodal_config
+    wrong = {
+        "pipeline parallelism keeps the positions of pruned pictures from later stages; use --tensor-parallel-size": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "speculative decoding reads pictures a second time, unpruned; leave --speculative-config out": (
+            vllm_config.speculative_config is not None
+        ),
+        "a compiled encoder cannot be read; leave compile_mm_encoder and cudagraph_mm_encoder out (the decoder is "
+        "compiled all the same)": compiled.compile_mm_encoder or compiled.cudagraph_mm_encoder,
+        "--mm-encoder-tp-mode data shows each device the pictures of a part of the requests; leave it out": (
+            pictures.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1
+        ),
+        "--video-pruning-rate prunes videos beside Foveate; give one of them": bool(pictures.video_pruning_rate),
+        "--enable-mm-embeds takes pictures that no encoder here has seen; leave it out": bool(
+            pictures.enable_mm_embeds
+        ),
+        "an encoder in another engine (--ec-transfer-config) cannot be read; leave it out": (
+            vllm_config.ec_transfer_config is not None
+        ),
+    }
+    for message, holds in wrong.items():
+        if holds:
+            raise FoveateError(message)
 
 
 def enable(vllm_config: Any) -> None:

@@ -16,7 +16,7 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 from foveate.serve.vllm.asked import QUESTION, SPEC, UNPRUNED, Asked, parts_of, reads_question, reads_words
 from foveate.serve.vllm.outline import ENGINE, Outline
 from foveate.serve.vllm.positions import MOST
-from foveate.serve.vllm.rooms import FoveateError
+from foveate.serve.vllm.rooms import FoveateError, check_reach, context_of
 from foveate.serve.vllm.settings import rules_of
 from foveate.serve.vllm.slots import sources_of, units_of
 
@@ -24,6 +24,8 @@ KINDS = ("image", "video")
 ASKED, TOKENS, SOURCES, ROWS = "foveate_asked", "foveate_tokens", "foveate_sources", "foveate_rows"
 """Fields of an item beside its own: what is asked, its R tokens, the sources of its P, and how its fields are cut."""
 FIELDS = (ASKED, TOKENS, SOURCES, ROWS)
+UNPRUNED_LENGTH = "foveate_unpruned_length"
+"""On the mask of a picture's slots: R."""
 BATCHED, SHARED = -1, -2
 """In ROWS, fields that are not cut along a dimension: one entry for each item, or one for all."""
 
@@ -66,7 +68,23 @@ class Shortening:
             inputs = dataclasses.replace(
                 inputs, hf_processor_mm_kwargs={**self._others(inputs.hf_processor_mm_kwargs), SPEC: asked.key}
             )
-        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        self._check_reach(made)
+        return made
+
+    def _check_reach(self, made: Mapping[str, Any]) -> None:
+        """Refuse a prompt that fits into the context as it is, but whose kept tokens stand beyond it.
+
+        On several axes a picture takes few positions; there nothing fits that would not fit unpruned.
+        """
+        context = context_of(self.outline.config)
+        if context is None or self.outline.family.positions is not None:
+            return
+        reach = len(made["prompt_token_ids"])
+        for ranges in made.get("mm_placeholders", {}).values():
+            for one in ranges:
+                reach += getattr(one.is_embed, UNPRUNED_LENGTH, one.length) - one.length
+        check_reach(reach, context)
 
     @staticmethod
     def _others(given: Mapping[str, object]) -> dict[str, object]:
@@ -127,6 +145,8 @@ class Shortening:
         rows = torch.tensor([_cut(item[name]) for name in sorted(item)])
         for name, value in ((ASKED, asked.packed()), (TOKENS, tokens), (SOURCES, sources), (ROWS, rows)):
             item[name] = MultiModalFieldElem(data=value, field=MultiModalBatchedField(keep_on_cpu=True))
+        # The mask is what vLLM keeps of a picture that comes again, when its fields are elsewhere.
+        setattr(slots, UNPRUNED_LENGTH, ids.numel())
         return PromptUpdateDetails(full=short.tolist(), is_embed=lambda _: slots)
 
 

@@ -6,6 +6,7 @@ from foveate.families import FAMILIES, Family, Tower
 from foveate.layouts import Encoded, Layout
 from foveate.runtime.choose import JOINT, Image, Prompt, choose
 from foveate.runtime.joint_space import JointSpace, Questions
+from foveate.runtime.limits import check_reach, context_of
 from foveate.runtime.packing import Apart, to_tokens
 from foveate.runtime.probe import PackedWatch, Probe, Watch, tower_needs
 from foveate.runtime.support import why_not, working_methods
@@ -31,8 +32,10 @@ __all__ = [
     "Questions",
     "Tower",
     "Watch",
+    "check_reach",
     "check_version",
     "choose",
+    "context_of",
     "did_you_mean",
     "format_spec",
     "parse_stages",

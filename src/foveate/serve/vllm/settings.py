@@ -11,9 +11,8 @@ from foveate.serve.vllm.asked import SPEC, Rules, parts_of, reads_joint_space
 from foveate.serve.vllm.outline import Outline
 from foveate.serve.vllm.rooms import FoveateError, did_you_mean, format_spec, parse_stages
 
-ROUTE, METHODS, CLIP = "foveate_route", "foveate_methods", "foveate_clip"
-"""Further names in hf_overrides: which classes run, which methods requests may ask for, and where CLIP lies."""
-TRANSFORMERS, IN_TREE = "transformers", "in-tree"
+METHODS, CLIP = "foveate_methods", "foveate_clip"
+"""Further names in hf_overrides: which methods requests may ask for, and where CLIP lies."""
 TESTED = "0.32"
 """The vLLM that this was tested with, of which any patch release will do."""
 

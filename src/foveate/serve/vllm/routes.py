@@ -1,0 +1,70 @@
+"""Which of vLLM's two ways runs a family: its own kernels, or transformers' model inside it; and why none does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packaging.version import Version
+
+from foveate.serve.vllm.outline import Outline
+from foveate.serve.vllm.rooms import FAMILIES, Family, FoveateError, did_you_mean
+
+ROUTE = "foveate_route"
+"""Name in hf_overrides that forces one."""
+TRANSFORMERS, IN_TREE = "transformers", "in-tree"
+BELOW = "5.20"
+"""The transformers that the tested vLLM takes is older than this."""
+ANY, ANY_MOE = "FoveateForConditionalGeneration", "FoveateMoEForConditionalGeneration"
+IN_TREE_CLASSES = {
+    "llava-1.5": "FoveateLlavaForConditionalGeneration",
+    "qwen2.5-vl": "FoveateQwen2_5_VLForConditionalGeneration",
+    "qwen3-vl": "FoveateQwen3VLForConditionalGeneration",
+    "internvl": "FoveateInternVLForConditionalGeneration",
+}
+"""Families with a class of their own on vLLM's kernels, and its name."""
+_IN_TREE_TOWERS = {"llava-1.5": ("clip_vision_model",)}
+"""Encoders that such a class reads, where its family has several."""
+
+
+def why_not(family: Family) -> str | None:
+    """Why no way runs a family; None where one does."""
+    if family.two_way:
+        return "its pictures look both ways, which vLLM's attention on CPUs leaves out and which was not tested on GPUs"
+    if Version(family.transformers) >= Version(BELOW):
+        return f"it needs transformers {family.transformers} or newer, and vLLM takes older ones than {BELOW}"
+    if family.deepstack is not None and family.name not in IN_TREE_CLASSES:
+        return "deeper blocks take features of the picture, which vLLM's transformers backend leaves out, pruned or not"
+    return None
+
+
+def routes_of(name: str) -> list[str]:
+    """The ways in which a family runs, the usual one first."""
+    family = next(family for family in FAMILIES if family.name == name)
+    if why_not(family) is not None:
+        return []
+    own = [IN_TREE] if name in IN_TREE_CLASSES else []
+    return own if family.deepstack is not None else [*own, TRANSFORMERS]
+
+
+def architecture(config: Any, outline: Outline) -> str:
+    """The class that runs a model: on vLLM's own kernels where there is one, or as hf_overrides say.
+
+    Raises:
+        FoveateError: there is no such way for the family.
+    """
+    asked, name = getattr(config, ROUTE, None), outline.family.name
+    reason = why_not(outline.family)
+    if reason is not None:
+        raise FoveateError(f"{name} cannot be pruned in vLLM: {reason}")
+    if asked not in (None, TRANSFORMERS, IN_TREE):
+        raise FoveateError(f"{ROUTE}={asked!r} is no route; {did_you_mean(str(asked), (TRANSFORMERS, IN_TREE))}")
+    routes = routes_of(name)
+    if outline.tower.type not in _IN_TREE_TOWERS.get(name, (outline.tower.type,)):
+        routes = [TRANSFORMERS]
+    if asked is not None and asked not in routes:
+        raise FoveateError(f"{ROUTE}={asked!r}: {name} with {outline.tower.type} runs {' or '.join(routes)} alone")
+    if (asked or routes[0]) == IN_TREE:
+        return IN_TREE_CLASSES[name]
+    decoder = config.get_text_config()
+    experts = getattr(decoder, "num_experts", None) or getattr(decoder, "n_routed_experts", None)
+    return ANY_MOE if experts else ANY
