@@ -1,4 +1,4 @@
-"""Renders what is said of methods and families: pages in docs, the README's table, the table of accuracies.
+"""Renders what is said of methods and families: pages in docs, the README's tables, those of accuracies and of vLLM.
 
     python tools/render_docs.py              # text; every file appears whole
     python tools/render_docs.py --pictures   # also what each keeps on the demo scene, with `mini` (a minute)
@@ -171,18 +171,37 @@ def table() -> str:
 
 def readme(text: str) -> str:
     """The README with its tables made anew."""
-    for name, made in (
-        ("methods", table()),
-        ("families", families_markdown().strip()),
-        ("support", markdown().strip()),
-    ):
+    tables = {"methods": table(), "families": families_markdown().strip(), "support": markdown().strip()}
+    return refilled(text, tables, "README.md")
+
+
+def refilled(text: str, tables: dict[str, str], file: str) -> str:
+    """A text with what stands between its marks made anew."""
+    for name, made in tables.items():
         first, last = (mark.format(name=name) for mark in MADE)
         before, begin, rest = text.partition(first)
         _, end, after = rest.partition(last)
         if not begin or not end:
-            sys.exit(f"README.md lacks {first} ... {last}")
+            sys.exit(f"{file} lacks {first} ... {last}")
         text = f"{before}{first}\n{made}\n{last}{after}"
     return text
+
+
+def vllm_table() -> str:
+    """What docs/vllm.md says of each family, by the rows and by what the tests of the plug-in run."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from vllm_checkpoints import FAMILIES as TESTED
+
+    from foveate.families import FAMILIES as ROWS
+    from foveate.serve.vllm.routes import routes_of, why_not
+
+    sys.path.remove(str(ROOT / "tests"))
+    lines = ["| family | runs | same answers as on transformers |", "|---|---|---|"]
+    for row in ROWS:
+        runs = " or ".join(routes_of(row.name)) or f"no: {why_not(row)}"
+        tested = "-" if not routes_of(row.name) else "tested" if row.name in TESTED else "not tested"
+        lines.append(f"| {row.name} | {runs} | {tested} |")
+    return "\n".join(lines)
 
 
 def accuracy(found: dict[str, Any]) -> str:
@@ -251,6 +270,8 @@ def texts() -> dict[Path, str]:
     path = ROOT / "README.md"
     found[path] = readme(path.read_text(encoding="utf-8"))
     found[ROOT / "docs" / "families.md"] = families()
+    path = ROOT / "docs" / "vllm.md"
+    found[path] = refilled(path.read_text(encoding="utf-8"), {"families": vllm_table()}, "docs/vllm.md")
     files = ((accuracy, latest("accuracy")), (forms, latest("forms")))
     made = [make(json.loads(file.read_text(encoding="utf-8"))) for make, file in files if file]
     if made:
