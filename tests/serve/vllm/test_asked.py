@@ -10,7 +10,7 @@ import pytest
 from foveate.core import FoveateError
 from foveate.families import FAMILIES
 from foveate.serve.vllm.asked import Asked, Rules
-from foveate.serve.vllm.server import with_question
+from foveate.serve.vllm.server import untrusted, with_question
 from foveate.serve.vllm.settings import check_vllm, written
 
 LLAVA = next(family for family in FAMILIES if family.name == "llava-1.5")
@@ -129,3 +129,11 @@ def test_a_chat_asks_about_its_pictures_by_its_last_user_message() -> None:
     assert with_question(own) == own
     for odd in ({}, {"messages": None}, {"messages": [1]}, {"messages": [{"role": "user", "content": [picture]}]}):
         assert with_question(odd) == odd
+
+
+def test_a_client_says_how_pictures_are_pruned_and_nothing_else_of_how_they_are_prepared() -> None:
+    assert untrusted({"mm_processor_kwargs": {"foveate": "none", "question": "?"}, "messages": []}) is None
+    assert untrusted("text") is None
+    refused = untrusted([{"mm_processor_kwargs": {"foveate": "none", "max_pixels": 9}}])
+    assert refused is not None and "not max_pixels; start the server with --trust-request-mm-kwargs" in refused
+    assert "media_io_kwargs are not taken" in str(untrusted({"requests": [{"media_io_kwargs": {"video": {}}}]}))

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate.serve.vllm import options
-from foveate.serve.vllm.asked import QUESTION
+from foveate.serve.vllm.asked import QUESTION, SPEC
 from foveate.serve.vllm.rooms import FoveateError
 
 _OVERRIDES = "--hf-overrides"
+_TRUST = "--trust-request-mm-kwargs"
+_TRUSTED = f"start the server with {_TRUST} where clients are trusted with all of them"
 
 
 def arguments(source: str, spec: str, more: Sequence[str], *, name: str, **settings: Any) -> list[str]:
@@ -77,14 +79,37 @@ def _last_question(messages: Any) -> str:
     return ""
 
 
-class QuestionMiddleware:
-    """An ASGI application before vLLM's: adds the question to chat requests, and hands all others on as they are."""
+def untrusted(body: Any) -> str | None:
+    """Why a request is refused: it sets more of how pictures are prepared than how they are pruned; None for others.
+
+    vLLM takes such settings from all clients or from none.
+    """
+    if isinstance(body, list):
+        return next((why for one in body if (why := untrusted(one))), None)
+    if not isinstance(body, dict):
+        return None
+    given = body.get("mm_processor_kwargs") or {}
+    others = sorted(set(given) - {SPEC, QUESTION}) if isinstance(given, dict) else ["no object"]
+    if others:
+        return f"mm_processor_kwargs may hold {SPEC!r} and {QUESTION!r}, not {', '.join(others)}; {_TRUSTED}"
+    if body.get("media_io_kwargs"):
+        return f"media_io_kwargs are not taken from a request; {_TRUSTED}"
+    return untrusted([one for one in body.values() if isinstance(one, dict | list)])
+
+
+class RequestMiddleware:
+    """An ASGI application before vLLM's: adds the question to chat requests, and refuses settings of no trusted client.
+
+    All other requests are handed on as they are.
+    """
+
+    trusting = False
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith("/chat/completions"):
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         body = b""
@@ -98,14 +123,34 @@ class QuestionMiddleware:
                 break
         try:
             asked = json.loads(body)
-            changed = with_question(asked) if isinstance(asked, dict) else asked
-            written = body if changed is asked else json.dumps(changed).encode()
         except ValueError:
-            written = body  # vLLM says what is wrong with it
+            asked = None  # vLLM says what is wrong with it
+        refused = None if self.trusting else untrusted(asked)
+        if refused is not None:
+            await _refuse(send, refused)
+            return
+        if isinstance(asked, dict) and scope["path"].endswith("/chat/completions"):
+            changed = with_question(asked)
+            body = body if changed is asked else json.dumps(changed).encode()
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-        scope = {**scope, "headers": [*headers, (b"content-length", str(len(written)).encode())]}
-        whole = {"type": "http.request", "body": written, "more_body": False}
+        scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        whole = {"type": "http.request", "body": body, "more_body": False}
         await self.app(scope, _once(whole, receive), send)
+
+
+class TrustingMiddleware(RequestMiddleware):
+    """The same where clients are trusted with all settings."""
+
+    trusting = True
+
+
+async def _refuse(send: Any, message: str) -> None:
+    """Answer with HTTP 400, as vLLM does."""
+    error = {"message": message, "type": "BadRequestError", "param": "mm_processor_kwargs", "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _once(first: dict[str, Any], rest: Any) -> Any:
@@ -126,7 +171,9 @@ def serve(given: Sequence[str]) -> None:
     """
     from vllm.entrypoints.launchers.api_server.entry import main
 
-    middleware = f"{QuestionMiddleware.__module__}.{QuestionMiddleware.__name__}"
+    trusted = any(one.replace("_", "-") == _TRUST for one in given)
+    kind = TrustingMiddleware if trusted else RequestMiddleware
+    more = ["--middleware", f"{kind.__module__}.{kind.__name__}", *([] if trusted else [_TRUST])]
     # `vllm serve` asks for a distribution of that name, which the build for CPUs is not; what it runs does not.
-    sys.argv = ["foveate serve", *given, "--middleware", middleware]
+    sys.argv = ["foveate serve", *given, *more]
     main()
