@@ -26,10 +26,10 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from transformers import LlavaForConditionalGeneration as Llava
 
 import foveate
+from foveate.choosing.record import Stopwatch
 from foveate.ops.scores import attention_sums
 from foveate.runs import write_text
-from foveate.runtime import probe as probes
-from foveate.runtime.record import Stopwatch
+from foveate.runtime.encoder import probe as probes
 from foveate.runtime.seams import CACHE
 
 Row = dict[str, Any]

@@ -28,9 +28,9 @@ from cpu import Row, clock, interleaved, quartiles, row
 from foveate.cost import HARDWARE, Hardware, estimate, fitted, hardware_of
 from foveate.evaluate.bench import Setting, measure, warnings
 from foveate.evaluate.bench_model import random_inputs, random_model
-from foveate.evaluate.bench_tables import PAPER_COLUMNS, at_ratios, columns, paper_rows, rows
-from foveate.evaluate.tables import Column, plain
 from foveate.ops.scores import attention_sums
+from foveate.report.bench_tables import PAPER_COLUMNS, at_ratios, columns, paper_rows, rows
+from foveate.report.tables import Column, plain
 from foveate.runs import write_text
 from foveate.spec import parse_stages
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny
+from models.untouched import untouched
 from PIL import Image
 from torch import Tensor
-from untouched import untouched
 
 import foveate
 from foveate import FoPru, FoveateError, ImageTextInteraction
 from foveate.core import Block, Signals
-from foveate.runtime.observe import signals_of
+from foveate.runtime.encoder.observe import signals_of
 
 
 @cache

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from huggingface_hub import constants
+from models import tiny
 from safetensors.torch import load_file, save_file
 
 from foveate.checkpoints import check_names
-from foveate.cli.loading import load
 from foveate.core import FoveateError
+from foveate.inference.loading import load
 from foveate.scenes import mini
 from foveate.scenes.joint_space import train_clip_text
 from foveate.scenes.recipe import train_mini

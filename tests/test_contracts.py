@@ -6,19 +6,19 @@ import dataclasses
 from itertools import pairwise
 from typing import Any
 
-import agreement
 import pytest
-import reference
-import tiny
 import torch
+from models import tiny
+from models.untouched import untouched
+from references import agreement, reference
 from torch import Tensor
-from untouched import untouched
 
 import foveate
 from foveate import families, methods
-from foveate.core import Call, Method, Selection, Signals
+from foveate.core import Method, Selection, Signals
 from foveate.runtime import support
 from foveate.runtime.seams import CACHE
+from foveate.trace import Call
 
 STEPS = 8
 ATTENTION = ("sdpa", "eager")

@@ -18,27 +18,22 @@ from hypothesis import strategies as st
 
 from foveate.core import (
     Block,
-    Budget,
     CacheBlock,
-    Call,
     FoveateError,
-    ImageRecord,
     Method,
-    Scorer,
     Selection,
     Signals,
-    StageRecord,
-    Trace,
     check_choices,
     check_depths,
     check_keep,
     described,
     did_you_mean,
     names_of,
-    readable,
     scaled_layers,
     tokens_to_keep,
 )
+from foveate.forms import Scorer
+from foveate.trace import Budget, Call, ImageRecord, StageRecord, Trace, readable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # keep

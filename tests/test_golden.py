@@ -6,13 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import golden_cases
-import golden_files
 import pytest
-from batches import alone, answers, assert_same, row_of, rows_of, together
-from golden_cases import BUILDERS, CHECKS, PATHS, UNCOVERED
-from golden_checks import CLOSE, Seen
-from golden_files import FOLDER, Case
+from golden import cases as golden_cases
+from golden import files as golden_files
+from golden.cases import BUILDERS, CHECKS, PATHS, UNCOVERED
+from golden.checks import CLOSE, Seen
+from golden.files import FOLDER, Case
+from models.batches import alone, answers, assert_same, row_of, rows_of, together
 
 from foveate import methods
 from foveate.core import CacheSelection

@@ -6,11 +6,11 @@ import json
 from functools import cache
 from typing import Any, NamedTuple
 
-import golden_files
 import numpy as np
 import pytest
 import torch
-from golden_files import FOLDER
+from golden import files as golden_files
+from golden.files import FOLDER
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.core import FoveateError, Merger, Selection, Signals
+from foveate.core import FoveateError, Selection, Signals
+from foveate.forms import Merger
 
 
 @dataclass(frozen=True)

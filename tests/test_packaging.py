@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 from foveate.runtime.seams import TESTED
 
 ROOT = Path(__file__).parents[1]

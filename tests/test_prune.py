@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
-import tiny
 import torch
-from doubles import Fixed, Ragged
-from untouched import untouched
+from models import tiny
+from models.doubles import Fixed, Ragged
+from models.untouched import untouched
 
 import foveate
 from foveate import FoPru, FoveateError, Pool, Random

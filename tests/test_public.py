@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+from models import tiny
 from transformers import PreTrainedModel
 
 import foveate
@@ -82,10 +82,10 @@ def test_the_shipped_model_is_a_folder_of_the_package() -> None:
 
 CHECK = (
     "; import foveate, sys, types"
-    "; print(foveate.prune.__module__, foveate.draw.__module__)"
-    "; assert all(isinstance(verb, types.FunctionType) for verb in (foveate.prune, foveate.draw))"
+    "; print(foveate.prune.__module__, foveate.report.draw.__module__)"
+    "; assert all(isinstance(verb, types.FunctionType) for verb in (foveate.prune, foveate.report.draw))"
     "; assert foveate.prune is sys.modules['foveate.prune'].prune"
-    "; assert foveate.draw is sys.modules['foveate.draw'].draw"
+    "; assert foveate.report.draw is sys.modules['foveate.report.draw'].draw"
     "; assert not {'torch', 'transformers'} & sys.modules.keys(), 'heavy'"
 )
 
@@ -95,21 +95,21 @@ CHECK = (
     [
         "import foveate",
         "import foveate.prune",
-        "import foveate.draw",
-        "import foveate.draw, foveate.prune",
+        "import foveate.report.draw",
+        "import foveate.report.draw, foveate.prune",
         "from foveate.prune import prune",
-        "from foveate.draw import draw",
+        "from foveate.report.draw import draw",
         "from foveate import prune",
         "from foveate import draw, prune",
         "import foveate; foveate.prune; import foveate.prune",
-        "import foveate; foveate.draw; from foveate.draw import draw",
+        "import foveate; foveate.report.draw; from foveate.report.draw import draw",
         "import foveate.prune as prune; assert prune.__name__ == 'prune'",
-        "import importlib; importlib.import_module('foveate.prune'); importlib.import_module('foveate.draw')",
+        "import importlib; importlib.import_module('foveate.prune'); importlib.import_module('foveate.report.draw')",
         "import foveate.spec; import foveate.prune; import foveate.cli",
     ],
 )
 def test_prune_and_draw_are_functions_whoever_imports_what_first(order: str) -> None:
-    assert python(order + CHECK) == "foveate.prune foveate.draw"
+    assert python(order + CHECK) == "foveate.prune foveate.report.draw"
 
 
 def test_the_modules_can_still_be_patched() -> None:

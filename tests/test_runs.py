@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate import runs
 from foveate.core import FoveateError
-from foveate.images import save_image
+from foveate.inference.pictures import save_image
 from foveate.modules import storage
 from foveate.scenes.runs import Progress, Run
 

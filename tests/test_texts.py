@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
-import tiny_processors
+from models import tiny, tiny_processors
 from PIL import Image
 from transformers import AutoProcessor
 
 import foveate
 from foveate.core import FoveateError
-from foveate.evaluate.answers import encode
+from foveate.inference.answers import encode
 from foveate.texts import check_characters, check_text
 
 REST = "which this model reads as a mark of its own and not as text; write it another way, such as with spaces between"

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import tiny
-import tiny_families
-import tiny_processors
 import transformers
+from models import tiny, tiny_families, tiny_processors
 from PIL import Image
 
 FAMILIES = (

@@ -192,7 +192,7 @@ def vllm_table() -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     from vllm_checkpoints import FAMILIES as TESTED
 
-    from foveate.families import FAMILIES as ROWS
+    from foveate.families.rows import FAMILIES as ROWS
     from foveate.serve.vllm.routes import routes_of, why_not
 
     sys.path.remove(str(ROOT / "tests"))
@@ -309,7 +309,7 @@ def write(path: Path, data: bytes) -> None:
 
 def pictures() -> None:
     """What every method keeps of the demo scene, as small pictures."""
-    from foveate.evaluate.answers import encode, greedy
+    from foveate.inference.answers import encode, greedy
     from foveate.scenes.generator import demo
 
     model = AutoModelForImageTextToText.from_pretrained(foveate.MINI)

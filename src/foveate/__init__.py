@@ -12,16 +12,13 @@ if TYPE_CHECKING:
     from foveate import cost as cost
     from foveate.calibrate import calibrate as calibrate
     from foveate.core import Block as Block
-    from foveate.core import Budget as Budget
     from foveate.core import CacheSelection as CacheSelection
     from foveate.core import FoveateError as FoveateError
-    from foveate.core import Merger as Merger
     from foveate.core import Method as Method
-    from foveate.core import Scorer as Scorer
     from foveate.core import Selection as Selection
     from foveate.core import Signals as Signals
-    from foveate.core import Trace as Trace
-    from foveate.draw import draw as draw
+    from foveate.forms import Merger as Merger
+    from foveate.forms import Scorer as Scorer
     from foveate.methods.cdpruner import CDPruner as CDPruner
     from foveate.methods.crossget import CrossGET as CrossGET
     from foveate.methods.dart import DART as DART
@@ -55,8 +52,11 @@ if TYPE_CHECKING:
     from foveate.methods.vscan import VScan as VScan
     from foveate.prune import prune as prune
     from foveate.prune import restore as restore
+    from foveate.report.draw import draw as draw
     from foveate.runtime.handle import Handle as Handle
     from foveate.serve import vllm as vllm
+    from foveate.trace import Budget as Budget
+    from foveate.trace import Trace as Trace
 
 __version__ = "0.1.0"
 
@@ -65,20 +65,20 @@ MINI = str(Path(__file__).parent / "scenes" / "checkpoint")
 
 _HOMES = {
     "Block": "core",
-    "Budget": "core",
+    "Budget": "trace",
     "CacheSelection": "core",
     "FoveateError": "core",
-    "Merger": "core",
+    "Merger": "forms",
     "Method": "core",
-    "Scorer": "core",
+    "Scorer": "forms",
     "Selection": "core",
     "Signals": "core",
-    "Trace": "core",
+    "Trace": "trace",
     "calibrate": "calibrate",
     "Handle": "runtime.handle",
     "prune": "prune",
     "restore": "prune",
-    "draw": "draw",
+    "draw": "report.draw",
 }
 _ROOMS = {"cost": "foveate.cost", "vllm": "foveate.serve.vllm"}
 """Rooms that are public by their own name; neither loads torch."""

@@ -55,7 +55,7 @@ def _batches(images: Any, processor: Any) -> list[Any]:
         raise FoveateError(f"{len(ready)} of {len(given)} pictures are pixel values; give one kind")
     if processor is None:
         raise FoveateError("pictures that are no pixel values need processor=, the model's own")
-    from foveate.images import on_white
+    from foveate.inference.pictures import on_white
 
     return [processor.image_processor(on_white(image), return_tensors="pt") for image in given]
 
@@ -64,7 +64,7 @@ def _signals(model: Any, method: Method, batch: Any) -> list[Signals]:
     """What the method would see of the pictures of a batch."""
     from torch import Tensor
 
-    from foveate.runtime.observe import signals_of
+    from foveate.runtime.encoder.observe import signals_of
     from foveate.runtime.prefill import renamed
 
     return signals_of(model, method.parts()[0], batch if isinstance(batch, Tensor) else renamed(batch))

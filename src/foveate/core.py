@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -20,8 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 Keep: TypeAlias = int | float
+
+
 Grid: TypeAlias = tuple[int, int]
+
+
 Site: TypeAlias = Literal["tower", "input", "layer", "cache"]
 
 
@@ -36,16 +41,25 @@ def short(text: str, most: int = 80) -> str:
     return f"{text[: most * 2 // 3]}...{text[-(most // 4) :]} ({len(text)} characters)"
 
 
+class UsageError(FoveateError):
+    """An argument is wrong, and nothing has been done; the command line exits with a code of its own."""
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """What fails in here is an argument that cannot be used."""
+    try:
+        yield
+    except FoveateError as error:
+        raise UsageError(str(error)) from error
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The tail of an error message: the nearest of `choices` to `name`, then all of them."""
     known = sorted(choices)
     near = difflib.get_close_matches(name[:200], known, n=1, cutoff=0.5)  # it takes time in proportion to both
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Choices: {', '.join(known) or 'none'}."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# keep
 
 
 def check_keep(keep: object, name: str = "keep") -> None:
@@ -112,10 +126,6 @@ def check_depths(depths: tuple[int, ...], layers: int, method: str) -> None:
             raise FoveateError(f"{method}: layer={depth} is outside 1..{layers - 1} of a decoder of {layers} blocks")
     if any(later <= earlier for earlier, later in pairwise(depths)):
         raise FoveateError(f"{method}: layers {depths} do not rise strictly; nearest: {tuple(sorted(set(depths)))}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals
 
 
 @dataclass(frozen=True)
@@ -283,10 +293,6 @@ def names_of(kind: type, *, room: str = "", of: str | None = None, attention: st
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Selection
-
-
 @dataclass(frozen=True, eq=False)
 class Selection:
     """What a method decided for B images: which original tokens stay, and what stands in their place.
@@ -364,10 +370,6 @@ class CacheSelection:
     """What stays of one layer's cache, per KV head, in timeline coordinates."""
 
     positions: Tensor  # (B, Hkv, K) int64
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Method
 
 
 @dataclass(frozen=True)
@@ -454,390 +456,3 @@ class Method:
         from foveate.spec import format as format_spec
 
         return format_spec(self)
-
-
-@dataclass(frozen=True)
-class Scorer(Method):
-    """A method that is one number per token: the highest `keep` stay, in raster order; ties go to the lowest index."""
-
-    keep: Keep = 0.5
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-
-    def score(self, signals: Signals) -> Tensor:
-        """(B, N), the higher the better."""
-        raise NotImplementedError(f"{type(self).__name__} has no score()")
-
-    def select(self, signals: Signals) -> Selection:
-        from foveate.ops.subsets import top_k
-
-        kept = top_k(self.score(signals), self.wanted(signals))
-        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
-
-
-@dataclass(frozen=True)
-class Merger(Method):
-    """A method that merges tokens inside the encoder, between attention and MLP of its blocks.
-
-    It acts in every block up to the one that the projector reads and is asked once for each (`signals.stage` of
-    `signals.stages`), but counts as one stage. No block merges away more than half of its patches. With `keep`, each
-    block merges away the same number of patches, the smallest that gets there, until what is missing is less.
-
-    Args:
-        keep: tokens per image at the end, or a share of them, rounded half to even.
-        r: in its place, patches that each block merges away (more than half of them counts as half), or one number per
-            block, the blocks behind them merging none.
-        proportional: attention weighs a token by the number of patches in it: log(size) is added to its logits.
-    """
-
-    site: ClassVar[Site] = "tower"
-    beside: ClassVar[int] = 0  # tokens that reach the decoder besides the patches, once any have merged
-
-    keep: Keep | None = None
-    r: int | tuple[int, ...] | None = None
-    proportional: bool = True
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if (self.keep is None) == (self.r is None):
-            raise FoveateError(f"{name}: keep={self.keep} and r={self.r}; give one of them")
-        if self.keep is not None:
-            check_keep(self.keep)
-        for number in self.r if isinstance(self.r, tuple) else () if self.r is None else (self.r,):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise FoveateError(f"{name}: r={number!r} is no number of patches from 0; the smallest is r=0")
-        # The class speaks for the defaults; with one number per block, the blocks of an encoder decide the count.
-        object.__setattr__(self, "adaptive", isinstance(self.r, int))
-
-    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        """What `keep` comes to at each stage; a method whose count differs, losing tokens as its code does, says so."""
-        return self.count(original, grid, tiles)
-
-    def wanted(self, signals: Signals) -> int:
-        """Tokens that this stage is to leave of each image: what the runtime says, else what the method itself asks.
-
-        Raises:
-            FoveateError: more than are left.
-        """
-        left = signals.shape[1]
-        if signals.keep is not None and signals.keep <= left:
-            return signals.keep
-        asked = self.asked(signals.original, signals.grid, signals.tiles)
-        assert asked is not None, "a method that decides its own count does not ask"
-        count = asked[signals.stage] if signals.keep is None else signals.keep
-        if count > left:  # refused in the words of the method's field, where that is one number for one stage
-            keep = getattr(self, "keep", count)
-            tokens_to_keep(keep if len(asked) == 1 and isinstance(keep, int | float) else count, signals.original, left)
-        return min(count, left)
-
-    def depths(self, layers: int) -> tuple[int, ...]:
-        """Encoder blocks that run before each merge: all from 0; `layers` counts them up to the one that is read."""
-        if isinstance(self.r, tuple) and len(self.r) > layers:
-            raise FoveateError(
-                f"{type(self).__name__}: r names {len(self.r)} blocks; {layers} run up to the one that the projector "
-                f"reads, so the most is {layers}"
-            )
-        return tuple(range(layers))
-
-    def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        if self.keep is not None:
-            count = tokens_to_keep(self.keep, original)
-            self._patches(count, original)
-            return (count,)
-        if isinstance(self.r, int) or tiles > 1:  # every tile merges as many, and how many each has is not known here
-            return None
-        left = original - sum(self.schedule(original, len(self.r or ())))
-        return (left + self.beside if left < original else left,)
-
-    def schedule(
-        self, tokens: int, blocks: int, original: int | None = None, keep: int | None = None
-    ) -> tuple[int, ...]:
-        """How many of `tokens` patches each of `blocks` blocks merges away.
-
-        Args:
-            original: tokens of the image before any stage; `tokens` where None.
-            keep: tokens at the end, in place of the method's own `keep`.
-
-        Raises:
-            FoveateError: `keep` is outside the reach of so many blocks; the message says what is reachable.
-        """
-        if self.keep is None:
-            every_block = (self.r,) * blocks if isinstance(self.r, int) else (*(self.r or ()), *[0] * blocks)
-            return _halving(tokens, 0, every_block[:blocks])
-        original = original or tokens
-        wanted = self.keep if keep is None or self._means(keep, original) else keep
-        target = self._patches(tokens_to_keep(wanted, original, tokens), original)
-        least = tokens - sum(_halving(tokens, 0, (tokens,) * blocks))
-        if target < least:
-            raise FoveateError(
-                f"{type(self).__name__}: keep={wanted} asks for {target + self.beside} of {tokens} tokens, but "
-                f"{blocks} blocks that each merge away at most half reach {least + self.beside} to {tokens}; the least "
-                f"is keep={least + self.beside}"
-            )
-        every = -((target - tokens) // blocks)  # evenly, rounded up; more where half of the tokens is less than that
-        while sum(merged := _halving(tokens, target, (every,) * blocks)) < tokens - target:
-            every += 1
-        return merged
-
-    def _means(self, count: int, original: int) -> bool:
-        """Whether the method's own `keep` comes to `count` tokens."""
-        with contextlib.suppress(FoveateError):
-            return self.keep is not None and tokens_to_keep(self.keep, original) == count
-        return False
-
-    def _patches(self, count: int, original: int) -> int:
-        """Patches among `count` tokens at the end; where all patches stay, no other token joins them."""
-        if count <= self.beside < original:
-            least = self.beside + 1
-            raise FoveateError(f"{type(self).__name__}: keep={self.keep} leaves no patch; the least is keep={least}")
-        return count if count == original else count - self.beside
-
-    def merges(self, signals: Signals) -> int:
-        """How many patches the block at hand merges away.
-
-        Where other methods have dropped patches since the first block, the rest is planned anew. It depends on nothing
-        but counts, so that a picture in a batch gets what it gets alone.
-        """
-        stage, left = signals.stage, signals.shape[1]
-        if isinstance(self.r, int):
-            return min(self.r, left // 2)
-        if self.r is not None:
-            return min(self.r[stage], left // 2) if stage < len(self.r) else 0
-        if stage:
-            with contextlib.suppress(FoveateError):  # of a budget that other methods have made reachable
-                plan = self.schedule(signals.original, signals.stages, keep=signals.keep)
-                if left == signals.original - sum(plan[:stage]):
-                    return plan[stage]
-        return self.schedule(left, signals.stages - stage, signals.original, signals.keep)[0]
-
-    def companion(self, block: int, cls: Tensor, before: Tensor | None) -> Tensor | None:
-        """A token (B, E) that runs beside CLS through encoder block `block`; None for a method without.
-
-        Args:
-            block: 0-based; asked before each block in turn.
-            cls: (B, E), the block's input.
-            before: (B, E), what the block before made of the companion; None at the first block.
-        """
-        return None
-
-
-def _halving(tokens: int, target: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """What each block merges away of what it wants: at most half of its tokens, and none below `target`."""
-    merged: list[int] = []
-    for most in wanted:
-        merged.append(min(most, tokens - target, tokens // 2))
-        tokens -= merged[-1]
-    return tuple(merged)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Budget
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a prefill costs, defined once for every method.
-
-    Attributes:
-        tokens: (layers,) visual tokens per image at each decoder layer, mean over the images.
-        prefill_flops: floating-point operations of the prefill, tower and projector included, all rows together.
-        kv_bytes: bytes of keys and values that the prompt leaves in the cache, all rows together.
-    """
-
-    tokens: tuple[float, ...]
-    prefill_flops: float
-    kv_bytes: int
-
-    @property
-    def equivalent_tokens(self) -> float:
-        """Visual tokens averaged over the decoder layers."""
-        return sum(self.tokens) / len(self.tokens) if self.tokens else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON."""
-        return {
-            "tokens": list(self.tokens),
-            "equivalent_tokens": self.equivalent_tokens,
-            "prefill_flops": self.prefill_flops,
-            "kv_bytes": self.kv_bytes,
-        }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trace
-
-
-@dataclass(frozen=True, eq=False)
-class StageRecord:
-    """What one stage did to one image."""
-
-    method: str  # its spec
-    site: Site
-    layer: int | None  # decoder blocks that ran at full length before it; None before the decoder
-    before: int
-    after: int
-    kept: Tensor  # (K,) original indices
-    extra: Tensor | None = None  # (K,) bool: tokens that are not to be drawn
-    flops: int = 0  # operations of choosing, where modules of the method's own do it
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRecord:
-    """One image of a call: its prompt row, its tokens before any stage, its grid and what each stage left."""
-
-    row: int
-    original: int
-    grid: Grid | None
-    stages: tuple[StageRecord, ...]
-    proportional: bool = False  # the grid has the picture's own proportions; else one of any shape may have made it
-
-    @property
-    def after(self) -> int:
-        """Tokens left after the last stage."""
-        return self.stages[-1].after if self.stages else self.original
-
-    @property
-    def kept(self) -> Tensor:
-        """(K,) original indices left after the last stage."""
-        if self.stages:
-            return self.stages[-1].kept
-        import torch
-
-        return torch.arange(self.original)
-
-    @property
-    def extra(self) -> Tensor | None:
-        """(K,) bool over `kept`: tokens that are not to be drawn."""
-        return self.stages[-1].extra if self.stages else None
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One prefill: what came in, what each stage left, and what it cost beside the unpruned prompt."""
-
-    images: tuple[ImageRecord, ...]
-    prompt_length: int  # padded length of the caller's prompt
-    length: int  # ... of the shortened one
-    text: float  # tokens per row that are neither visual nor padding, mean over the rows
-    index: Tensor  # (B, length) original position of each shortened one, -1 in padding
-    budget: Budget
-    unpruned: Budget
-    kv_lengths: tuple[int, ...]  # entries that each decoder layer's cache holds after the prefill
-    stopwatch: Callable[[], float] = field(default=lambda: 0.0, repr=False)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values after the prefill, re-padding of ragged rows included."""
-        return self.budget.kv_bytes
-
-    @property
-    def milliseconds(self) -> float:
-        """Time spent choosing tokens; waits for the device on first reading."""
-        return self.stopwatch()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors, ready for JSON; kept indices as lists."""
-        images = [
-            {
-                "row": image.row,
-                "original": image.original,
-                "grid": image.grid,
-                "stages": [
-                    {
-                        "method": stage.method,
-                        "site": stage.site,
-                        "layer": stage.layer,
-                        "before": stage.before,
-                        "after": stage.after,
-                        "kept": stage.kept.tolist(),
-                    }
-                    for stage in image.stages
-                ],
-            }
-            for image in self.images
-        ]
-        return {
-            "images": images,
-            "prompt_length": self.prompt_length,
-            "length": self.length,
-            "text": self.text,
-            "kv_lengths": list(self.kv_lengths),
-            "budget": self.budget.to_dict(),
-            "unpruned": self.unpruned.to_dict(),
-            "milliseconds": self.milliseconds,
-        }
-
-    def __str__(self) -> str:
-        if not self.images:
-            return f"no picture: {self.text:.4g} tokens of text in each row, run as they are"
-        counts = []
-        for image in self.images:
-            steps = [image.original, *(stage.after for stage in image.stages)]
-            counts.append(" -> ".join(map(str, steps)))
-        tokens = f"{counts[0]} tokens" if len(set(counts)) == 1 else "; ".join(counts) + " tokens"
-        if len(counts) > 1 and len(set(counts)) == 1:
-            tokens += f" in each of {len(counts)} images"
-        flops, full = self.budget.prefill_flops, self.unpruned.prefill_flops
-        saved = f" ({flops / full:.0%})" if full else ""
-        return (
-            f"{tokens} | prefill {readable(full, 'FLOPs')} -> {readable(flops, 'FLOPs')}{saved} | "
-            f"KV {readable(self.unpruned.kv_bytes, 'B')} -> {readable(self.kv_bytes, 'B')} | "
-            f"choosing {self.milliseconds:.2f} ms"
-        )
-
-
-class Trace:
-    """What a handle did: the latest call's record, earlier ones in `history`.
-
-    Every attribute of the latest `Call` can be read on the trace itself.
-    """
-
-    history_limit: ClassVar[int] = 1000
-
-    def __init__(self) -> None:
-        self.history: list[Call] = []
-
-    @property
-    def latest(self) -> Call:
-        """The latest call.
-
-        Raises:
-            FoveateError: no prompt with an image has run yet.
-        """
-        if not self.history:
-            raise FoveateError(
-                "nothing has been pruned yet: the trace fills when the model sees a prompt with an image"
-            )
-        return self.history[-1]
-
-    def add(self, call: Call) -> None:
-        """Record a call; the oldest goes once `history_limit` are kept."""
-        self.history.append(call)
-        del self.history[: -self.history_limit]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in _CALL_ATTRIBUTES:
-            raise AttributeError(f"Trace has no attribute {name!r}")
-        return getattr(self.latest, name)
-
-    def __str__(self) -> str:
-        return str(self.latest) if self.history else "nothing pruned yet"
-
-    def __repr__(self) -> str:
-        return f"<Trace of {len(self.history)} calls: {self}>"
-
-
-_CALL_ATTRIBUTES = frozenset(
-    {f.name for f in dataclasses.fields(Call)}
-    | {n for n, v in vars(Call).items() if isinstance(v, property)}
-    | {"to_dict"}
-)
-
-
-def readable(value: float, unit: str) -> str:
-    """A number with a decimal prefix: 8.453e12, "FLOPs" -> "8.45 TFLOPs"."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= 0.9995 * size:  # what three digits would round up to 1000 of the smaller unit
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"

@@ -44,8 +44,8 @@ def prune(
     Raises:
         FoveateError: the model is no VLM of a known family, a method cannot run on it, or an argument is missing.
     """
+    from foveate.runtime.encoder.joint_space import joint_space
     from foveate.runtime.handle import Handle
-    from foveate.runtime.joint_space import joint_space
     from foveate.runtime.support import check_parts
     from foveate.runtime.wrapped import is_pipeline, unwrapped
 
@@ -91,7 +91,7 @@ def share_encoding(model: Any, needs: Iterable[str]) -> AbstractContextManager[N
 
     For comparing methods: `needs` are the signals of all that will run. What each answers does not change.
     """
-    from foveate.runtime.share import share_encoding as share
+    from foveate.runtime.encoder.share import share_encoding as share
     from foveate.runtime.wrapped import unwrapped
 
     return share(unwrapped(model), needs)

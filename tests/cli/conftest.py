@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
+from models import tiny
 from PIL import Image
 
 from foveate.cli import main

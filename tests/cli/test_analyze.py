@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+from models import tiny
 from PIL import Image
 
-from foveate.evaluate import figures
+from foveate.report import figures
 
 FILES = ["analysis.json", "attention.png", "similarity.png", "tokens.png"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
 from transformers import LlavaConfig
 
 from foveate import methods
-from foveate.cli.loading import Loaded
+from foveate.inference.loading import Loaded
 from foveate.methods.random import Random
 
 
@@ -78,7 +78,7 @@ def test_what_is_assumed_of_a_model_without_a_row(call: Any, monkeypatch: pytest
     model = tiny.model()
     processor = tiny.processor(model)
     model.config.__class__ = Newcomer
-    monkeypatch.setattr("foveate.cli.loading.load", lambda name, **_: Loaded(name, model, processor))
+    monkeypatch.setattr("foveate.inference.loading.load", lambda name, **_: Loaded(name, model, processor))
     result = call("check", "newcomer")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from foveate.cli import demo
-from foveate.images import load_image
+from foveate.inference.pictures import load_image
 from foveate.scenes import generator
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+from models import tiny
 
 from foveate import methods
 from foveate.evaluate.catalogue import describe

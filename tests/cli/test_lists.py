@@ -11,7 +11,7 @@ import pytest
 
 from foveate import methods, spec
 from foveate.evaluate import catalogue
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+from models import tiny
 from PIL import Image
 
-from foveate.images import load_image
+from foveate.inference.pictures import load_image
 from foveate.scenes import generator
 from foveate.scenes.questions import questions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+from models import tiny
 from PIL import Image
 
 import foveate
@@ -169,7 +169,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(
     half = tmp_path / "half"
     tiny.model().half().save_pretrained(half)
     data[0].write_text("no JSON")
-    monkeypatch.setattr("foveate.cli.loading._weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("foveate.inference.loading._weights", lambda *_: pytest.fail("weights were read"))
 
     def refused(model: Path, *options: Any) -> str:
         where = ["--model", model, "--data", data[0], "--images", data[1], "--out", tmp_path / "run", "--device", "cpu"]

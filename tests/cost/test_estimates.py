@@ -227,8 +227,8 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_a_trace_counts(spec: str) -> None:
     """The estimate knows beforehand what a trace of the running model says; attention read anew is left out there."""
-    import tiny as models
     import torch
+    from models import tiny as models
 
     model = models.model()
     inputs = models.inputs(model, "3i4")
@@ -272,8 +272,8 @@ def test_what_a_trace_counts(spec: str) -> None:
 )
 def test_what_a_trace_counts_inside_the_encoders_of_families(family: str, spec: str) -> None:
     """Patches of a token leave together; tiles of one size share a budget evenly."""
-    import tiny as models
     import torch
+    from models import tiny as models
 
     model = models.model(family, blocks=6)
     inputs = models.inputs(model, "3i4")

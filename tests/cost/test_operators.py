@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.cost import DecoderShape, TowerShape
 from foveate.cost.operators import decoder_block, output_head, patch_embedding, tower_block
-from foveate.cost.shapes import Experts
+from foveate.families.shapes import Experts
 
 # What changes how a tensor is read, but starts nothing on a device.
 VIEWS = {

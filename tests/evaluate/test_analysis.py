@@ -7,13 +7,13 @@ import math
 from typing import Any
 
 import pytest
-import reference
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny
+from models.untouched import untouched
 from PIL import Image
-from untouched import untouched
+from references import reference
 
 from foveate.core import Block, FoveateError
 from foveate.evaluate.analysis import (

@@ -12,22 +12,22 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
 
 from foveate.core import FoveateError
 from foveate.cost import HARDWARE, PRESETS, ModelShape, estimate
 from foveate.evaluate import bench
 from foveate.evaluate.bench import Prediction, Result, Run, Setting, Spread, fit, measure, run_once, warnings
 from foveate.evaluate.bench_model import random_clip, random_inputs, random_model, scaled
-from foveate.evaluate.bench_tables import at_ratios, columns, paper_rows, rows
-from foveate.evaluate.tables import plain
 from foveate.methods.fastv import FastV
 from foveate.methods.fopru import FoPru
 from foveate.methods.h2o import H2O
 from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.methods.uniform import Uniform
+from foveate.report.bench_tables import at_ratios, columns, paper_rows, rows
+from foveate.report.tables import plain
 from foveate.runtime.seams import CACHE
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

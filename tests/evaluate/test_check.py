@@ -7,8 +7,8 @@ import inspect
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
 from torch import Tensor
 
 from foveate import methods

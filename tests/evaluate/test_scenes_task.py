@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import tiny
+from models import tiny
 
 from foveate.core import FoveateError
 from foveate.evaluate import TASKS, scenes_task, task_names

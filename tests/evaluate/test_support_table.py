@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from foveate import methods
 from foveate.evaluate.support_table import families_markdown, markdown, support
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 
 
 def test_every_method_on_every_family() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import tiny
+from models import tiny
 
 from foveate.core import FoveateError
-from foveate.evaluate.answers import greedy
 from foveate.evaluate.unpruned import unpruned_budget
+from foveate.inference.answers import greedy
 from foveate.prune import prune
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import tiny
-import tiny_processors
 import torch
+from models import tiny, tiny_processors
+from models.untouched import untouched
 from PIL import Image
-from untouched import untouched
 
 import foveate
 from foveate.core import FoveateError
 from foveate.evaluate.analysis import analyze
-from foveate.evaluate.answers import encode, greedy
 from foveate.evaluate.check import check
 from foveate.families import family_of
+from foveate.inference.answers import encode, greedy
 
 # numpy's word on how stock GLM-4V reads a tensor
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

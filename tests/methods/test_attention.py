@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import synthetic
-import tiny
 import torch
-from batches import assert_rows_stand_alone
 from hypothesis import given
 from hypothesis import strategies as st
-from untouched import untouched
+from models import synthetic, tiny
+from models.batches import assert_rows_stand_alone
+from models.untouched import untouched
 
 import foveate
 from foveate import methods

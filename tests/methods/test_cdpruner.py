@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import assert_rows_stand_alone
+from models.batches import assert_rows_stand_alone
+from references.worked import UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, seen
 from torch import Tensor
-from worked import UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, seen
 
 from foveate.core import FoveateError, Signals
 from foveate.methods.cdpruner import CDPruner

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
+from models.batches import assert_rows_stand_alone
 
 from foveate.core import Block, FoveateError, Signals
 from foveate.methods.crossget import CrossGET

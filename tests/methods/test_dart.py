@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import golden_cases
 import pytest
 import torch
-from batches import assert_rows_stand_alone
+from golden import cases as golden_cases
 from hypothesis import given
 from hypothesis import strategies as st
+from models.batches import assert_rows_stand_alone
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Signals

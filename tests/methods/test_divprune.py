@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
-from worked import assert_picks, kept, randn, seen, waves
+from models.batches import assert_rows_stand_alone
+from references.worked import assert_picks, kept, randn, seen, waves
 
 from foveate.core import FoveateError
 from foveate.methods.divprune import DivPrune

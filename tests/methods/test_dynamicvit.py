@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
 
 import foveate
 from foveate.core import Block, FoveateError, Signals

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
+from models.batches import assert_rows_stand_alone
+from references.worked import UNEVEN, assert_picks, kept, randn, seen, waves
 from torch import Tensor
-from worked import UNEVEN, assert_picks, kept, randn, seen, waves
 
 from foveate.core import FoveateError, Signals
 from foveate.methods.eadp import EADP

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
 from hypothesis import given
 from hypothesis import strategies as st
+from models.batches import assert_rows_stand_alone
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Signals

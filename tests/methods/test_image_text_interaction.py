@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from batches import assert_rows_stand_alone
 from hypothesis import given
 from hypothesis import strategies as st
+from models import tiny
+from models.batches import assert_rows_stand_alone
 
 import foveate
 from foveate.core import Block, FoveateError, Signals

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from batches import assert_rows_stand_alone
+from models import tiny
+from models.batches import assert_rows_stand_alone
 from torch import Tensor
 
 import foveate
 from foveate.core import Block, FoveateError, Signals
 from foveate.cost.flops import lvpruning_modules
-from foveate.cost.shapes import shape
+from foveate.cost.shape import shape
 from foveate.methods.lvpruning import LVPruning
 from foveate.modules.lvpruning import for_model, save
 from foveate.ops.subsets import even_order
@@ -175,7 +175,7 @@ def test_it_runs_in_the_models_dtype(folder: Path) -> None:
 
 
 def test_after_an_adaptive_stage_the_modules_go_along(folder: Path) -> None:
-    from doubles import Ragged
+    from models.doubles import Ragged
 
     model = tiny.model()
     method = LVPruning.from_pretrained(str(folder), keep=(20, 10, 3))

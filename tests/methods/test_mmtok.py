@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
+from models.batches import assert_rows_stand_alone
+from references.worked import PATCHES, UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, seen, waves
 from torch import Tensor
-from worked import PATCHES, UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, seen, waves
 
 from foveate.core import Block, FoveateError, Signals
 from foveate.methods.mmtok import MMTok

@@ -6,11 +6,11 @@ import dataclasses
 import math
 
 import pytest
-import synthetic
 import torch
-from batches import assert_rows_stand_alone
 from hypothesis import given
 from hypothesis import strategies as st
+from models import synthetic
+from models.batches import assert_rows_stand_alone
 
 from foveate.core import Block, Selection, Signals
 from foveate.methods.prumerge import PruMerge

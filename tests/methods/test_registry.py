@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import batches
 import pytest
-import synthetic
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import batches, synthetic
 
 from foveate import methods
-from foveate.core import FoveateError, Keep, Method, Scorer, Selection, Signals
+from foveate.core import FoveateError, Keep, Method, Selection, Signals
+from foveate.forms import Scorer
 from foveate.methods.fopru import FoPru
 from foveate.methods.random import Random
 from foveate.methods.uniform import Uniform

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
-from worked import PATCHES, UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, salient
+from models.batches import assert_rows_stand_alone
+from references.worked import PATCHES, UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, salient
 
 from foveate.core import FoveateError
 from foveate.methods.scope import SCOPE

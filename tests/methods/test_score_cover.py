@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from worked import ATTENTION, PATCHES, UNEVEN, assert_every_tile_stands_alone, assert_picks, kept, randn, salient
+from references.worked import (
+    ATTENTION,
+    PATCHES,
+    UNEVEN,
+    assert_every_tile_stands_alone,
+    assert_picks,
+    kept,
+    randn,
+    salient,
+)
 
 from foveate.core import FoveateError
 from foveate.methods.score_cover import ScoreCover

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_rows_stand_alone
+from models.batches import assert_rows_stand_alone
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Signals

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-import synthetic
 import torch
-from batches import assert_rows_stand_alone
 from hypothesis import given
 from hypothesis import strategies as st
+from models import synthetic
+from models.batches import assert_rows_stand_alone
 from torch import Tensor
 
 from foveate.core import Block, FoveateError, Selection, Signals

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
 from torch import Tensor
 from torch.nn import functional
 
 from foveate.core import FoveateError
 from foveate.cost.flops import lvpruning_modules
-from foveate.cost.shapes import shape
+from foveate.cost.shape import shape
 from foveate.modules import lvpruning
 from foveate.modules.lvpruning import DecisionModule, LVPruningConfig, build, find, for_model, load, save
 

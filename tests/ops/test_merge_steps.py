@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import merging_by_hand
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from merging_by_hand import Token
+from references import merging_by_hand
+from references.merging_by_hand import Token
 from torch import Tensor
 
 from foveate.core import FoveateError

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
-import tiny_families
 import torch
 import transformers
+from families.test_generic import newcomer
+from models import tiny, tiny_families
 from packaging.version import Version
-from test_generic import newcomer
 from torch import Tensor
 
 import foveate
 from foveate.core import FoveateError
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 
 EVERY = (*tiny.FAMILIES, *(name for name in tiny_families.KINDS if "/" in name))
 TWO_WAY = (*(family.name for family in FAMILIES if family.two_way), "gemma4/31b")

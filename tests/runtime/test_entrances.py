@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
+from models.untouched import untouched
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import ImageTextToTextPipeline
 from transformers.generation.continuous_batching import ContinuousMixin
-from untouched import untouched
 
 import foveate
 from foveate import FoveateError

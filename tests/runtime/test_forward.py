@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import agreement
 import pytest
-import reference
-import tiny
 import torch
-from doubles import Fixed, Ragged
+from models import tiny
+from models.doubles import Fixed, Ragged
+from references import agreement, reference
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate import FoveateError, Pool, Random
-from foveate.core import Call
 from foveate.runtime.seams import CACHE
+from foveate.trace import Call
 
 ROWS = ("3i4", "2i1i5", "6", "1i")
 

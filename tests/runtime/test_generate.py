@@ -6,14 +6,13 @@ import dataclasses
 import inspect
 from typing import Any
 
-import agreement
 import pytest
-import reference
-import tiny
 import torch
 import transformers
-from doubles import Answer, Fixed, Ragged
+from models import tiny
+from models.doubles import Answer, Fixed, Ragged
 from packaging.version import Version
+from references import agreement, reference
 from torch import Tensor
 from transformers import (
     CompileConfig,

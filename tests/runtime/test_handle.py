@@ -8,20 +8,21 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import agreement
 import pytest
-import tiny
 import torch
-from doubles import Answer, Fixed, Ragged, Scored
+from models import tiny
+from models.doubles import Answer, Fixed, Ragged, Scored
+from models.untouched import differences, fingerprint, untouched
+from references import agreement
 from torch import Tensor
-from untouched import differences, fingerprint, untouched
 
 import foveate
 from foveate import FoPru, FoveateError, Random
 from foveate.core import Method, Selection
-from foveate.runtime.probe import DecoderProbe, Probe
+from foveate.runtime.decoder.probe import DecoderProbe
+from foveate.runtime.encoder.probe import Probe
+from foveate.runtime.encoder.tower import TowerStages
 from foveate.runtime.seams import CACHE
-from foveate.runtime.tower import TowerStages
 
 STEPS = 4
 

@@ -11,12 +11,12 @@ import threading
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
+from models.untouched import untouched
 from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
-from untouched import untouched
 
 import foveate
 from foveate import FoPru, FoveateError, Random

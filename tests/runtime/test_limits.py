@@ -7,18 +7,17 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
-import family_reference
 import pytest
-import tiny
-import tiny_families
 import torch
-from untouched import untouched
+from models import tiny, tiny_families
+from models.untouched import untouched
+from references import family_reference
 
 import foveate
 from foveate import methods
 from foveate.core import FoveateError
-from foveate.evaluate.answers import greedy
 from foveate.families import family_of
+from foveate.inference.answers import greedy
 from foveate.runtime.limits import check_room, context_of
 
 each_family = pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
+from models.untouched import untouched
 from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
-from untouched import untouched
 
 import foveate
 from foveate import FoveateError

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from doubles import Fixed
+from models import tiny
+from models.doubles import Fixed
 from torch import Tensor
 
 import foveate
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 from foveate.runtime.seams import CACHE
 
 SEVERAL = tuple(row.name for row in FAMILIES if row.positions is not None)

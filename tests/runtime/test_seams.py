@@ -8,15 +8,16 @@ from functools import partial
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
+from models import tiny
+from models.untouched import untouched
 from transformers import DynamicCache, StaticCache
-from untouched import untouched
 
 import foveate
 from foveate import FoveateError, Random
-from foveate.runtime import cache, generating
+from foveate.runtime import generating
+from foveate.runtime.decoder import cache
 from foveate.runtime.seams import CACHE, SEAMS, TESTED, Seam, moved
 
 VERSION = f"transformers {transformers.__version__}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
+from models.untouched import untouched
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
-from untouched import untouched
 
 import foveate
 from foveate import FoveateError

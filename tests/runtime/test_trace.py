@@ -6,15 +6,15 @@ import json
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from doubles import Ragged
+from models import tiny
+from models.doubles import Ragged
 from torch import Tensor
 
 import foveate
 from foveate import FoPru, FoveateError, Pool, Random, cost
-from foveate.core import Trace
 from foveate.runtime.seams import CACHE
+from foveate.trace import Trace
 
 ROWS = ("3i4", "2i1i5", "6", "1i")
 
@@ -187,7 +187,7 @@ def test_json_holds_everything_but_the_tensors() -> None:
 
 
 def test_tokens_that_are_not_to_be_drawn_are_marked() -> None:
-    from doubles import Answer
+    from models.doubles import Answer
 
     from foveate.core import Selection, Signals
 

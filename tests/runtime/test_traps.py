@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import agreement
 import pytest
-import reference
-import tiny
 import torch
-from doubles import Fixed, Ragged
+from models import tiny
+from models.doubles import Fixed, Ragged
+from references import agreement, reference
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -212,7 +211,7 @@ def test_the_encoder_runs_once_per_call_beams_or_not() -> None:
 
 
 def test_the_method_chooses_once_per_picture_beams_or_not() -> None:
-    from doubles import Scored
+    from models.doubles import Scored
 
     asked: list[tuple[int, int]] = []
 
@@ -230,7 +229,7 @@ def test_the_method_chooses_once_per_picture_beams_or_not() -> None:
 
 def test_counts_that_add_up_across_rows() -> None:
     """transformers groups pictures by matching running sums of tokens: sums that fall together must not mix rows."""
-    from doubles import Answer
+    from models.doubles import Answer
 
     from foveate.core import Selection
 

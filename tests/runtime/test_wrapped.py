@@ -7,18 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
+from models import tiny
+from models.untouched import untouched
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from untouched import untouched
 
 import foveate
 from foveate.core import FoveateError
 from foveate.evaluate.check import check
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 from foveate.runtime.wrapped import check_version, unwrapped
 
 STEPS = 4

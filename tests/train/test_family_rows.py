@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_processors
 import torch
-from halving import LAYERS, TOLERANCE, Halving, stays
+from models import tiny, tiny_processors
+from models.untouched import untouched
 from PIL import Image
+from references.halving import LAYERS, TOLERANCE, Halving, stays
 from torch import Tensor
-from untouched import untouched
 
 import foveate
 from foveate.cli import main
 from foveate.core import FoveateError
 from foveate.modules.lvpruning import for_model, load
-from foveate.runtime.soften import look
+from foveate.runtime.decoder.soften import look
 from foveate.train.conversations import Conversations, Row, collate
 from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
 
 from foveate.core import FoveateError
 from foveate.scenes import generator, mini

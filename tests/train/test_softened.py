@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
-import tiny
 import torch
 import transformers
+from models import tiny
+from models.untouched import untouched
 from torch import Tensor
 from transformers import PreTrainedModel
-from untouched import untouched
 
 import foveate
 from foveate.core import FoveateError, Grid, Method, Selection, Signals, Site
 from foveate.modules.lvpruning import LVPruningModules, for_model
-from foveate.runtime.soften import Seen, look
+from foveate.runtime.decoder.soften import Seen, look
 from foveate.train.losses import IGNORED
 from foveate.train.softened import Pass, Rows, Softened, thinned, whole_rows
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import family_reference
 import pytest
-import tiny
-import tiny_families
 import torch
-from halving import LAYERS, TOLERANCE, Halving, stays
+from models import tiny, tiny_families
+from models.untouched import untouched
+from references import family_reference
+from references.halving import LAYERS, TOLERANCE, Halving, stays
 from torch import Tensor
-from untouched import untouched
 
 import foveate
 from foveate.core import FoveateError, Grid, Method, Selection, Signals
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 from foveate.modules.lvpruning import for_model, load, save
-from foveate.runtime.soften import look
+from foveate.runtime.decoder.soften import look
 from foveate.train.losses import IGNORED
 from foveate.train.softened import Pass, Rows, Softened, thinned, whole_rows
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from models import tiny
+from models.untouched import untouched
 from safetensors.torch import load_file
-from untouched import untouched
 
 import foveate
 from foveate.core import FoveateError

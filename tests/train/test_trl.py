@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import agreement
 import pytest
 import torch
+from references import agreement
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, set_seed
 

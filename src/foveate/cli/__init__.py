@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from foveate.cli import analyze, bench, check, cost, demo, evaluate, methods, models, run, serve, train
-from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, UsageError, one_line
-from foveate.core import FoveateError
+from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, one_line
+from foveate.core import FoveateError, UsageError
 
 app = typer.Typer(
     name="foveate",

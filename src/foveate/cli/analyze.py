@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError, usage
-from foveate.cli.loading import Device, Dtype, Trust
+from foveate.core import UsageError, usage
+from foveate.inference.loading import Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from foveate.evaluate.analysis import Analysis
-    from foveate.evaluate.tables import Column
     from foveate.methods.image_text_interaction import ImageTextInteraction
+    from foveate.report.tables import Column
 
 SCENES = 8
 QUESTION = "describe"
@@ -60,8 +60,8 @@ def command(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from foveate.cli.loading import load
     from foveate.evaluate.analysis import analyze
+    from foveate.inference.loading import load
 
     console = stderr()
     with working(f"loading {model}"):
@@ -83,8 +83,8 @@ def command(
 
 
 def _check_targets(out: Path, json_file: Path | None) -> None:
-    from foveate.evaluate.figures import check_drawing
     from foveate.paths import file_target, folder_target
+    from foveate.report.figures import check_drawing
 
     folder_target(out)
     if json_file is not None:
@@ -102,7 +102,7 @@ def _method(alpha: float | None, where: int | None) -> ImageTextInteraction:
 def _inputs(paths: list[Path], question: str | None) -> tuple[list[Image.Image], list[str], list[str]]:
     """Pictures, the question about each, and their names."""
     if paths:
-        from foveate.images import load_image
+        from foveate.inference.pictures import load_image
 
         pictures = [load_image(path) for path in paths]
         return pictures, [question or QUESTION] * len(paths), [path.name for path in paths]
@@ -116,7 +116,7 @@ def _inputs(paths: list[Path], question: str | None) -> tuple[list[Image.Image],
 
 def _write(analysis: Analysis, model: str, out: Path, json_file: Path | None) -> list[Path]:
     """Write figures and JSON; returns where they are."""
-    from foveate.evaluate import figures
+    from foveate.report import figures
     from foveate.runs import make_folder, write_json
 
     out = make_folder(out)
@@ -154,7 +154,7 @@ def _print(analysis: Analysis, model: str, written: list[Path]) -> None:
 
 
 def _columns(analysis: Analysis) -> list[Column]:
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     def share(value: float) -> str:
         return f"{value:.1%}"

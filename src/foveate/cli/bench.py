@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError, usage
-from foveate.cli.loading import Clip, Device, Dtype, Trust
+from foveate.core import UsageError, usage
+from foveate.inference.loading import Clip, Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from foveate.core import Method
@@ -50,8 +50,8 @@ def command(
 ) -> None:
     """Time answers of MODEL or of a shape with random weights: first token, each further one, memory, choosing."""
     with usage():
-        from foveate.cli.loading import find_device
         from foveate.evaluate.bench import Setting
+        from foveate.inference.loading import find_device
 
         setting = Setting(answer=answer, repeats=repeats, warmup=warmup)
         if (model is None) == (random_weights is None):
@@ -80,8 +80,8 @@ def command(
 
 
 def _draw(results: Sequence[Result], plot: Path) -> None:
-    from foveate.evaluate.bench_figures import bench_figure
-    from foveate.evaluate.figures import save_figure
+    from foveate.report.bench_figures import bench_figure
+    from foveate.report.figures import save_figure
 
     save_figure(bench_figure(results), plot)
 
@@ -105,7 +105,7 @@ def _check(
         if json_file is not None:
             file_target(json_file, (".json",))
         if plot is not None:
-            from foveate.evaluate.figures import check_drawing
+            from foveate.report.figures import check_drawing
 
             file_target(plot, (".png",))
             check_drawing()
@@ -113,8 +113,8 @@ def _check(
 
 def _rivals(specs: list[str] | None, paper_table: bool) -> tuple[list[Stages], list[str]]:
     """The rivals, and for the paper's table the name of each method, which then stands at each ratio."""
-    from foveate.evaluate.bench_tables import at_ratios
     from foveate.methods import name_of
+    from foveate.report.bench_tables import at_ratios
     from foveate.spec import parse_stages
 
     given = [parse_stages(spec) for spec in specs or (["fopru"] if paper_table else []) if spec != "none"]
@@ -141,11 +141,11 @@ def _random(preset: str, layers: int | None, place: Any, dtype: str, needs: set[
     """A model with random weights, and what `prune` needs besides."""
     import torch
 
-    from foveate.cli.loading import DTYPES
+    from foveate.choosing.choose import JOINT
     from foveate.cli.output import working
     from foveate.core import did_you_mean
     from foveate.evaluate.bench_model import random_clip, random_model
-    from foveate.runtime.choose import JOINT
+    from foveate.inference.loading import DTYPES
 
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; {did_you_mean(dtype, DTYPES)}")
@@ -171,9 +171,9 @@ def _loaded(
     """A checkpoint with what `prune` needs besides, and prompts about pictures of noise."""
     from PIL import Image
 
-    from foveate.cli.loading import load
     from foveate.cli.output import working
-    from foveate.evaluate.answers import encode
+    from foveate.inference.answers import encode
+    from foveate.inference.loading import load
 
     with working(f"loading {name}"):
         loaded = load(name, device=str(place), dtype=dtype, trust_remote_code=trust)
@@ -207,7 +207,7 @@ def _measure(
 def _show(results: Sequence[Result], names: Sequence[str] | None, hardware: Any) -> None:
     from foveate.cli.output import show
     from foveate.evaluate.bench import fit, warnings
-    from foveate.evaluate.bench_tables import PAPER_COLUMNS, columns, paper_rows, rows
+    from foveate.report.bench_tables import PAPER_COLUMNS, columns, paper_rows, rows
 
     if names is not None:
         show(PAPER_COLUMNS, paper_rows(results, names))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.cli.errors import FAILURE
-from foveate.cli.loading import Device, Dtype, Trust
+from foveate.inference.loading import Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from foveate.evaluate.check import Found
@@ -21,9 +21,9 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what MODEL is, which methods work on it, and prune it on random pixels; exit code 1 if that goes wrong."""
-    from foveate.cli.loading import load
     from foveate.cli.output import show_json, working
     from foveate.evaluate.check import check, find
+    from foveate.inference.loading import load
 
     with working(f"loading {model}"):
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -39,7 +39,7 @@ def _inputs(loaded: Any) -> Any:
     """A question about one picture of noise."""
     from PIL import Image
 
-    from foveate.evaluate.answers import encode
+    from foveate.inference.answers import encode
 
     picture = Image.effect_noise((448, 336), 90).convert("RGB")
     return encode(loaded.model, loaded.processor, [[picture]], ["what color is behind the dog ?"])
@@ -47,7 +47,7 @@ def _inputs(loaded: Any) -> Any:
 
 def _print(found: Found) -> None:
     from foveate.cli.output import show
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     for name, value in _facts(found):
         typer.echo(f"{name:<10}{value}")
@@ -67,7 +67,7 @@ def _print(found: Found) -> None:
 def _runs(name: str, why: str | None) -> str:
     """Whether a method runs, and on what condition."""
     from foveate import methods
-    from foveate.runtime.choose import JOINT
+    from foveate.choosing.choose import JOINT
 
     if why is not None:
         return f"no: it {why}"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError, usage
+from foveate.core import UsageError, usage
 
 if TYPE_CHECKING:
     from foveate.cost import Cost
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
 SWEEPS = ("keep",)
 
@@ -65,8 +65,8 @@ def command(
         _check(sweep, plot, prune or [])
         rows = _sweep(model, prune or [], options) if sweep else _rivals(model, prune or [], options)
     if plot is not None:
-        from foveate.evaluate.bench_figures import stages_figure, sweep_figure
-        from foveate.evaluate.figures import save_figure
+        from foveate.report.bench_figures import stages_figure, sweep_figure
+        from foveate.report.figures import save_figure
 
         save_figure(sweep_figure(rows) if sweep else stages_figure(rows), plot)
     if as_json:
@@ -87,8 +87,8 @@ def _check(sweep: str | None, plot: Path | None, prune: list[str]) -> None:
     if sweep is not None and not [spec for spec in prune if spec != "none"]:
         raise UsageError("--sweep keep changes a method's budget; say with --prune which, such as --prune lvpruning")
     if plot is not None:
-        from foveate.evaluate.figures import check_drawing
         from foveate.paths import file_target
+        from foveate.report.figures import check_drawing
 
         file_target(plot, (".png",))
         check_drawing()
@@ -147,7 +147,7 @@ def _print(rows: list[dict[str, Any]], stages: bool, plot: Path | None) -> None:
 
 
 def _columns(first: Cost) -> list[Column]:
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     launched = [Column("launched", "launched ms", _digits)] if first.hardware.launch is not None else []
     return [
@@ -184,7 +184,7 @@ def _figures(name: str, cost: Cost) -> dict[str, Any]:
 
 
 def _stage_columns(first: Cost) -> list[Column]:
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     launched = [Column("launched", "launched ms", _digits)] if first.hardware.launch is not None else []
     return [
@@ -226,7 +226,7 @@ def _published(as_json: bool) -> None:
 
     from foveate.cli.output import show, show_json
     from foveate.cost.published import published
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     cells = [{**dataclasses.asdict(cell), "agrees": cell.agrees} for cell in published()]
     if as_json:

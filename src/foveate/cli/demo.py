@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import usage
-from foveate.cli.loading import Device, Dtype
+from foveate.core import usage
+from foveate.inference.loading import Device, Dtype
 
 if TYPE_CHECKING:
     from PIL import Image
     from rich.table import Table
 
-    from foveate.cli.loading import Loaded
-    from foveate.core import Trace
-    from foveate.evaluate.latency import Latency
+    from foveate.inference.latency import Latency
+    from foveate.inference.loading import Loaded
     from foveate.scenes.questions import Question
+    from foveate.trace import Trace
 
 RIVALS = {
     "unpruned": None,
@@ -57,9 +57,9 @@ def command(
     with usage():
         folder_target(out)
 
-    from foveate.cli.loading import load
     from foveate.cli.output import show_table, working
-    from foveate.images import save_image
+    from foveate.inference.loading import load
+    from foveate.inference.pictures import save_image
     from foveate.runs import make_folder
     from foveate.scenes import generator
 
@@ -102,7 +102,7 @@ def _pruned(loaded: Loaded, spec: str | None) -> Any:
 def _answer(
     loaded: Loaded, picture: Image.Image, questions: list[Question], spec: str | None, outcome: Outcome
 ) -> None:
-    from foveate.evaluate.answers import answer
+    from foveate.inference.answers import answer
 
     with _pruned(loaded, spec) as outcome.trace:
         for question in questions:
@@ -110,8 +110,8 @@ def _answer(
 
 
 def _time(loaded: Loaded, picture: Image.Image, outcomes: dict[str, Outcome]) -> None:
-    from foveate.evaluate.answers import encode
-    from foveate.evaluate.latency import interleaved, timed
+    from foveate.inference.answers import encode
+    from foveate.inference.latency import interleaved, timed
 
     inputs = encode(loaded.model, loaded.processor, [[picture]], ["describe"])
 
@@ -154,7 +154,7 @@ def _table(questions: list[Question], outcomes: dict[str, Outcome]) -> Table:
 
 def _costs(outcomes: dict[str, Outcome]) -> dict[str, list[str]]:
     """Tokens, operations, bytes and times: one line each, one cell for each rival."""
-    from foveate.core import readable
+    from foveate.trace import readable
 
     full = next(outcome.trace for outcome in outcomes.values() if outcome.trace is not None)
     lines: dict[str, list[str]] = {}
@@ -180,8 +180,8 @@ def _draw(picture: Image.Image, outcomes: dict[str, Outcome], target: Path) -> N
     """The picture and what each rival kept of it, side by side with a caption below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from foveate.draw import draw
-    from foveate.images import save_image
+    from foveate.inference.pictures import save_image
+    from foveate.report.draw import draw
 
     side, gap, caption = picture.width * SCALE, 24, 56
     large = picture.resize((side, side), Image.Resampling.LANCZOS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from foveate.core import FoveateError, short
+from foveate.core import FoveateError, UsageError, short
 
 FAILURE = 1
 USAGE = 2
@@ -16,19 +16,6 @@ INTERRUPTED = 130
 
 LONGEST_WORD, LONGEST_MESSAGE = 600, 4_000
 """Characters; paths and lists of choices are shorter."""
-
-
-class UsageError(FoveateError):
-    """An argument of the command line is wrong; nothing has been done."""
-
-
-@contextmanager
-def usage() -> Iterator[None]:
-    """What fails in here is an argument that cannot be used."""
-    try:
-        yield
-    except FoveateError as error:
-        raise UsageError(str(error)) from error
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import usage
-from foveate.cli.loading import Clip, Device, Dtype, Trust
+from foveate.core import usage
+from foveate.inference.loading import Clip, Device, Dtype, Trust
 
 if TYPE_CHECKING:
-    from foveate.cli.loading import Loaded
     from foveate.evaluate.scenes_task import Row
-    from foveate.evaluate.tables import Column
+    from foveate.inference.loading import Loaded
+    from foveate.report.tables import Column
 
 
 def command(
@@ -59,7 +59,7 @@ def command(
         rivals = scenes_task.parse_rivals(prune or [])
         budgets = _budgets(every)
 
-    from foveate.cli.loading import load
+    from foveate.inference.loading import load
 
     console = stderr()
     with working(f"loading {model}"):
@@ -140,7 +140,7 @@ def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model
 
 
 def _columns() -> list[Column]:
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
     from foveate.scenes.questions import KINDS
 
     def share(value: Any) -> str:

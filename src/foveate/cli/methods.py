@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.errors import usage
+from foveate.core import usage
 
 
 def command(
@@ -19,7 +19,7 @@ def command(
     from foveate import methods
     from foveate.cli.output import show, show_json
     from foveate.evaluate.catalogue import describe
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     if name is not None:
         with usage():

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError
+from foveate.core import UsageError
 
 
 def command(
@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """List the families of models and checkpoints that each is known by; with NAME, say everything about one."""
     from foveate.cli.output import show, show_entries, show_json
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
     rows = _rows()
     if name is not None:
@@ -36,7 +36,7 @@ def command(
 
 
 def _rows() -> list[dict[str, Any]]:
-    from foveate.families import FAMILIES
+    from foveate.families.rows import FAMILIES
 
     return [
         {

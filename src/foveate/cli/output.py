@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.status import Status
     from rich.table import Table
 
-    from foveate.evaluate.tables import Column
+    from foveate.report.tables import Column
 
 
 WIDTH = 110  # of a drawn table in a file or pipe
@@ -41,7 +41,7 @@ def working(text: str) -> Status:
 
 def show(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
     """Print rows: a drawn table on a terminal, aligned text in files and pipes."""
-    from foveate.evaluate.tables import plain, rich_table
+    from foveate.report.tables import plain, rich_table
 
     console = stdout()
     if console.is_terminal:

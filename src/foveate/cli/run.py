@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foveate.cli.errors import UsageError, usage
-from foveate.cli.loading import Clip, Device, Dtype, Trust
+from foveate.core import UsageError, usage
+from foveate.inference.loading import Clip, Device, Dtype, Trust
 from foveate.texts import check_characters
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from foveate.cli.loading import Loaded
-    from foveate.core import Trace
+    from foveate.inference.loading import Loaded
+    from foveate.trace import Trace
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -53,8 +53,8 @@ def command(
         check_characters(question, "QUESTION")
         pictures = _load_pictures(images)
 
-    from foveate.cli.loading import load
     from foveate.cli.output import show_json, working
+    from foveate.inference.loading import load
 
     with working(f"loading {model}"):
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -98,7 +98,7 @@ def _targets(draw: Path | None, count: int, pruned: bool) -> list[Path]:
 
 
 def _load_pictures(paths: list[Path]) -> list[Image.Image]:
-    from foveate.images import load_image
+    from foveate.inference.pictures import load_image
 
     return [load_image(path) for path in paths]
 
@@ -113,8 +113,8 @@ def _answer(
 ) -> tuple[dict[str, Any], Trace | None]:
     """Everything that is printed, and the trace when something was pruned."""
     from foveate import spec
-    from foveate.evaluate.answers import decode, encode
-    from foveate.evaluate.latency import settled
+    from foveate.inference.answers import decode, encode
+    from foveate.inference.latency import settled
     from foveate.prune import prune
 
     model, processor = loaded.model, loaded.processor
@@ -184,14 +184,14 @@ def _spent(model: Any, inputs: Any, images: int) -> dict[str, Any]:
 
 
 def _draw(picture: Image.Image, loaded: Loaded, trace: Trace, number: int, target: Path) -> None:
-    from foveate.draw import draw
-    from foveate.images import save_image, visible
+    from foveate.inference.pictures import save_image, visible
+    from foveate.report.draw import draw
 
     save_image(draw(visible(picture, loaded.processor.image_processor), trace, number), target)
 
 
 def _print(report: dict[str, Any]) -> None:
-    from foveate.core import readable
+    from foveate.trace import readable
 
     def change(name: str, unit: str) -> str:
         value = report[name]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.errors import UsageError, usage
+from foveate.core import UsageError, usage
 
 ENGINES = ("vllm",)
 
@@ -40,7 +40,7 @@ def command(
         if prune is not None and len(prune) > 1:
             raise UsageError(f"serve takes one --prune, not {len(prune)}; a request may name its own")
         spec = "none" if prune is None else prune[0]
-        from foveate.cli.loading import find
+        from foveate.inference.loading import find
 
         source = find(model)
         from foveate.serve.vllm.server import arguments, serve

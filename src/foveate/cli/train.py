@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from foveate.cli import train_lvpruning
-from foveate.cli.errors import in_options, usage
+from foveate.cli.errors import in_options
+from foveate.core import usage
 
 app = typer.Typer(
     help="Train the shipped model, or the modules of a learned method.", rich_markup_mode=None, no_args_is_help=False
@@ -37,9 +38,9 @@ def mini(
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights, pictures and questions.")] = 0,
 ) -> None:
     """Train mini on scenes, from nothing or from given weights, and print the folder of the finished model."""
-    from foveate.cli.loading import find, find_device
     from foveate.cli.output import stderr
     from foveate.core import FoveateError
+    from foveate.inference.loading import find, find_device
     from foveate.paths import folder_target
 
     with usage():

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from foveate.cli.errors import in_options, usage
-from foveate.cli.loading import Device, Dtype, Trust
+from foveate.cli.errors import in_options
+from foveate.core import usage
+from foveate.inference.loading import Device, Dtype, Trust
 
 if TYPE_CHECKING:
-    from foveate.cli.loading import Loaded
+    from foveate.inference.loading import Loaded
 
 SCENES = "scenes"
 
@@ -107,7 +108,7 @@ def command(
     """
     given = dict(locals())  # every option by its name
     own: dict[str, Any] = MINI if model == "mini" and data == SCENES else {}
-    from foveate.cli.loading import load
+    from foveate.inference.loading import load
     from foveate.paths import folder_target
     from foveate.runs import check_run
 
@@ -159,7 +160,7 @@ def _check_dtype(name: str, dtype: str, config: Any) -> None:
     import torch
 
     from foveate.core import FoveateError
-    from foveate.runtime.soften import check_softens_in
+    from foveate.runtime.decoder.soften import check_softens_in
 
     try:
         check_softens_in(getattr(torch, dtype) if dtype != "auto" else config.dtype)

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     )
     from foveate.cost.plan import Plan, token_plan, visual_per_layer
     from foveate.cost.presets import PRESETS
-    from foveate.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape, shape
+    from foveate.cost.shape import shape
     from foveate.cost.sweeps import sweep
     from foveate.cost.training import TrainingMemory, training_memory
+    from foveate.families.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
 
 _ROOMS = {
     "estimates": ("Cost", "Stage", "estimate"),
@@ -41,11 +42,12 @@ _ROOMS = {
     "devices": ("HARDWARE", "Hardware", "Precision", "fitted", "hardware", "hardware_of", "precision"),
     "plan": ("Plan", "token_plan", "visual_per_layer"),
     "presets": ("PRESETS",),
-    "shapes": ("DecoderShape", "ModelShape", "ProjectorShape", "TowerShape", "shape"),
+    "foveate.families.shapes": ("DecoderShape", "ModelShape", "ProjectorShape", "TowerShape"),
+    "shape": ("shape",),
     "sweeps": ("sweep",),
     "training": ("TrainingMemory", "training_memory"),
 }
-_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_HOMES = {name: room if "." in room else f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "HARDWARE",
@@ -85,7 +87,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from foveate.core import Block, Merger, names_of
+from foveate.core import Block, names_of
 from foveate.cost.flops import Convention, lvpruning_modules
 from foveate.cost.operators import Operator
 from foveate.cost.plan import Plan
-from foveate.cost.shapes import DecoderShape, ModelShape
+from foveate.families.shapes import DecoderShape, ModelShape
+from foveate.forms import Merger
 
 if TYPE_CHECKING:
     from foveate.core import Method

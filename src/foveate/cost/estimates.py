@@ -23,7 +23,8 @@ from foveate.cost.flops import (
 )
 from foveate.cost.operators import Operator, decoder_block, output_head, patch_embedding, projection, tower_block
 from foveate.cost.plan import Plan, token_plan
-from foveate.cost.shapes import DecoderShape, ModelShape, shape
+from foveate.cost.shape import shape
+from foveate.families.shapes import DecoderShape, ModelShape
 
 if TYPE_CHECKING:
     from foveate.core import Grid, Method

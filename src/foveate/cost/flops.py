@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 from foveate.core import FoveateError, did_you_mean
-from foveate.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
+from foveate.families.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
 
 Convention: TypeAlias = Literal["weights", "roofline"]
 

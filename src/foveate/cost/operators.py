@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from foveate.cost.devices import Hardware, Precision
-from foveate.cost.shapes import DecoderShape, Experts, ProjectorShape, TowerShape
+from foveate.families.shapes import DecoderShape, Experts, ProjectorShape, TowerShape
 
 _ROTARY, _RMS_NORM = 10, 8  # kernels of transformers' plain modules
 _ROUTING = 17  # ... and of its router and the grouped products behind it, beside the matrices and the activation

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from foveate.core import FoveateError, Merger
-from foveate.cost.shapes import ModelShape
+from foveate.core import FoveateError
+from foveate.families.shapes import ModelShape
+from foveate.forms import Merger
 
 if TYPE_CHECKING:
     from foveate.core import Grid, Method

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from foveate.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
+from foveate.families.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
 
 
 def _two_maps(name: str, decoder: DecoderShape, tower: TowerShape, merge: int = 1) -> ModelShape:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.core import FoveateError
-from foveate.cost.shapes import DecoderShape, ModelShape
+from foveate.families.shapes import DecoderShape, ModelShape
 
 _MODULE_HEADS = 8
 _MODULE_BLOCKS = 2

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate.core import Block, FoveateError, Selection, Signals
-from foveate.evaluate.answers import encode
 from foveate.families import family_of
+from foveate.inference.answers import encode
 from foveate.methods.image_text_interaction import ImageTextInteraction
-from foveate.runtime.observe import observe
+from foveate.runtime.encoder.observe import observe
+from foveate.runtime.encoder.probe import missing_signals
 from foveate.runtime.prefill import renamed
-from foveate.runtime.probe import missing_signals
 
 if TYPE_CHECKING:
     from PIL import Image

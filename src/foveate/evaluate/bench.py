@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Method, Trace
+from foveate.core import FoveateError, Method
 from foveate.cost import Hardware, ModelShape, estimate, fitted
 from foveate.cost import hardware as row
-from foveate.evaluate.answers import end_tokens, greedy
+from foveate.inference.answers import end_tokens, greedy
+from foveate.trace import Trace
 
 
 @dataclass(frozen=True)

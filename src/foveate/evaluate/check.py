@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from foveate import methods
-from foveate.core import Call, FoveateError, Method
+from foveate.core import FoveateError, Method
 from foveate.families import family_of
-from foveate.generic import GenericFamily
+from foveate.families.generic import GenericFamily
 from foveate.prune import prune
 from foveate.runtime.support import first_refused, why_not
 from foveate.runtime.wrapped import unwrapped
 from foveate.spec import parse
+from foveate.trace import Call
 
 STEPS = 8
 """Tokens of an answer that are compared."""

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from foveate import spec
 from foveate.core import FoveateError, Method
-from foveate.evaluate.answers import decode, encode, greedy
 from foveate.evaluate.oracle import Box, Oracle
+from foveate.inference.answers import decode, encode, greedy
 from foveate.prune import prune, share_encoding
 from foveate.scenes import generator, questions, scoring
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from foveate.core import Trace
     from foveate.runtime.handle import Handle
+    from foveate.trace import Trace
 
 CEILING = "ceiling (tokens of the object asked about)"
 NONE = "none"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from foveate import methods
-from foveate.families import FAMILIES, Family
+from foveate.families.family import Family
+from foveate.families.rows import FAMILIES
 from foveate.runtime.support import first_refused, other_form, why_not
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.core import Budget
 from foveate.cost import kv_bytes, prefill_flops
 from foveate.families import family_of
 from foveate.runtime.support import shape_of
+from foveate.trace import Budget
 
 
 def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:

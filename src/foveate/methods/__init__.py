@@ -7,7 +7,8 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
-from foveate.core import FoveateError, Method, Scorer, did_you_mean, short
+from foveate.core import FoveateError, Method, did_you_mean, short
+from foveate.forms import Scorer
 
 ENTRY_POINTS = "foveate.methods"
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import Block, Keep, Merger, Selection, Signals
+from foveate.core import Block, Keep, Selection, Signals
+from foveate.forms import Merger
 from foveate.methods._trained import TrainedMethod
 from foveate.ops.merging import complete_matching, ensemble_merge, in_raster_order
 

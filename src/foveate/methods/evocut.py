@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError, Keep, Scorer, Signals, Site, check_choices
+from foveate.core import FoveateError, Keep, Signals, Site, check_choices
+from foveate.forms import Scorer
 from foveate.ops.scores import distinctiveness
 
 BLOCKS = tuple(f"{block}/24" for block in range(10, 24))

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Keep, Scorer, Selection, Signals, Site, check_choices
+from foveate.core import Keep, Selection, Signals, Site, check_choices
+from foveate.forms import Scorer
 from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.ops.subsets import top_k_by_tile
 

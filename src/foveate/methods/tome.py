@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.core import Merger, Selection, Signals
+from foveate.core import Selection, Signals
+from foveate.forms import Merger
 from foveate.ops.merging import bipartite_merge, in_raster_order
 
 

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core import Call, FoveateError, Trace
-from foveate.runtime.cache import miscounted
-from foveate.runtime.evict import Evictor
-from foveate.runtime.layers import Descent, Stage
+from foveate.core import FoveateError
+from foveate.runtime.decoder.cache import miscounted
+from foveate.runtime.decoder.evict import Evictor
+from foveate.runtime.decoder.layers import Descent, Stage
+from foveate.runtime.decoder.probe import DecoderProbe
+from foveate.runtime.encoder.probe import Probe
+from foveate.runtime.encoder.tower import TowerStages
 from foveate.runtime.prefill import Shortened
-from foveate.runtime.probe import DecoderProbe, Probe
 from foveate.runtime.seams import unfit
-from foveate.runtime.tower import TowerStages
 from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
+from foveate.trace import Call, Trace
 
 
 @dataclass(eq=False)

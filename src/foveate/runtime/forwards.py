@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.choosing.widen import kept, spread, widen
 from foveate.core import FoveateError
-from foveate.families import Family
-from foveate.runtime import cache as caches
+from foveate.families.family import Family
 from foveate.runtime.calls import Calls
-from foveate.runtime.layers import decode_mask
+from foveate.runtime.decoder import cache as caches
+from foveate.runtime.decoder.layers import decode_mask
 from foveate.runtime.prefill import Prefill, Shortened, named
 from foveate.runtime.seams import CACHE, unfit
 from foveate.runtime.uncopied import Uncopied
-from foveate.runtime.widen import kept, spread, widen
 
 
 class Forwards(Uncopied):

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import GenerationMixin, StaticCache
 
 from foveate.core import FoveateError
-from foveate.families import Family
-from foveate.runtime import cache as caches
+from foveate.families.family import Family
 from foveate.runtime.callbacks import Streamer, View, shown_criteria, shown_processors
 from foveate.runtime.calls import Calls, Run
+from foveate.runtime.decoder import cache as caches
 from foveate.runtime.prefill import Prefill, named
 from foveate.runtime.seams import CACHE, unfit
 from foveate.runtime.uncopied import Uncopied

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from foveate.core import FoveateError, Method, Trace
+from foveate.core import FoveateError, Method
 from foveate.families import family_of
 from foveate.runtime.calls import Calls
-from foveate.runtime.evict import Evictor
+from foveate.runtime.decoder.evict import Evictor
+from foveate.runtime.decoder.layers import stages_of
+from foveate.runtime.decoder.probe import DecoderProbe
+from foveate.runtime.encoder.joint_space import JointSpace
+from foveate.runtime.encoder.probe import Probe
+from foveate.runtime.encoder.tower import TowerStages
 from foveate.runtime.forwards import Forwards
 from foveate.runtime.generating import Generating
-from foveate.runtime.joint_space import JointSpace
-from foveate.runtime.layers import stages_of
 from foveate.runtime.prefill import Prefill
-from foveate.runtime.probe import DecoderProbe, Probe
 from foveate.runtime.seams import check_seams
-from foveate.runtime.tower import TowerStages
 from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
+from foveate.trace import Trace
 
 _STARTING = threading.Lock()
 

@@ -17,23 +17,25 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
-from foveate.core import Block, Call, FoveateError, Method
-from foveate.families import Family
-from foveate.layouts import Encoded as Pictures
-from foveate.layouts import runs_of
-from foveate.runtime.cache import Group, Owner, Timeline, TimelineCache, attach, check_usable, timeline_of
-from foveate.runtime.choose import Image, Prompt, choose
-from foveate.runtime.joint_space import JointSpace
-from foveate.runtime.lanes import Lanes, settle
+from foveate.choosing.choose import Image, Prompt, choose
+from foveate.choosing.lanes import Lanes, settle
+from foveate.choosing.packing import Apart, to_tokens
+from foveate.choosing.record import Stopwatch, record
+from foveate.choosing.shorten import Plan, Side, find_images, padding_side, place_images, plan
+from foveate.choosing.timeline import Group, Owner, Timeline
+from foveate.core import Block, FoveateError, Method
+from foveate.families.family import Family
+from foveate.families.layouts import Encoded as Pictures
+from foveate.families.layouts import runs_of
+from foveate.runtime.decoder.cache import TimelineCache, attach, check_usable, timeline_of
+from foveate.runtime.encoder.joint_space import JointSpace
+from foveate.runtime.encoder.probe import Probe
+from foveate.runtime.encoder.tower import Brought, TowerStages
 from foveate.runtime.limits import check_reach, context_of, may_leave, room_after, unfit
-from foveate.runtime.packing import Apart, to_tokens
-from foveate.runtime.probe import Probe
-from foveate.runtime.record import Stopwatch, record
 from foveate.runtime.seams import CACHE, FORMER
-from foveate.runtime.shorten import Plan, Side, find_images, padding_side, place_images, plan
 from foveate.runtime.support import shape_of
-from foveate.runtime.tower import Brought, TowerStages
 from foveate.spec import format as format_spec
+from foveate.trace import Call
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """Arguments of a call that have a column for each token, beside ids and mask."""

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate import methods
+from foveate.choosing.choose import JOINT
 from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, check_depths, names_of
-from foveate.cost.configs import assume_model
 from foveate.cost.plan import visual_per_layer
-from foveate.cost.shapes import ModelShape
-from foveate.families import Family, Tower, family_of
-from foveate.generic import GenericFamily
-from foveate.runtime.choose import JOINT
-from foveate.runtime.probe import LATEST, missing_signals
+from foveate.families import family_of
+from foveate.families.family import Family
+from foveate.families.generic import GenericFamily
+from foveate.families.shapes import ModelShape
+from foveate.families.sizes import assume_model
+from foveate.families.towers import Tower
+from foveate.runtime.encoder.probe import LATEST, missing_signals
 from foveate.runtime.wrapped import check_devices, check_version
 from foveate.spec import format as format_spec
 

@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 
 from foveate.core import FoveateError, Method
-from foveate.families import Family
+from foveate.families.family import Family
 from foveate.spec import format as format_spec
 
 _PEFT = "0.21"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from foveate.core import FoveateError, short
-from foveate.images import load_image
+from foveate.inference.pictures import load_image
 from foveate.ops.padding import joined
 from foveate.paths import checked, read_json
 from foveate.runtime.prefill import TOKEN_TYPES

@@ -18,7 +18,7 @@ from foveate.core import FoveateError, Keep
 from foveate.families import family_of
 from foveate.modules.lvpruning import LVPruningModules
 from foveate.ops.subsets import even_order
-from foveate.runtime.soften import Seen, check_softens, look, soften
+from foveate.runtime.decoder.soften import Seen, check_softens, look, soften
 from foveate.train.budgets import shared
 from foveate.train.losses import IGNORED, RatioLoss, causal_loss, even_loss, hint_loss, kept_shares, ratio_loss
 from foveate.train.masks import columns, decide, gumbel, soft_mask

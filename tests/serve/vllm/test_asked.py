@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foveate.core import FoveateError
-from foveate.families import FAMILIES
+from foveate.families.rows import FAMILIES
 from foveate.serve.vllm.asked import Asked, Rules
 from foveate.serve.vllm.server import untrusted, with_question
 from foveate.serve.vllm.settings import check_vllm, written

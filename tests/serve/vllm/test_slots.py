@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.core import FoveateError
-from foveate.layouts import Layout
+from foveate.families.layouts import Layout
 from foveate.serve.vllm.asked import parts_of
 from foveate.serve.vllm.slots import count_of, fitted, sources_of, units_of
 

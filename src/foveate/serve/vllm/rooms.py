@@ -1,14 +1,17 @@
 """What this room takes from the others, in one place: the rest of it imports from here."""
 
+from foveate.choosing.choose import JOINT, Image, Prompt, choose
+from foveate.choosing.packing import Apart, to_tokens
 from foveate.core import Block, FoveateError, Method, did_you_mean
 from foveate.cost.plan import visual_per_layer
-from foveate.families import FAMILIES, Family, Tower
-from foveate.layouts import Encoded, Layout
-from foveate.runtime.choose import JOINT, Image, Prompt, choose
-from foveate.runtime.joint_space import JointSpace, Questions
+from foveate.families.family import Family
+from foveate.families.layouts import Encoded, Layout
+from foveate.families.rows import FAMILIES
+from foveate.families.towers import Tower
+from foveate.runtime.encoder.joint_space import JointSpace, Questions
+from foveate.runtime.encoder.probe import Probe, tower_needs
+from foveate.runtime.encoder.watch import PackedWatch, Watch
 from foveate.runtime.limits import check_reach, context_of
-from foveate.runtime.packing import Apart, to_tokens
-from foveate.runtime.probe import PackedWatch, Probe, Watch, tower_needs
 from foveate.runtime.support import why_not, working_methods
 from foveate.runtime.wrapped import check_version
 from foveate.spec import format as format_spec

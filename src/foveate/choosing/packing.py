@@ -1,0 +1,69 @@
+"""Carries what the encoder showed of its patches to the tokens of the pictures, as the decoder has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.choosing.choose import TOKEN_AXIS, Image
+from foveate.core import Block, FoveateError
+from foveate.families.layouts import Layout
+from foveate.ops.padding import joined
+
+
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """Tokens of one picture that are not visual and stay: the ends of its rows."""
+
+    columns: Tensor  # (M - N,) of the prompt
+    features: Tensor  # (M - N, D)
+
+    def woven(self, image: Image, features: Tensor) -> Tensor:
+        """The rows (K, D) that stand for what is left of the picture, with these among them in the prompt's order."""
+        columns = torch.cat([image.columns[image.index].sort().values, self.columns])
+        return torch.cat([features, self.features.to(features)])[columns.argsort()]
+
+
+def to_tokens(blocks: Mapping[int | str, Block], layouts: Sequence[Layout], packed: bool) -> dict[int | str, Block]:
+    """Blocks with one row per picture, its N tokens in place of the patches of its tiles; padded to the longest.
+
+    A token has the mean of its patches. What a block shows of CLS is that of the base tile.
+
+    Args:
+        packed: the encoder ran the patches of all pictures as one row.
+    """
+    if not packed and all(layout.plain and layout.summary == number for number, layout in enumerate(layouts)):
+        return dict(blocks)
+    return {name: _to_tokens(name, block, layouts) for name, block in blocks.items()}
+
+
+def _to_tokens(name: int | str, block: Block, layouts: Sequence[Layout]) -> Block:
+    fields = {}
+    for field, value in vars(block).items():
+        axis = TOKEN_AXIS.get(field)
+        if value is None or not layouts:
+            continue
+        if axis is None:
+            fields[field] = torch.stack([value[layout.summary] for layout in layouts])
+            continue
+        flat = value.movedim(axis, 1).flatten(0, 1)
+        seen, wanted = flat.shape[0], max(int(layout.patches.max()) + 1 for layout in layouts)
+        if wanted > seen:
+            raise FoveateError(
+                f"encoder block {name} saw {seen} patches where the pictures of the prompt have {wanted}"
+            )
+        rows = [_mean(flat, layout) for layout in layouts]
+        fields[field] = joined([row[None] for row in rows]).movedim(1, axis)
+    return Block(**fields)
+
+
+def _mean(flat: Tensor, layout: Layout) -> Tensor:
+    """(patches, ...) -> (N, ...)."""
+    behind = flat[layout.patches.to(flat.device)]
+    if layout.weights is None:
+        return behind[:, 0] if behind.shape[1] == 1 else behind.mean(dim=1)
+    shares = layout.weights.to(behind).view(*layout.weights.shape, *[1] * (behind.ndim - 2))
+    return (behind * shares).sum(dim=1)

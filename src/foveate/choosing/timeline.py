@@ -1,0 +1,217 @@
+"""The Timeline of a pruned prompt: which place of it each cache entry is. Coordinates: see `Timeline`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError
+
+
+class Owner(Protocol):
+    """Whoever pruned the cache; only while it is active may the cache be used."""
+
+    active: bool
+
+
+@dataclass(eq=False)
+class Group:
+    """What the decoder layers from `first` on hold, in entries of layer 0. R rows, n entries of the prompt.
+
+    Layer-0 entries from `reach` on are in every layer.
+    """
+
+    first: int
+    kept: Tensor  # (R, n) layer-0 entry of each of this group's entries
+    valid: Tensor  # (R, n) bool, False in padding and re-padding
+    reach: int
+    static: Tensor | None = None  # (R, width) layer-0 entry behind each slot of a static cache
+    blocked: Tensor | None = None  # (R, width) bool, slots that hold padding
+
+    def __post_init__(self) -> None:
+        self.whole = bool(self.valid.all())
+
+    def columns(self, length: int) -> Tensor:
+        """(R, ...) layer-0 entry of each entry when layer 0 holds `length`."""
+        if length == self.reach:
+            return self.kept
+        grown = torch.arange(self.reach, length, device=self.kept.device)
+        return torch.cat([self.kept, grown.expand(self.kept.shape[0], -1)], dim=1)
+
+    def valid_columns(self, length: int) -> Tensor:
+        """(R, ...) bool: entries that are no padding when layer 0 holds `length`."""
+        return torch.cat([self.valid, self.valid.new_ones(self.valid.shape[0], length - self.reach)], dim=1)
+
+    def fill(self, width: int, longest: int) -> None:
+        """Note what each of the `width` slots of a static cache stands for, where layer 0 has `longest` of them."""
+        if self.static is None:
+            length = self.reach + width - self.kept.shape[1]
+            columns = self.columns(length)
+            # After a second prompt that lost tokens a deep layer has slots to spare, which never come to use.
+            self.static = columns.clamp(max=longest - 1)
+            self.blocked = ~self.valid_columns(length) | (columns >= longest)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows."""
+        self.kept, self.valid = self.kept[rows], self.valid[rows]
+        self.static = None if self.static is None else self.static[rows]
+        self.blocked = None if self.blocked is None else self.blocked[rows]
+
+    def check_crop(self, length: int) -> None:
+        """Refuse a cut of layer 0 to `length` entries that this group cannot follow."""
+        removed = self.reach - length
+        entries = self.kept.shape[1] - removed
+        if removed > 0 and (entries < 1 or bool((self.kept[:, -1] - self.kept[:, entries - 1] != removed).any())):
+            raise FoveateError(
+                f"crop removes {removed} prompt entries and cuts through visual tokens that layer {self.first} has "
+                "dropped; crop only text that follows the image, or reset() the cache"
+            )
+
+    def crop(self, length: int) -> None:
+        """Follow a cut of layer 0 to its first `length` entries."""
+        removed = self.reach - length
+        if removed > 0:
+            entries = self.kept.shape[1] - removed
+            self.kept, self.valid, self.reach = self.kept[:, :entries], self.valid[:, :entries], length
+
+
+@dataclass(eq=False)
+class Held:
+    """What one layer holds once entries are evicted from it, each KV head its own. R rows, L slots."""
+
+    ages: Tensor  # (R, Hkv, L) layer-0 entry of each slot, ascending
+    valid: Tensor  # (R, L) bool, False in padding and re-padding
+    scores: Tensor | None  # (R, Hkv, L) attention received so far
+    prompt: Tensor  # (R,) entries that the prompt left
+
+    def __post_init__(self) -> None:
+        self.whole = bool(self.valid.all())
+
+    def cut(self, slots: int) -> None:
+        """Only the last `slots` are left."""
+        if slots < self.ages.shape[2]:
+            self.ages, self.valid = self.ages[:, :, -slots:], self.valid[:, -slots:]
+            self.scores = None if self.scores is None else self.scores[:, :, -slots:]
+            self.whole = bool(self.valid.all())
+
+    def take(self, slots: Tensor, filled: Tensor) -> None:
+        """Keep (R, Hkv, K) slots, of which (R, K) are no re-padding."""
+        self.ages, self.valid, self.whole = self.ages.gather(2, slots), filled, bool(filled.all())
+        self.scores = None if self.scores is None else self.scores.gather(2, slots)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows."""
+        self.ages, self.valid, self.prompt = self.ages[rows], self.valid[rows], self.prompt[rows]
+        self.scores = None if self.scores is None else self.scores[rows]
+
+
+@dataclass(eq=False)
+class Timeline:
+    """Where the entries of a pruned cache stand in the caller's sequence. B rows, n entries of the prompt.
+
+    Entries that follow the prompt (generated tokens) are not listed: they are consecutive in both coordinates.
+    """
+
+    kept: Tensor  # (B, n) place of each prompt entry
+    valid: Tensor  # (B, n) bool, False for re-padding and for the caller's own padding
+    length: int  # places that the prompt takes on the timeline
+    next_position: Tensor  # (B,) position id of the token after the prompt
+    lag: Tensor | None  # (..., B) by axis, what generate() adds to its positions where a prompt ends in dropped tokens
+    owner: Owner
+    pictured: Tensor  # (B,) bool, on the CPU: rows that have had a picture; the others are left as they are
+    groups: list[Group] = field(default_factory=list)  # of deep layers, by their first layer
+    evicting: bool = False  # entries leave the cache, so that its tensors no longer say how long it is
+    held: dict[int, Held] = field(default_factory=dict)  # by layer, once entries may have left it
+    before: int = 0  # while evicting: entries that layer 0 had been given before the latest call
+    seen: int = 0  # ... and after it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Timeline:
+        """A copy of a cache belongs to the same handle."""
+        memo[id(self.owner)] = self.owner
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
+    @property
+    def entries(self) -> int:
+        """Prompt entries in the cache, re-padding included."""
+        return self.kept.shape[1]
+
+    def group(self, number: int) -> Group | None:
+        """What layer `number` holds; None while it holds everything."""
+        return group_of(self.groups, number)
+
+    def holds(self, number: int, length: int) -> int:
+        """Entries that layer `number` holds, of `length` that layer 0 was given; windows may have forgotten some."""
+        if number in self.held:
+            return self.held[number].ages.shape[2]
+        group = self.group(number)
+        return length if group is None else group.kept.shape[1] + length - group.reach
+
+    def places(self, entries: int) -> Tensor:
+        """(B, entries) place of every cache entry, generated ones included."""
+        grown = torch.arange(entries - self.entries, device=self.kept.device) + self.length
+        return torch.cat([self.kept, grown.expand(self.kept.shape[0], -1)], dim=1)
+
+    def valid_places(self, entries: int) -> Tensor:
+        """(B, entries) bool: entries that may be attended to."""
+        more = self.valid.new_ones(self.valid.shape[0], entries - self.entries)
+        return torch.cat([self.valid, more], dim=1)
+
+    def reached(self, entries: int) -> int:
+        """Length of the timeline when the cache holds so many entries."""
+        return self.length + entries - self.entries
+
+    def positions(self, entries: int, new: int) -> Tensor:
+        """(B, new) position ids of the tokens that follow `entries` cached ones."""
+        first = self.next_position + (entries - self.entries)
+        return first[:, None] + torch.arange(new, device=first.device)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows."""
+        rows = rows.to(self.kept.device)
+        self.kept, self.valid = self.kept[rows], self.valid[rows]
+        self.next_position, self.pictured = self.next_position[rows], self.pictured[rows.cpu()]
+        self.lag = None if self.lag is None else self.lag[..., rows]
+        for group in self.groups:
+            group.select_rows(rows)
+        for held in self.held.values():
+            held.select_rows(rows)
+
+    def crop(self, entries: int) -> None:
+        """Follow a cut of the cache to its first `entries` entries, all layers alike.
+
+        Raises:
+            FoveateError: the cut goes through pruned tokens, where rows would end at different places.
+        """
+        removed = self.entries - entries
+        for group in self.groups:  # nothing is cut before all can be
+            group.check_crop(entries)
+        if removed > 0:
+            places = torch.arange(self.length - removed, self.length, device=self.kept.device)
+            if entries < 1 or bool((self.kept[:, entries:] != places).any()):
+                raise FoveateError(
+                    f"crop removes {removed} of the {self.entries} prompt entries and cuts through pruned visual "
+                    "tokens; crop only text that follows the image, or reset() the cache"
+                )
+        for group in self.groups:
+            group.crop(entries)
+        if removed <= 0:
+            return
+        self.kept, self.valid = self.kept[:, :entries], self.valid[:, :entries]
+        self.length -= removed
+        self.next_position = self.next_position - removed
+
+
+def group_of(groups: Sequence[Group], number: int) -> Group | None:
+    """The group that layer `number` belongs to, of groups ordered by their first layer."""
+    found = None
+    for group in groups:
+        if group.first <= number:
+            found = group
+    return found

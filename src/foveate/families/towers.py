@@ -1,0 +1,86 @@
+"""One row per kind of vision encoder: what its parts are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One kind of vision encoder, by the `model_type` of its configuration."""
+
+    type: str
+    summary: int  # CLS tokens in front of the patches
+    blocks: str  # attribute path from the tower to its list of blocks
+    attention: str = "self_attn"  # ... from a block to its attention module, which calls the attention interface
+    joint: bool = False  # a CLIPModel's head maps its patches into a space shared with texts
+    # A block's first norm, second norm and MLP where it runs as x + attention(norm(x)), then x + mlp(norm(x)).
+    children: tuple[str, str, str] | None = None
+    scales: tuple[str, str] | None = None  # ... and what attention and MLP are multiplied with before they are added
+    masked: bool = True  # its blocks take a mask
+    packed: bool = False  # the patches of all pictures run as one sequence, each picture attending to itself
+    # Blocks that see a whole picture where the others see windows, from the tower's configuration; None: all do.
+    whole: Callable[[Any], list[int]] | None = None
+    known: bool = True  # its blocks can be observed
+
+    def blocks_of(self, tower: nn.Module) -> nn.ModuleList:
+        """The encoder's blocks in order; none where they cannot be observed."""
+        return _at(tower, self.blocks) if self.known else nn.ModuleList()
+
+
+_PRE_NORM = ("layer_norm1", "layer_norm2", "mlp")
+
+
+_NUMBERED = ("norm1", "norm2", "mlp")
+
+
+TOWERS = (
+    Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True, children=_PRE_NORM),
+    Tower("siglip_vision_model", summary=0, blocks="encoder.layers", children=_PRE_NORM),
+    Tower("idefics3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
+    Tower("smolvlm_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
+    Tower(
+        "internvl_vision",
+        summary=1,
+        blocks="encoder.layer",
+        attention="attention",
+        children=("layernorm_before", "layernorm_after", "mlp"),
+        scales=("lambda_1", "lambda_2"),
+        masked=False,
+    ),
+    Tower(
+        "pixtral",
+        summary=0,
+        blocks="transformer.layers",
+        attention="attention",
+        children=("attention_norm", "ffn_norm", "feed_forward"),
+        packed=True,
+    ),
+    Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower(
+        "qwen2_5_vl_vision",
+        summary=0,
+        blocks="blocks",
+        attention="attn",
+        children=_NUMBERED,
+        packed=True,
+        whole=lambda config: list(config.fullatt_block_indexes),
+    ),
+    Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("paddleocr_vl_vision", summary=0, blocks="vision_model.encoder.layers", children=_PRE_NORM, packed=True),
+    Tower("video_llama_3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM, packed=True),
+    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("gemma4_vision", summary=0, blocks="encoder.layers"),
+)
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module

@@ -1,0 +1,1 @@
+"""A model, pictures and prompts in; answers and seconds out."""

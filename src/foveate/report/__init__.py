@@ -1,0 +1,1 @@
+"""Data in; tables, figures and pictures out."""

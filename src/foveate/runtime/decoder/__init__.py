@@ -1,0 +1,1 @@
+"""What happens inside a running decoder and on its cache."""

@@ -1,0 +1,224 @@
+"""Evicts entries from the KV cache, layer by layer and KV head by KV head, and keeps masks in step with what is left.
+
+Coordinates: `ages` count the entries that layer 0 has ever been given (the timeline of the cache). Shapes: R rows
+(beams included), H heads, Hkv KV heads, L entries that a layer holds, Q new tokens of a call, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.choosing.timeline import Held, Timeline
+from foveate.core import CacheBlock, FoveateError, Method, Signals
+from foveate.ops.scores import causal_received
+from foveate.runtime.decoder.layers import Descent, window_of
+from foveate.runtime.decoder.probe import DecoderProbe
+from foveate.runtime.seams import unfit
+from foveate.spec import format as format_spec
+
+
+@dataclass(eq=False)
+class _Heard:
+    """What one layer's attention showed in this call."""
+
+    received: Tensor | None = None  # (R, Hkv, L) sums over the call's queries
+    queries: Tensor | None = None  # (R, H, Q, d), those of padding first
+    asking: list[int] | None = None  # of each row, how many of them are no padding; None where all are
+
+
+@dataclass(eq=False)
+class Evictor:
+    """One cache method at work on every layer of a decoder."""
+
+    part: Method
+    layers: Sequence[Any]
+    descent: Descent | None = None  # of the prefill in progress, where layers see different tokens
+    _heard: dict[int, _Heard] = field(default_factory=dict)
+    _listening: bool = False  # in this call, whose cache is to lose entries
+    _counted: Tensor | None = None  # (R, Q) bool, queries of this call that are no padding
+
+    def listen(self, probe: DecoderProbe) -> None:
+        """Hear every layer's queries and keys."""
+        for number in range(len(self.layers)):
+            probe.on_attention(number, self._hear)
+
+    def forget(self) -> None:
+        """A call is over."""
+        self._heard, self.descent, self._listening = {}, None, False
+
+    # -- before a layer -------------------------------------------------------------------------------------------
+
+    def mask(self, number: int, timeline: Timeline, options: dict[str, Any]) -> dict[str, Any]:
+        """The model's mask on the entries that each KV head of this layer holds."""
+        held = timeline.held[number]
+        mask = options.get("attention_mask")
+        new = timeline.seen - timeline.before
+        window = window_of(self.layers[number])
+        if held.whole and window is None and (mask is None or new == 1):
+            return {**options, "attention_mask": None}
+        columns, valid = held.ages, held.valid
+        fresh = self._fresh(timeline)
+        columns = torch.cat([columns, fresh[0][:, None].expand(-1, columns.shape[1], -1)], dim=2)
+        valid = torch.cat([valid, fresh[1]], dim=1)[:, None, None, :]
+        if mask is None:
+            return {**options, "attention_mask": valid}
+        if mask.ndim != 4:
+            raise FoveateError(
+                f"{format_spec(self.part)} holds other entries in each head, which flash attention's padding mask "
+                "cannot say; load the model with attn_implementation='sdpa' for padded batches"
+            )
+        return {**options, "attention_mask": self._per_head(number, mask, columns, valid)}
+
+    def _per_head(self, number: int, mask: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
+        mask = mask.expand(columns.shape[0], 1, *mask.shape[2:])
+        heads = columns.shape[1]
+        index = columns[:, :, None, :].expand(-1, -1, mask.shape[2], -1)
+        mask = mask.expand(-1, heads, -1, -1).gather(3, index)
+        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = mask.masked_fill(~valid, closed)
+        group = self.layers[number].self_attn.num_key_value_groups
+        return mask.repeat_interleave(group, dim=1)
+
+    def _fresh(self, timeline: Timeline) -> tuple[Tensor, Tensor]:
+        """Timeline places (R, Q) of the call's tokens in this layer, and which of them are no padding."""
+        rows = timeline.kept.shape[0]
+        if self.descent is not None:
+            new, valid = self.descent.new()
+            return new + timeline.before, valid
+        places = torch.arange(timeline.before, timeline.seen, device=timeline.kept.device).expand(rows, -1)
+        return places, timeline.valid_places(timeline.seen)[:, timeline.before :]
+
+    # -- while a layer runs ---------------------------------------------------------------------------------------
+
+    def _hear(
+        self, number: int, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> None:
+        if not self._listening:
+            return
+        heard = self._heard[number] = _Heard()
+        if "cache.window_queries" in self.part.needs:
+            heard.queries = queries
+            if self._counted is not None:
+                order = torch.argsort(self._counted.long(), dim=1, stable=True)[:, None, :, None]
+                heard.queries = queries.gather(2, order.expand(-1, queries.shape[1], -1, queries.shape[-1]))
+                heard.asking = self._counted.sum(dim=1).tolist()
+        if "cache.scores" in self.part.needs:
+            if softcap:
+                raise FoveateError(f"{format_spec(self.part)} cannot score a decoder that caps its attention logits")
+            heard.received = causal_received(queries, keys, scale, mask, self._counted)
+
+    # -- after a layer --------------------------------------------------------------------------------------------
+
+    def before_layer(self, number: int, timeline: Timeline, descent: Descent | None) -> None:
+        """Note which tokens come, and which of them are padding, whose attention does not count."""
+        self.descent, self._listening = descent, True
+        valid = self._fresh(timeline)[1] if timeline.seen - timeline.before > 1 else None
+        self._counted = None if valid is None or bool(valid.all()) else valid
+
+    @torch.no_grad()
+    def after_layer(self, number: int, timeline: Timeline, layer: Any) -> None:
+        """Take into account what this layer has just cached, and evict what is over the budget."""
+        heard = self._heard.pop(number)
+        earlier = timeline.held.get(number)
+        held = self._grown(number, timeline, earlier, heard)
+        kept = layer.keys.shape[2] if layer.is_initialized else 0
+        slides = window_of(self.layers[number]) is not None  # and forgets by itself
+        if kept > held.ages.shape[2] or (kept < held.ages.shape[2] and not slides):
+            raise unfit(f"layer {number} of the cache holds {kept} entries where {held.ages.shape[2]} were planned")
+        held.cut(kept)
+        timeline.held[number] = held
+        prompt = earlier is None or timeline.seen - timeline.before > 1
+        if prompt:
+            held.prompt = held.valid.sum(dim=1)
+        if prompt or getattr(self.part, "when", "decode") == "decode":
+            self._evict(layer, held, heard, timeline.pictured.tolist())
+
+    def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard) -> Held:
+        places, valid = self._fresh(timeline)
+        attention = self.layers[number].self_attn  # its configuration may speak of other layers' heads
+        heads = attention.config.num_attention_heads // attention.num_key_value_groups
+        ages = places[:, None].expand(-1, heads, -1)
+        scores = heard.received
+        if earlier is None:
+            return Held(ages, valid, scores, valid.sum(dim=1))
+        if scores is not None and earlier.scores is not None:
+            scores = scores + torch.nn.functional.pad(earlier.scores, (0, scores.shape[2] - earlier.scores.shape[2]))
+        ages, valid = torch.cat([earlier.ages, ages], dim=2), torch.cat([earlier.valid, valid], dim=1)
+        return Held(ages, valid, scores, earlier.prompt)
+
+    def _evict(self, layer: Any, held: Held, heard: _Heard, pictured: list[bool]) -> None:
+        if not any(pictured):
+            return
+        if not held.whole:
+            self._compact(layer, held)
+        counts, prompts = held.valid.sum(dim=1).tolist(), held.prompt.tolist()
+        asking = heard.asking or [0 if heard.queries is None else heard.queries.shape[2]] * len(counts)
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for row, key in enumerate(zip(counts, prompts, asking, strict=True)):
+            if pictured[row]:
+                groups.setdefault(key, []).append(row)
+        chosen: dict[int, Tensor] = {}
+        for (count, prompt, asked), rows in groups.items():
+            positions = self._select(layer, held, heard, rows, count, prompt, asked)
+            for place, row in enumerate(rows):
+                chosen[row] = positions[place]
+        every = torch.arange(held.ages.shape[2], device=held.ages.device).expand(held.ages.shape[1], -1)
+        chosen.update({row: every[:, -count:] for row, count in enumerate(counts) if not pictured[row]})
+        longest = max(slots.shape[-1] for slots in chosen.values())
+        if longest == held.ages.shape[2] and all(chosen[row].shape[-1] == count for row, count in enumerate(counts)):
+            return
+        slots = [
+            torch.nn.functional.pad(chosen[row], (longest - chosen[row].shape[-1], 0)) for row in range(len(chosen))
+        ]
+        kept = torch.tensor([chosen[row].shape[-1] for row in range(len(chosen))], device=held.valid.device)
+        filled = torch.arange(longest, device=kept.device) >= longest - kept[:, None]
+        self._take(layer, held, torch.stack(slots), filled)
+
+    def _select(
+        self, layer: Any, held: Held, heard: _Heard, rows: list[int], count: int, prompt: int, asking: int
+    ) -> Tensor:
+        """(B, Hkv, K) slots that stay in rows that hold `count` entries each, all at the end of their row."""
+        total = held.ages.shape[2]
+        ages = held.ages[rows, :, total - count :]
+        window = None
+        if heard.queries is not None:  # a later prompt may be shorter than the window
+            first = heard.queries.shape[2] - min(asking, getattr(self.part, "window", 1))
+            window = heard.queries[rows, :, first:]
+        block = CacheBlock(
+            scores=None if held.scores is None else held.scores[rows, :, total - count :],
+            age=ages,
+            keys=layer.keys[rows, :, total - count :] if "cache.keys" in self.part.needs else None,
+            window_queries=window,
+            prompt_length=prompt,
+        )
+        index = torch.arange(count, device=ages.device).expand(len(rows), -1)
+        signals = Signals(original=count, index=index, cache=block)
+        lacking = signals.lacking(self.part.needs)
+        if lacking:
+            raise FoveateError(f"{format_spec(self.part)} reads {', '.join(lacking)}, which no layer's cache shows")
+        selection: Any = self.part.select(signals)
+        wanted = selection.positions.sort(dim=-1).values
+        slots = torch.searchsorted(ages.contiguous(), wanted.contiguous()).clamp(max=count - 1)
+        if not torch.equal(ages.gather(2, slots), wanted) or bool((wanted[..., 1:] == wanted[..., :-1]).any()):
+            raise FoveateError(f"{format_spec(self.part)} keeps a cache entry that is not there, or one twice")
+        return slots + (total - count)
+
+    def _compact(self, layer: Any, held: Held) -> None:
+        """Padding out, entries to the right, so that every row's own entries stand at its end."""
+        order = torch.argsort(held.valid.long(), dim=1, stable=True)
+        longest = int(held.valid.sum(dim=1).max())
+        order = order[:, order.shape[1] - longest :]
+        filled = held.valid.gather(1, order)
+        self._take(layer, held, order[:, None].expand(-1, held.ages.shape[1], -1), filled)
+
+    def _take(self, layer: Any, held: Held, slots: Tensor, filled: Tensor) -> None:
+        """Keep (R, Hkv, K) slots of everything that has one entry per slot."""
+        wide = slots[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
+        layer.keys = layer.keys.gather(2, wide)
+        layer.values = layer.values.gather(2, slots[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
+        held.take(slots, filled)

@@ -1,0 +1,471 @@
+"""Shortens the sequence between decoder layers: which rows a deep layer sees, its masks, and what its cache holds.
+
+Coordinates: `columns` count the entries of layer 0 (the prompt after the input site, then every later token); a group
+of deep layers holds some of them. Shapes: R rows (beams included), S' new tokens at layer 0, E entries cached before,
+n entries of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.choosing.choose import Depth, Image, Prompt, choose
+from foveate.choosing.record import Stopwatch
+from foveate.choosing.shorten import Plan
+from foveate.choosing.timeline import Group, Timeline, group_of
+from foveate.choosing.widen import speakers
+from foveate.core import Block, FoveateError, Method
+from foveate.runtime.decoder.probe import DecoderProbe, Seen
+from foveate.runtime.seams import CACHE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one part inside the decoder."""
+
+    part: Method
+    number: int
+    depth: int  # decoder blocks that run at full length before it
+
+
+def stages_of(parts: Sequence[Method], layers: int) -> list[Stage]:
+    """Every stage inside the decoder, by depth; stages of one depth in the order of their parts."""
+    stages = [
+        Stage(part, number, depth)
+        for part in parts
+        if part.site == "layer"
+        for number, depth in enumerate(part.depths(layers))
+    ]
+    return sorted(stages, key=lambda stage: stage.depth)
+
+
+@dataclass(eq=False)
+class Descent:
+    """One prefill on its way down the decoder, with the stages that are still to come."""
+
+    stages: list[Stage]
+    images: list[Image]
+    prompt: Prompt
+    plan: Plan
+    timeline: Timeline
+    probe: DecoderProbe
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    entries: int  # E
+    repeats: int
+    earlier: list[Group]  # groups that the cache held before this prompt
+    stopwatches: list[Stopwatch]
+    memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = field(default_factory=dict)
+    speaking: list[Tensor | None] = field(default_factory=list)  # of each layer: who speaks in the places of layer 0
+    rows: Tensor | None = None  # (R, n) new tokens of layer 0 that are still there; None while all are
+    valid: Tensor | None = None  # (R, n)
+    prompt_valid: Tensor = field(init=False)  # (R, S')
+    behind: tuple[Tensor | None, Tensor | None] = (None, None)  # rows and valid as the block behind ran on them
+    _shared: dict[Any, Any] = field(default_factory=dict)  # what layers of one group share
+
+    def __post_init__(self) -> None:
+        self.prompt_valid = self.plan.repeat(self.repeats).valid
+        # Where an earlier prompt changed what the cache holds, this one's groups must change as well.
+        self.probe.open(self._cached)
+        self._boundaries = {stage.depth for stage in self.stages} | {group.first for group in self.earlier}
+
+    def before_layer(self, number: int, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What layer `number` gets to see in place of what the model hands it. (R, n, D) in, (R, n', D) out."""
+        self.behind = (self.rows, self.valid)
+        while self.stages and self.stages[0].depth == number:
+            if self.earlier:  # a stage may look ahead, by what this layer held before and what has come this far
+                self._note_group(number)
+            self.stopwatches.append(Stopwatch(hidden.device))
+            with self.stopwatches[-1]:
+                hidden = self._run(self.stages.pop(0), number, hidden, options)
+            if self.rows is not None:
+                self._note_group(number)
+        if number in self._boundaries and self.earlier:
+            self._note_group(number)
+        if self.timeline.group(number) is not None:
+            options = self.narrow(number, options)
+        if self.rows is not None and self.valid is not None and self.rows is not self.behind[0]:
+            self.speaking.append(speakers(self.rows, self.valid, self.prompt_valid.shape[1]))
+        else:
+            self.speaking.append(self.speaking[-1] if self.speaking else None)
+        return hidden, options
+
+    def add(self, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+        """Features (V, D) of the visual tokens of layer 0, which (R, S') marks, added to those that are still there."""
+        assert self.rows is not None and self.valid is not None
+        whole = hidden.new_zeros(*visual.shape, hidden.shape[-1])
+        whole[visual.to(hidden.device)] = features.to(hidden)
+        return hidden + _take(whole, self.rows) * self.valid[..., None]
+
+    # -- choosing -------------------------------------------------------------------------------------------------
+
+    def _run(self, stage: Stage, number: int, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        view = _View(self, stage, number, hidden, options)
+        self.probe.close(stage.depth - 1)
+        for image, place in zip(self.images, view.places, strict=True):
+            image.stream, image.merged = hidden[image.row * self.repeats, place], False
+        before = [image.index for image in self.images]
+        choose(
+            [stage.part],
+            self.images,
+            {},
+            self.prompt,
+            None,
+            Depth(stage.number, stage.depth, self.memories.setdefault(id(stage.part), {}), view.block),
+        )
+        return self._drop(hidden, view.places, before)
+
+    def _drop(self, hidden: Tensor, places: list[Tensor], before: list[Tensor]) -> Tensor:
+        """Take out the tokens that no image kept, and write merged ones where their representative stood."""
+        stays = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        for image, place, index in zip(self.images, places, before, strict=True):
+            gone = place[~torch.isin(index, image.index)]
+            stays[image.row * self.repeats : (image.row + 1) * self.repeats, gone] = False
+        if any(image.merged for image in self.images):
+            hidden = hidden.clone()
+        for image, place, index in zip(self.images, places, before, strict=True):
+            if image.merged:
+                at = place[_inverse(index, torch.ones_like(index, dtype=torch.bool))[image.index]]
+                assert image.stream is not None
+                hidden[image.row * self.repeats : (image.row + 1) * self.repeats, at] = image.stream
+        if bool(stays.all()):
+            return hidden
+        # Padding leaves as well: a short row must not keep the batch as long as it was.
+        stays &= self.valid if self.valid is not None else self.prompt_valid
+        chosen, filled = _right_aligned(stays)
+        old_rows = self.rows if self.rows is not None else torch.arange(hidden.shape[1], device=hidden.device)
+        old_rows = old_rows.expand(hidden.shape[0], -1)
+        old_valid = self.valid if self.valid is not None else self.prompt_valid
+        self.rows = old_rows.gather(1, chosen)
+        self.valid = old_valid.gather(1, chosen) & filled
+        return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _note_group(self, number: int) -> None:
+        """Write what layers from `number` on will hold into the timeline, where later calls read it."""
+        columns, valid = self._past(group_of(self.earlier, number))
+        new, new_valid = self.new()
+        reach = self.entries + self.plan.index.shape[1]
+        group = Group(
+            number, torch.cat([columns, new + self.entries], dim=1), torch.cat([valid, new_valid], dim=1), reach
+        )
+        self.timeline.groups = [*(one for one in self.timeline.groups if one.first < number), group]
+
+    def new(self) -> tuple[Tensor, Tensor]:
+        """(R, n) new tokens of layer 0 that are still there, and which of them are no padding."""
+        if self.rows is not None and self.valid is not None:
+            return self.rows, self.valid
+        return torch.arange(self.prompt_valid.shape[1], device=self.prompt_valid.device).expand(
+            self.prompt_valid.shape
+        ), self.prompt_valid
+
+    def _cached(self, number: int) -> int:
+        """Entries of earlier prompts that layer `number` still holds."""
+        held = self._past(group_of(self.earlier, number))[0].shape[1]
+        window = window_of(self.layers[number])
+        return held if window is None else min(held, window - 1)
+
+    def _past(self, group: Group | None) -> tuple[Tensor, Tensor]:
+        """Columns (R, E') and validity of what this layer's cache held before the prompt."""
+        device = self.prompt_valid.device
+        rows = self.prompt_valid.shape[0]
+        if group is not None:
+            return group.columns(self.entries), group.valid_columns(self.entries)
+        columns = torch.arange(self.entries, device=device).expand(rows, -1)
+        return columns, self.timeline.valid[:, : self.entries]
+
+    # -- narrowing ------------------------------------------------------------------------------------------------
+
+    def narrow(self, number: int, options: dict[str, Any]) -> dict[str, Any]:
+        """A deep layer's own rows of the rotary embeddings and of the mask."""
+        group = self.timeline.group(number)
+        assert group is not None
+        options = dict(options)
+        rotary, mask = options.get("position_embeddings"), options.get("attention_mask")
+        rows, window = self.new()[0], window_of(self.layers[number])
+        if rotary is not None and self.rows is not None:
+            options["position_embeddings"] = self._once(
+                ("rotary", id(rotary), id(group)), (rotary, group), lambda: _gather_rotary(rotary, rows)
+            )
+        width = fit_static_layer(options.get(CACHE), number, group.reach - group.kept.shape[1])
+        if width is not None:
+            group.fill(width, options[CACHE].layers[0].max_cache_len)
+        options["attention_mask"] = self._once(
+            ("mask", id(mask), id(group), window, width),
+            (mask, group),
+            lambda: narrow_mask(mask, rows, group, group.reach, window=window, width=width, past=self.entries),
+        )
+        return options
+
+    def _once(self, key: tuple[Any, ...], source: Any, make: Any) -> Any:
+        """Layers of one group are handed the same tensors; what is made of them is made once."""
+        if key not in self._shared:
+            self._shared[key] = (source, make())  # the source is held so that its id stays its own
+        return self._shared[key][1]
+
+
+class _View:
+    """The images at one stage: where their tokens stand in the current rows, and the decoder signals on demand."""
+
+    def __init__(self, descent: Descent, stage: Stage, number: int, hidden: Tensor, options: dict[str, Any]) -> None:
+        self.descent, self.stage, self.number, self.hidden, self.options = descent, stage, number, hidden, options
+        self.places = [self._places(image) for image in descent.images]
+
+    def _places(self, image: Image) -> Tensor:
+        """(K,) places of the image's present tokens in the current rows."""
+        descent = self.descent
+        placed = _inverse(descent.plan.index[image.row], descent.plan.filled[image.row])
+        at_layer_0 = placed[image.columns[image.index]]
+        if descent.rows is None:
+            return at_layer_0
+        row = image.row * descent.repeats
+        assert descent.valid is not None
+        return _inverse(descent.rows[row], descent.valid[row])[at_layer_0]
+
+    def _text_places(self, image: Image) -> Tensor:
+        descent = self.descent
+        columns = descent.prompt.is_text[image.row].nonzero().squeeze(-1)
+        at_layer_0 = _inverse(descent.plan.index[image.row], descent.plan.filled[image.row])[columns]
+        if descent.rows is None:
+            return at_layer_0
+        row = image.row * descent.repeats
+        assert descent.valid is not None
+        return _inverse(descent.rows[row], descent.valid[row])[at_layer_0]
+
+    def block(self, group: Sequence[int], needs: set[str]) -> Block:
+        """Decoder signals of some images that have the same number of present tokens."""
+        images = [self.descent.images[number] for number in group]
+        rows = torch.tensor([image.row * self.descent.repeats for image in images], device=self.hidden.device)
+        visual = torch.stack([self.places[number] for number in group])
+        text = [self._text_places(image) for image in images]
+        longest = max(places.numel() for places in text)
+        words = torch.stack([nn.functional.pad(places, (0, longest - places.numel())) for places in text])
+        fields: dict[str, Tensor] = {}
+        hidden = self.hidden[rows]
+        if "hidden" in needs:
+            fields["hidden"] = _take(hidden, visual)
+        if "text_hidden" in needs:
+            fields["text_hidden"] = _take(hidden, words)
+        if "normed" in needs:
+            fields["normed"] = self.descent.norm(_take(hidden, visual))
+        if "text_normed" in needs:
+            fields["text_normed"] = self.descent.norm(_take(hidden, words))
+        seen = self.descent.probe.seen(self.stage.depth - 1)
+        if seen is not None:
+            last = self._last(rows, self.descent.behind[1])
+            fields.update(seen.signals(needs, rows, self._as_seen(rows, visual), self._as_seen(rows, words), last))
+        if "next_query" in needs:
+            last = self._last(rows, self.descent.valid)
+            fields["next_query"] = self._look_ahead().signals({"last_query"}, rows, visual, words, last)["last_query"]
+        return Block(**fields)
+
+    def _look_ahead(self) -> Seen:
+        """The next block's queries and keys, with its own rows of masks and rotary embeddings as they stand now."""
+        descent, options = self.descent, self.options
+        if descent.timeline.group(self.number) is not None:
+            options = descent.narrow(self.number, options)
+        return descent.probe.look_ahead(self.number, self.hidden, options)
+
+    def _as_seen(self, rows: Tensor, places: Tensor) -> Tensor:
+        """(B, P) places in the current rows, as places in the rows of the block behind: a stage of this depth may
+        have shortened them since."""
+        descent = self.descent
+        before, valid = descent.behind
+        if descent.rows is None or descent.rows is before:
+            return places
+        columns = descent.rows[rows].gather(1, places)
+        if before is None or valid is None:
+            return columns
+        found = [_inverse(before[row], valid[row])[one] for row, one in zip(rows, columns, strict=True)]
+        return torch.stack(found).clamp(min=0)  # what fills up short texts may stand for nothing
+
+    def _last(self, rows: Tensor, valid: Tensor | None) -> Tensor:
+        """(B,) place of the last token of each row that is no padding."""
+        valid = self.descent.prompt_valid if valid is None else valid
+        places = torch.arange(valid.shape[1], device=valid.device)
+        return places.where(valid[rows], -1).amax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks
+
+
+def decode_mask(timeline: Timeline, number: int, layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """A later token's mask for a deep layer: one column for each entry that the layer holds."""
+    group = timeline.group(number)
+    if group is None:
+        return options
+    cache, mask = options[CACHE], options.get("attention_mask")
+    if group.static is not None:
+        return {**options, "attention_mask": _static_mask(group, cache, mask)}
+    if mask is None and group.whole and window_of(layer) is None:
+        return options
+    length = int(cache.get_seq_length())  # layer 0 has this call's tokens already
+    new = length - int(timeline_length(cache, number, group))
+    rows = None if mask is None else torch.arange(new, device=mask.device)
+    mask = narrow_mask(mask, rows, group, length, window=window_of(layer), width=None, past=length - new)
+    return {**options, "attention_mask": mask}
+
+
+def timeline_length(cache: Any, number: int, group: Group) -> int:
+    """Layer-0 entries that were there before this call, told from what the deep layer holds."""
+    return int(cache.layers[number].get_seq_length()) - group.kept.shape[1] + group.reach
+
+
+def narrow_mask(
+    mask: Tensor | None,
+    rows: Tensor | None,
+    group: Group,
+    length: int,
+    *,
+    window: int | None,
+    width: int | None,
+    past: int,
+) -> Tensor | None:
+    """The model's mask on the rows and columns that a deep layer has.
+
+    Args:
+        mask: (R or 1, 1, Q, C) bool or additive, (R, C) for flash attention, or None for plain causal attention.
+        rows: (R, n) or (n,) the layer's new tokens, counted from the first new one.
+        length: entries of layer 0, this call's tokens included.
+        window: sliding window of this layer; its cache then holds the last window - 1 of the group's entries.
+        width: columns of a static cache, filled up with False.
+        past: entries of layer 0 before this call.
+    """
+    columns, valid = group.columns(length), group.valid_columns(length)
+    cut = 0
+    if window is not None:
+        before = columns.shape[1] - (rows.shape[-1] if rows is not None else 1)
+        cut = max(0, before - (window - 1))
+        columns, valid = columns[:, cut:], valid[:, cut:]
+    if mask is None:
+        whole = bool(valid.all()) and cut == 0 and width is None
+        return None if whole else _causal(group, rows, past, columns, valid, window, width)
+    if mask.ndim == 2:
+        return mask.gather(1, columns) * valid.to(mask.dtype)
+    offset = max(past - window + 1, 0) if window is not None and width is None else 0
+    outside = (columns < offset) | ~valid
+    batch = columns.shape[0]
+    mask = mask.expand(batch, *mask.shape[1:])
+    if rows is not None:
+        index = rows.expand(batch, -1)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+        mask = mask.gather(2, index)
+    index = (columns - offset).clamp(min=0, max=mask.shape[-1] - 1)[:, None, None, :]
+    mask = mask.gather(3, index.expand(-1, *mask.shape[1:3], -1))
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask = mask.masked_fill(outside[:, None, None, :], closed)
+    mask = _open_dead_rows(mask)
+    if width is not None:
+        mask = nn.functional.pad(mask, (0, width - mask.shape[-1]), value=closed)
+    return mask
+
+
+def _causal(
+    group: Group,
+    rows: Tensor | None,
+    past: int,
+    columns: Tensor,
+    valid: Tensor,
+    window: int | None,
+    width: int | None,
+) -> Tensor:
+    """The mask that plain causal attention stands for, on the columns of a ragged group. (R, 1, n, C) bool."""
+    at = columns[:, -1:] if rows is None else rows.expand(columns.shape[0], -1) + past
+    allowed = (columns[:, None, :] <= at[:, :, None]) & valid[:, None, :]
+    if window is not None:
+        allowed &= at[:, :, None] - columns[:, None, :] < window
+    mask = _open_dead_rows(allowed[:, None])
+    return mask if width is None else nn.functional.pad(mask, (0, width - mask.shape[-1]))
+
+
+def _open_dead_rows(mask: Tensor) -> Tensor:
+    """Let re-padding attend to everything: its result is never read, but a row without any key would be NaN."""
+    if mask.dtype == torch.bool:
+        return mask | ~mask.any(dim=-1, keepdim=True)
+    dead = (mask <= torch.finfo(mask.dtype).min).all(dim=-1, keepdim=True)
+    return mask.masked_fill(dead, 0.0)
+
+
+def _static_mask(group: Group, cache: Any, mask: Tensor | None) -> Tensor:
+    """A static layer's mask while decoding, in operations that a graph can hold. (R, 1, Q, width)."""
+    assert group.static is not None and group.blocked is not None
+    blocked = group.blocked[:, None, None, :]
+    if mask is None:  # one new token: everything up to the last entry of layer 0
+        return (group.static < cache.layers[0].cumulative_length)[:, None, None, :] & ~blocked
+    mask = mask.expand(group.static.shape[0], *mask.shape[1:])
+    mask = mask.gather(3, group.static[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+    return mask.masked_fill(blocked, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small parts
+
+
+def window_of(layer: nn.Module) -> int | None:
+    """The sliding window of a decoder layer's attention; None where it sees everything."""
+    attention: Any = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    # Most decoders write the window on each attention; Mistral reads it from the configuration of all of them.
+    by_config = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", by_config)
+    return int(window) if window else None
+
+
+def fit_static_layer(cache: Any, number: int, removed: int) -> int | None:
+    """Give a deep layer of a static cache its own, smaller length; the columns it then has, None for a dynamic cache.
+
+    Raises:
+        FoveateError: the layer was allocated for a shorter sequence, or slides.
+    """
+    layer = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+    if layer is None or not getattr(layer, "is_compileable", False):
+        return None
+    slides = next((one for one in (0, number) if getattr(cache.layers[one], "is_sliding", False)), None)
+    if slides is not None:
+        raise FoveateError(
+            f"layer {slides} slides, and a static sliding cache cannot hold a pruned prompt; use a dynamic cache"
+        )
+    needed = cache.layers[0].max_cache_len - removed
+    if not layer.is_initialized:
+        layer.max_cache_len = needed
+    if layer.max_cache_len < needed:
+        raise FoveateError(
+            f"layer {number} of this static cache was allocated for {layer.max_cache_len} entries and needs {needed}; "
+            "use a new cache"
+        )
+    return int(layer.max_cache_len)
+
+
+def _right_aligned(stays: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, L) bool -> (R, n) positions of the True ones, the last one last, and which of them are no re-padding."""
+    counts = stays.sum(dim=1)
+    longest = int(counts.max())
+    order = torch.argsort(stays.long(), dim=1, stable=True)[:, stays.shape[1] - longest :]
+    filled = torch.arange(longest, device=stays.device) >= (longest - counts)[:, None]
+    return order, filled
+
+
+def _inverse(index: Tensor, filled: Tensor) -> Tensor:
+    """Where each value of `index` stands, as a table; -1 for values that do not occur."""
+    table = torch.full((int(index.max()) + 1,), -1, device=index.device)
+    table[index[filled]] = torch.arange(index.numel(), device=index.device)[filled]
+    return table
+
+
+def _take(hidden: Tensor, places: Tensor) -> Tensor:
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _gather_rotary(embeddings: Any, rows: Tensor) -> Any:
+    """cos and sin, each (..., R or 1, L, d), on (R, n) rows."""
+
+    def gather(values: Tensor) -> Tensor:
+        values = values.expand(*values.shape[:-3], rows.shape[0], *values.shape[-2:])
+        index = rows.to(values.device)[..., None].expand(*values.shape[:-3], *rows.shape, values.shape[-1])
+        return values.gather(-2, index)
+
+    return tuple(gather(values) for values in embeddings)

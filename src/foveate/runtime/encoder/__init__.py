@@ -1,0 +1,1 @@
+"""What happens inside a running vision encoder: reading, dropping and merging tokens."""

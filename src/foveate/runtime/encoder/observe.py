@@ -1,0 +1,106 @@
+"""Reads an encoder's signals once, outside any pruning: what its blocks show of some pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.choosing.choose import narrow
+from foveate.choosing.packing import to_tokens
+from foveate.core import Block, FoveateError, Method, Signals
+from foveate.families import family_of
+from foveate.families.layouts import Layout, as_pictures, tiles_of
+from foveate.runtime.encoder.probe import Probe, missing_signals
+from foveate.runtime.encoder.tower import Brought, layouts_of
+
+
+def observe(model: Any, pictures: Tensor | Mapping[str, Any], needs: Iterable[str]) -> dict[int | str, Block]:
+    """Encode pictures and return what the named encoder blocks showed of their patches; the model is as it was.
+
+    Args:
+        model: a loaded vision-language model.
+        pictures: pixel values (B, C, height, width), or what a processor made: pixel values and sizes. Moved to the
+            model's device, pixels to its dtype.
+        needs: signals, such as "tower.0.received" or "tower.read.hidden"; those of other rooms are left out.
+
+    Returns:
+        Blocks by 0-based number, and by name where one was asked for ("read", "last").
+
+    Raises:
+        FoveateError: the model is of no known family, is being pruned, or its encoder lacks a block or a signal.
+    """
+    needs = tuple(needs)
+    family = family_of(model)
+    tower = family.tower_of(model)[1]
+    missing = missing_signals(needs, tower)
+    if missing:
+        raise FoveateError(f"{', '.join(missing)} cannot be read: {family.name} with {tower.type} does not have it")
+    if getattr(model, "_foveate_handle", None) is not None:
+        raise FoveateError("this model is being pruned, so its encoder cannot be observed; stop() the handle first")
+    encode = model.base_model.get_image_features
+    given = _named(pictures)
+    wanted = [name for name in inspect.signature(encode).parameters if name in given]
+    probe = Probe(model, family, needs)
+    probe.install()
+    try:
+        with torch.no_grad():
+            encode(**{name: _moved(given[name], model) for name in wanted})
+        return probe.take()
+    finally:
+        probe.remove()
+
+
+def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -> list[Signals]:
+    """What a method would see of some pictures: inside the encoder, of each of their tiles.
+
+    Returns:
+        One Signals for all that have equally many tokens.
+
+    Raises:
+        FoveateError: as `observe`, or a size of the pictures is missing.
+    """
+    family, given = family_of(model), _named(pictures)
+    tower, row = family.tower_of(model)
+    height, width = family.grid(model.config)
+    seen = observe(model, given, part.needs)
+    values = (value for block in seen.values() for value in vars(block).values() if value is not None)
+    entries = next((value.shape[0] for value in values), 0)
+    # Without a prompt, tiles of one size stand for themselves.
+    told = Brought(given, lambda: [height * width] * entries)
+    layouts = layouts_of(family, model, tower, told, height * width, entries)
+    if part.site == "tower":
+        layouts = as_pictures(tiles_of(layouts))
+    blocks = to_tokens(seen, layouts, row.packed)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, layout in enumerate(layouts):
+        tiling = None if layout.tile is None else tuple(layout.tile.tolist())
+        groups.setdefault((layout.visual.numel(), layout.grid, tiling), []).append(number)
+    return [_signals(blocks, layouts[numbers[0]], numbers, model.device) for numbers in groups.values()]
+
+
+def _signals(blocks: Mapping[int | str, Block], layout: Layout, numbers: list[int], device: torch.device) -> Signals:
+    """Of pictures that lie alike, padding off."""
+    tokens = layout.visual.numel()
+    index = torch.arange(tokens, device=device).expand(len(numbers), -1)
+    rows = torch.tensor(numbers, device=device)
+    return Signals(
+        original=tokens,
+        index=index,
+        grid=layout.grid,
+        tile=None if layout.tile is None else layout.tile.to(device).expand(len(numbers), -1),
+        tower={name: narrow(block, rows, index) for name, block in blocks.items()},
+    )
+
+
+def _named(pictures: Tensor | Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"pixel_values": pictures} if isinstance(pictures, Tensor) else pictures
+
+
+def _moved(value: Any, model: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)

@@ -1,0 +1,202 @@
+"""Stock processors for the tiny models: words and pictures to their inputs, each with a chat template of its kind.
+
+Those that also take videos are built without what does, since transformers needs torchvision for that. Pixtral's and
+Cohere's need it for pictures too, and SmolVLM's needs num2words.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import transformers
+from models import tiny
+from models.tiny_families import EOS, IMAGE, PAD, VIDEO
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ 'w3' if message['role'] == 'user' else 'w4' }} "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}HOLDER {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
+)
+_NO_VIDEOS = SimpleNamespace(model_input_names=[])
+_TILES = [[16, 32], [32, 16], [32, 32]]
+
+
+# Where a processor is defined: the one that transformers itself hands out may ask for torchvision.
+_MODULES = {
+    "LlavaNextProcessor": "llava_next",
+    "LlavaNextVideoProcessor": "llava_next_video",
+    "LlavaOnevisionProcessor": "llava_onevision",
+    "VideoLlavaProcessor": "video_llava",
+    "Glm4vProcessor": "glm4v",
+    "VideoLlama3Processor": "video_llama_3",
+    "PaddleOCRVLProcessor": "paddleocr_vl",
+    "Qwen2VLProcessor": "qwen2_vl",
+    "Qwen2_5_VLProcessor": "qwen2_5_vl",
+    "Qwen3VLProcessor": "qwen3_vl",
+    "InternVLProcessor": "internvl",
+    "Gemma3Processor": "gemma3",
+    "Idefics3Processor": "idefics3",
+    "AyaVisionProcessor": "aya_vision",
+}
+
+
+def tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, ...] = (), **names: str) -> Any:
+    """Words to the ids of the tiny models: w2 ..., and a special token of its own for each of `more`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    first = IMAGE - len(more)
+    words = {"<pad>": PAD, "</s>": EOS, image: IMAGE, video: VIDEO}
+    words |= {word: first + number for number, word in enumerate(more)}
+    words |= {f"w{number}": number for number in range(2, first)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="w2", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": [image, video, *more]})
+    assert len(fast) == VIDEO + 1, "no word was added"
+    for name, token in {"image": image, "video": video, **names}.items():
+        setattr(fast, f"{name}_token", token)
+        setattr(fast, f"{name}_token_id", fast.convert_tokens_to_ids(token))
+    return fast
+
+
+def _made(kind: str, holder: str, **parts: Any) -> Any:
+    """A processor whose videos nobody asks for."""
+    module = f"transformers.models.{_MODULES[kind]}.processing_{_MODULES[kind]}"
+    with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
+        return getattr(importlib.import_module(module), kind)(
+            **parts, chat_template=_TEMPLATE.replace("HOLDER", holder)
+        )
+
+
+def _llava_next() -> Any:
+    pictures = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
+    )
+    more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return _made("LlavaNextProcessor", "<image>", image_processor=pictures, tokenizer=tokenizer(), **more)
+
+
+def _llava_next_video() -> Any:
+    next_ = _llava_next()
+    parts = dict(image_processor=next_.image_processor, tokenizer=next_.tokenizer, video_processor=_NO_VIDEOS)
+    more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return _made("LlavaNextVideoProcessor", "<image>", **parts, **more)
+
+
+def _video_llava() -> Any:
+    pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    parts = dict(image_processor=pictures, tokenizer=tokenizer(), video_processor=_NO_VIDEOS)
+    return _made("VideoLlavaProcessor", "<image>", **parts, patch_size=4)
+
+
+def _glm4v() -> Any:
+    pictures = transformers.Glm4vImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 512, "longest_edge": 3072}
+    )
+    start, end = "<|begin_of_image|>", "<|end_of_image|>"
+    tokens = tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+    return _made("Glm4vProcessor", f"{start}<|image|>{end}", **parts)
+
+
+def _video_llama_3() -> Any:
+    pictures = transformers.VideoLlama3ImageProcessorPil(patch_size=4, merge_size=1, min_pixels=128, max_pixels=384)
+    tokens = tokenizer("<|image_pad|>", "<|video_pad|>")
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+    return _made("VideoLlama3Processor", "<|image_pad|>", **parts)
+
+
+def _paddleocr() -> Any:
+    pictures = transformers.PaddleOCRVLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=1, min_pixels=512, max_pixels=1536
+    )
+    image, start, end = "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"
+    parts = dict(image_processor=pictures, tokenizer=tokenizer(image, "<|video_pad|>", (start, end)))
+    return _made("PaddleOCRVLProcessor", f"{start}{image}{end}", **parts)
+
+
+def _onevision() -> Any:
+    pictures = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
+    )
+    more = dict(num_image_tokens=16, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2")
+    more["video_processor"] = _NO_VIDEOS
+    return _made("LlavaOnevisionProcessor", "<image>", image_processor=pictures, tokenizer=tokenizer(), **more)
+
+
+def _qwen(kind: str) -> Callable[[], Any]:
+    def build() -> Any:
+        pictures = transformers.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=512, max_pixels=1536
+        )
+        image, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+        tokens = tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
+        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+        return _made(kind, f"{start}{image}{end}", **parts)
+
+    return build
+
+
+def _internvl() -> Any:
+    pictures = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    context, start, end = "<IMG_CONTEXT>", "<img>", "</img>"
+    tokens = tokenizer(context, "<video>", (start, end), start_image=start, end_image=end, context_image=context)
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS, image_seq_length=9)
+    return _made("InternVLProcessor", context, **parts)
+
+
+def _gemma3() -> Any:
+    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    start, end = "<start_of_image>", "<end_of_image>"
+    tokens = tokenizer("<image_soft_token>", "<video>", (start, end), boi=start, eoi=end)
+    return _made("Gemma3Processor", start, image_processor=pictures, tokenizer=tokens, image_seq_length=16)
+
+
+def _idefics3() -> Any:
+    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    places = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+    tokens = tokenizer(more=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places))
+    return _made("Idefics3Processor", "<image>", image_processor=pictures, tokenizer=tokens, image_seq_len=16)
+
+
+def _aya() -> Any:
+    pictures = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    tiles = tuple(f"TILE_{number}" for number in range(1, 5))
+    marks = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *tiles)
+    tokens = tokenizer("<|IMG_PATCH|>", "<video>", (*marks, "<image>"))
+    more = dict(patch_size=4, img_size=32, downsample_factor=2)
+    return _made("AyaVisionProcessor", "<image>", image_processor=pictures, tokenizer=tokens, **more)
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "llava-1.5": lambda: tiny.processor(tiny.model()),
+    "llava-next": _llava_next,
+    "llava-onevision": _onevision,
+    "llava-next-video": _llava_next_video,
+    "qwen2-vl": _qwen("Qwen2VLProcessor"),
+    "qwen2.5-vl": _qwen("Qwen2_5_VLProcessor"),
+    "qwen3-vl": _qwen("Qwen3VLProcessor"),
+    "qwen3-vl-moe": _qwen("Qwen3VLProcessor"),
+    "paddleocr-vl": _paddleocr,
+    "video-llama-3": _video_llama_3,
+    "glm4v": _glm4v,
+    "glm4v-moe": _glm4v,
+    "internvl": _internvl,
+    "gemma3": _gemma3,
+    "idefics3": _idefics3,
+    "aya-vision": _aya,
+    "vipllava": lambda: tiny.processor(tiny.model()),
+    "video-llava": _video_llava,
+}
