@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,3 +33,15 @@ def seeded() -> None:
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002 - the library under test may be given nothing newer
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny model, processor included."""
+    from models import tiny  # loads torch, which not every test needs
+
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = tiny.model()
+    model.save_pretrained(path)
+    tiny.processor(model).save_pretrained(path)
+    return path

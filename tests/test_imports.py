@@ -17,49 +17,49 @@ SOURCE = Path(__file__).parents[1] / "src" / "foveate"
 # `registry` is methods/__init__.py: it loads no method until one is asked for.
 AT_LOAD = {
     "core": set(),
+    "trace": {"core"},
+    "forms": {"core"},
     "paths": {"core"},
     "runs": {"core", "paths"},
+    "texts": {"core"},
     "checkpoints": {"core", "paths"},
     "ops": {"core"},
-    "registry": {"core"},
-    "methods": {"core", "ops"},
-    "spec": {"core", "registry", "paths"},
-    "cost": {"core", "paths"},
-    "images": {"core", "paths", "runs"},
-    "texts": {"core"},
-    "layouts": {"core"},
-    "families": {"core", "layouts"},
-    "generic": {"core", "layouts", "families"},
+    "registry": {"core", "forms"},
+    "methods": {"core", "forms", "ops"},
     "modules": {"core", "ops", "paths", "runs"},
-    "runtime": {"core", "ops", "spec", "registry", "layouts", "families", "generic", "cost", "texts"}
-    | {"paths", "checkpoints"},
-    "prune": {"core", "spec", "registry", "methods", "families", "runtime", "cost"},
+    "spec": {"core", "registry", "paths"},
+    "families": {"core"},
+    "cost": {"core", "forms", "paths", "families"},
     "scenes": {"core", "paths", "runs", "checkpoints"},
-    "draw": {"core", "images"},
-    "report": {"core", "cost", "draw"},
 }
-AT_LOAD["engine"] = AT_LOAD["prune"] | {"ops", "prune"}
-AT_LOAD["evaluate"] = AT_LOAD["prune"] | {"prune", "generic", "images", "texts", "scenes", "engine", "runs"}
-AT_LOAD["train"] = AT_LOAD["evaluate"] | {"ops", "modules", "evaluate", "paths"}
-AT_LOAD["calibrate"] = AT_LOAD["prune"] | {"prune", "images"}
-AT_LOAD["serve"] = AT_LOAD["evaluate"] | {"draw", "layouts", "foveate"}
+AT_LOAD["choosing"] = {"core", "trace", "forms", "ops", "spec", "families", "cost"}
+AT_LOAD["runtime"] = AT_LOAD["choosing"] | {"choosing", "registry", "texts", "paths", "checkpoints"}
+AT_LOAD["prune"] = {"core", "spec", "runtime"}
+AT_LOAD["inference"] = AT_LOAD["runtime"] | {"runtime", "prune", "runs"}
+AT_LOAD["calibrate"] = {"core", "prune", "inference", "runtime"}
+AT_LOAD["evaluate"] = AT_LOAD["inference"] | {"inference", "methods", "scenes"}
+AT_LOAD["train"] = AT_LOAD["evaluate"] | {"evaluate", "modules"}
+AT_LOAD["report"] = {"core", "trace", "cost", "runs", "inference", "evaluate"}
+# An engine brings a runtime of its own: what it takes of ours is named in serve/vllm/rooms.py.
+AT_LOAD["serve"] = AT_LOAD["runtime"] | {"runtime", "foveate"}
 AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
 AT_LOAD["foveate"] = set()
 
 # Room -> rooms that its functions may import besides, when they are called.
 WHEN_CALLED = {
-    "core": {"ops", "spec", "cost"},
+    "core": {"spec"},
+    "forms": {"ops"},
     "registry": {"methods"},
     "methods": {"modules"},
     "spec": {"methods"},
     "cost": {"registry", "methods", "spec"},
-    "families": {"generic"},
+    "inference": {"foveate"},
     "foveate": set(AT_LOAD),
 }
 
-NO_TRANSFORMERS = {"core", "paths", "runs", "ops", "registry", "methods", "spec", "cost", "images", "texts"}
-NO_TORCH = {"cost", "images", "texts"}
-ONLY_STANDARD_AT_LOAD = {"foveate", "core", "paths", "runs", "checkpoints", "registry", "spec", "cost", "texts"}
+NO_TRANSFORMERS = {"core", "trace", "forms", "ops", "registry", "methods", "spec", "cost", "choosing", "texts", "runs"}
+NO_TORCH = {"cost", "texts", "paths", "runs"}
+ONLY_STANDARD_AT_LOAD = {"foveate", "core", "trace", "forms", "registry", "spec", "cost"}
 SCENES_MAY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

@@ -41,10 +41,11 @@ def test_dir_names_everything_that_can_be_had() -> None:
         assert getattr(foveate, name) is not None
 
 
-def test_the_nouns_are_those_of_core() -> None:
-    core = importlib.import_module("foveate.core")
-    for name in NOUNS:
-        assert getattr(foveate, name) is getattr(core, name)
+def test_the_nouns_are_those_of_their_rooms() -> None:
+    homes = {"Budget": "trace", "Trace": "trace", "Scorer": "forms", "Merger": "forms"}
+    for name in {*NOUNS, "Merger"}:
+        room = importlib.import_module(f"foveate.{homes.get(name, 'core')}")
+        assert getattr(foveate, name) is getattr(room, name)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -82,10 +83,10 @@ def test_the_shipped_model_is_a_folder_of_the_package() -> None:
 
 CHECK = (
     "; import foveate, sys, types"
-    "; print(foveate.prune.__module__, foveate.report.draw.__module__)"
-    "; assert all(isinstance(verb, types.FunctionType) for verb in (foveate.prune, foveate.report.draw))"
+    "; print(foveate.prune.__module__, foveate.draw.__module__)"
+    "; assert all(isinstance(verb, types.FunctionType) for verb in (foveate.prune, foveate.draw))"
     "; assert foveate.prune is sys.modules['foveate.prune'].prune"
-    "; assert foveate.report.draw is sys.modules['foveate.report.draw'].draw"
+    "; assert foveate.draw is sys.modules['foveate.report.draw'].draw"
     "; assert not {'torch', 'transformers'} & sys.modules.keys(), 'heavy'"
 )
 
@@ -102,7 +103,7 @@ CHECK = (
         "from foveate import prune",
         "from foveate import draw, prune",
         "import foveate; foveate.prune; import foveate.prune",
-        "import foveate; foveate.report.draw; from foveate.report.draw import draw",
+        "import foveate; foveate.draw; from foveate.report.draw import draw",
         "import foveate.prune as prune; assert prune.__name__ == 'prune'",
         "import importlib; importlib.import_module('foveate.prune'); importlib.import_module('foveate.report.draw')",
         "import foveate.spec; import foveate.prune; import foveate.cli",

@@ -1,4 +1,4 @@
-"""A folder with a tiny model, pictures, and a way to call the command line as a shell would."""
+"""A picture, and a way to call the command line as a shell would."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from models import tiny
 from PIL import Image
 
 from foveate.cli import main
@@ -35,16 +34,6 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Result(code, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the tiny model, processor included."""
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny.model()
-    model.save_pretrained(path)
-    tiny.processor(model).save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -244,8 +244,8 @@ def test_nothing_else_opens_what_users_name() -> None:
     opening = {
         path.relative_to(source).as_posix() for path in source.rglob("*.py") if "Image.open(" in path.read_text()
     }
-    assert opening == {"images.py", "scenes/generator.py"}
-    with pytest.raises(FoveateError, match=r"str is no PIL picture; foveate\.images\.load_image opens files"):
+    assert opening == {"inference/pictures.py", "scenes/generator.py"}
+    with pytest.raises(FoveateError, match=r"str is no PIL picture; open a file with PIL\.Image\.open first"):
         on_white("picture.png")  # type: ignore[arg-type]
 
 

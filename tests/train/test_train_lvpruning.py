@@ -193,7 +193,7 @@ def lines_of_steps(run: Path, steps: int, settings: Settings) -> float:
 def test_a_killed_run_goes_on_as_if_it_had_not(finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     out = tmp_path / "run"
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import torch, tiny; torch.set_num_threads(1)\n"
+        "import sys; sys.path[:0] = sys.argv[1:3]; import torch; from models import tiny; torch.set_num_threads(1)\n"
         "from test_train_lvpruning import *\n"
         "train_lvpruning(tiny.model(), Few(pause=0.1), sys.argv[3], SETTINGS, name='tiny')"
     )
@@ -323,7 +323,7 @@ def test_two_processes_train_one_set_of_modules(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "import torch, tiny; torch.set_num_threads(1)\n"
+        "import torch; from models import tiny; torch.set_num_threads(1)\n"
         "from test_train_lvpruning import *\n"
         "from foveate.train import softened\n"
         "softened.decide = lambda scores, *_: scores.softmax(dim=-1)[..., 0]\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from foveate.forms import Merger
 from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 from foveate.trace import StageRecord
-
-if TYPE_CHECKING:
-    from foveate.runtime.encoder.joint_space import JointSpace
 
 JOINT = names_of(Signals, room="joint")
 """Signals that need question and picture in CLIP's joint space."""
@@ -66,6 +63,29 @@ class Image:
     def tiling(self) -> tuple[int, ...]:
         """Original tokens of each tile; empty without tiles."""
         return () if self.tile is None else tuple(self.tile.bincount().tolist())
+
+
+class Written(Protocol):
+    """What a question is in CLIP's joint space: `text` (B, Q, C), `words` (B, W, C), `mask` (B, W)."""
+
+    @property
+    def text(self) -> Tensor: ...
+
+    @property
+    def words(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor: ...
+
+
+class JointSpace(Protocol):
+    """Where a method compares question and picture."""
+
+    def text(self, ids: Tensor, is_text: Tensor, images: Sequence[Image]) -> Written:
+        """The question about each image of a prompt (R, S)."""
+
+    def image(self, hidden: Tensor) -> Tensor:
+        """The patches of B pictures, (B, N, E) -> (B, N, C)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError, Grid
-from foveate.families.layouts import Encoded, Layout, plain
+from foveate.families.lazily import plain
 from foveate.families.towers import TOWERS, Tower, _at
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from foveate.families.layouts import Encoded, Layout
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Family:
         tower = _at(model.base_model, self.tower)
         return tower, self.described(tower.config.model_type)
 
-    def blocks_of(self, model: Any, kind: str = "image") -> nn.ModuleList:
+    def blocks_of(self, model: Any, kind: str = "image") -> Sequence[nn.Module]:
         """The blocks of the encoder of pictures ("image") or of videos ("video"), in order.
 
         Raises:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate.families.anyres import _taps
-from foveate.families.layouts import Encoded, Layout, merged, patches_per_side
+from foveate.families.layouts import Encoded, Layout, merged
+from foveate.families.towers import patches_per_side
 
 
 def pooled_frames(side: int, encoded: Encoded) -> list[Layout]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import FoveateError, Grid
+from foveate.families.towers import patches_per_side
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,10 +269,3 @@ def runs_of(ids: Tensor, token: int) -> list[int]:
     steps = torch.nn.functional.pad((ids == token).int(), (1, 1)).diff(dim=1)
     lengths: list[int] = ((steps == -1).nonzero()[:, 1] - (steps == 1).nonzero()[:, 1]).tolist()
     return lengths
-
-
-def patches_per_side(config: Any) -> int:
-    """Patches along a side of one tile."""
-    vision = config.vision_config
-    image, patch = (one if isinstance(one, int) else one[0] for one in (vision.image_size, vision.patch_size))
-    return int(image // patch)

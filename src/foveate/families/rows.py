@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError, Grid
-from foveate.families.anyres import anyres
 from foveate.families.family import Family
-from foveate.families.frames import halved_frames, pooled_frames, whole_frames
-from foveate.families.layouts import Encoded, Layout, patches_per_side, plain, square, tiled_runs
-from foveate.families.packed import packed_blocks, packed_patches, packed_rasters, padded_rasters
-from foveate.families.towers import Tower
+from foveate.families.lazily import (
+    anyres,
+    halved_frames,
+    packed_blocks,
+    packed_patches,
+    packed_rasters,
+    padded_rasters,
+    plain,
+    pooled_frames,
+    square,
+    tiled_runs,
+    whole_frames,
+)
+from foveate.families.towers import Tower, patches_per_side
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foveate.families.layouts import Encoded, Layout
 
 
 def _llava_read(config: Any, blocks: int) -> int:
@@ -86,7 +97,7 @@ def three_axes(model: Any, ids: Tensor, mask: Tensor, given: dict[str, Any], sta
     types = types[:, -ids.shape[1] :]
     sizes = {name: value for name, value in sizes.items() if value is not None}
     found: Tensor = model.base_model.get_rope_index(ids, types, attention_mask=mask.long(), **sizes)[0]
-    return torch.where(mask, found + start[:, None], 0)
+    return (found + start[:, None]).where(mask, 0)
 
 
 _SHARED = (

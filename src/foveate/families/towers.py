@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,12 @@ class Tower:
     whole: Callable[[Any], list[int]] | None = None
     known: bool = True  # its blocks can be observed
 
-    def blocks_of(self, tower: nn.Module) -> nn.ModuleList:
+    def blocks_of(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The encoder's blocks in order; none where they cannot be observed."""
-        return _at(tower, self.blocks) if self.known else nn.ModuleList()
+        return _at(tower, self.blocks) if self.known else ()
 
 
 _PRE_NORM = ("layer_norm1", "layer_norm2", "mlp")
-
-
 _NUMBERED = ("norm1", "norm2", "mlp")
 
 
@@ -78,6 +77,13 @@ TOWERS = (
     Tower("glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("gemma4_vision", summary=0, blocks="encoder.layers"),
 )
+
+
+def patches_per_side(config: Any) -> int:
+    """Patches along a side of one tile."""
+    vision = config.vision_config
+    image, patch = (one if isinstance(one, int) else one[0] for one in (vision.image_size, vision.patch_size))
+    return int(image // patch)
 
 
 def _at(module: Any, path: str) -> Any:

@@ -68,9 +68,7 @@ def on_white(image: Image.Image) -> Image.Image:
             says what is white.
     """
     if not isinstance(image, Image.Image):
-        raise FoveateError(
-            f"{type(image).__name__} is no PIL picture; foveate.inference.pictures.load_image opens files"
-        )
+        raise FoveateError(f"{type(image).__name__} is no PIL picture; open a file with PIL.Image.open first")
     if image.mode in ("I", "F"):
         kind = "integers of 32 bits or with a sign" if image.mode == "I" else "floating-point numbers"
         raise FoveateError(
