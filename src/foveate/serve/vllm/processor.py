@@ -33,6 +33,8 @@ BATCHED, SHARED = -1, -2
 class Shortening:
     """Goes before a `BaseMultiModalProcessor` of vLLM."""
 
+    _profiling = False
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
         config = info.get_hf_config()
@@ -56,6 +58,14 @@ class Shortening:
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, **more}
         return inputs
 
+    def get_dummy_mm_inputs(self, *arguments: Any, **options: Any) -> Any:
+        """The largest pictures as a model gets them: no prompt that anybody sends, so it may leave the context."""
+        self._profiling = True
+        try:
+            return super().get_dummy_mm_inputs(*arguments, **options)  # type: ignore[misc]
+        finally:
+            self._profiling = False
+
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process a request; caches know its pictures by what is asked of them, too."""
         if any(inputs.mm_data_items.get(kind) for kind in KINDS):
@@ -78,7 +88,7 @@ class Shortening:
         On several axes a picture takes few positions; there nothing fits that would not fit unpruned.
         """
         context = context_of(self.outline.config)
-        if context is None or self.outline.family.positions is not None:
+        if context is None or self._profiling or self.outline.family.positions is not None:
             return
         reach = len(made["prompt_token_ids"])
         for ranges in made.get("mm_placeholders", {}).values():
