@@ -474,6 +474,7 @@ def test_a_call_goes_through_json() -> None:
         "budget": SHORT.to_dict(),
         "unpruned": FULL.to_dict(),
         "milliseconds": 1.234,
+        "notes": [],
     }
 
 

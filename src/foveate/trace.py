@@ -98,6 +98,7 @@ class Call:
     unpruned: Budget
     kv_lengths: tuple[int, ...]  # entries that each decoder layer's cache holds after the prefill
     stopwatch: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    notes: tuple[str, ...] = ()  # what of the method did not act in this call, and why
 
     @property
     def kv_bytes(self) -> int:
@@ -139,6 +140,7 @@ class Call:
             "budget": self.budget.to_dict(),
             "unpruned": self.unpruned.to_dict(),
             "milliseconds": self.milliseconds,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -156,7 +158,7 @@ class Call:
         return (
             f"{tokens} | prefill {readable(full, 'FLOPs')} -> {readable(flops, 'FLOPs')}{saved} | "
             f"KV {readable(self.unpruned.kv_bytes, 'B')} -> {readable(self.kv_bytes, 'B')} | "
-            f"choosing {self.milliseconds:.2f} ms"
+            f"choosing {self.milliseconds:.2f} ms{''.join(f' | {note}' for note in self.notes)}"
         )
 
 

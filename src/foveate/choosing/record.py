@@ -58,6 +58,7 @@ def record(
     repeats: int,
     proportional: bool,
     stopwatches: Sequence[Callable[[], float]],
+    notes: Sequence[str] = (),
 ) -> Call:
     """The record of one call, as far as its stages have come.
 
@@ -70,21 +71,15 @@ def record(
         timeline: what the cache holds after the prefill.
         repeats: beams or samples per row, each with a cache of its own.
         proportional: grids have their pictures' own proportions.
+        notes: what else there is to say of it.
     """
-    config = model.config
-    layers = shape.decoder.layers
+    layers, width = shape.decoder.layers, model.dtype.itemsize
     length = past_entries + index.shape[1]
-    kv_lengths = _kv_lengths(config, [timeline.holds(layer, length) for layer in range(layers)])
-    batch = index.shape[0] * repeats
+    kv_lengths = _kv_lengths(model.config, [timeline.holds(layer, length) for layer in range(layers)])
 
     def budget(counts: Sequence[Sequence[int]], lengths: Sequence[int], towards: int) -> Budget:
-        """`counts`: of each image, the tokens that each layer sees; `towards`: operations before the decoder."""
-        flops = towards
-        for row, words in enumerate(text):
-            mine = [count for image, count in zip(images, counts, strict=True) if image.row == row]
-            flops += _row_flops(shape, [words + sum(seen) for seen in zip(*mine, [0] * layers, strict=True)], past[row])
-        tokens = tuple(sum(seen) / len(images) for seen in zip(*counts, strict=True))
-        return Budget(tokens, float(flops), kv_bytes(shape.decoder, lengths, model.dtype.itemsize, batch))
+        held = kv_bytes(shape.decoder, lengths, width, index.shape[0] * repeats)
+        return _budget(shape, images, counts, text, past, towards, held)
 
     return Call(
         images=tuple(_image(image, proportional) for image in images),
@@ -97,16 +92,41 @@ def record(
         ),
         unpruned=budget(
             [[image.original] * layers for image in images],
-            _kv_lengths(config, [past_entries + prompt_length] * layers),
+            _kv_lengths(model.config, [past_entries + prompt_length] * layers),
             _before_decoder(shape, images, False),
         ),
         kv_lengths=kv_lengths,
         stopwatch=lambda: sum(stopwatch() for stopwatch in stopwatches),
+        notes=tuple(notes),
     )
 
 
 def _image(image: Image, proportional: bool) -> ImageRecord:
     return ImageRecord(image.row, image.original, image.grid, tuple(image.stages), proportional)
+
+
+def _budget(
+    shape: ModelShape,
+    images: Sequence[Image],
+    counts: Sequence[Sequence[int]],
+    text: Sequence[int],
+    past: Sequence[int],
+    towards: int,
+    held: int,
+) -> Budget:
+    """What a prefill costs.
+
+    Args:
+        counts: of each image, the tokens that each layer sees.
+        towards: operations before the decoder.
+        held: bytes of keys and values.
+    """
+    flops, none = towards, [0] * shape.decoder.layers
+    for row, words in enumerate(text):
+        mine = [count for image, count in zip(images, counts, strict=True) if image.row == row]
+        flops += _row_flops(shape, [words + sum(seen) for seen in zip(*mine, none, strict=True)], past[row])
+    tokens = tuple(sum(seen) / len(images) for seen in zip(*counts, strict=True))
+    return Budget(tokens, float(flops), held)
 
 
 def _before_decoder(shape: ModelShape, images: Sequence[Image], pruned: bool) -> int:

@@ -35,7 +35,8 @@ class ImageTextInteraction(Method):
     First part: the similarity softmax(cls . patch / sqrt(E)) in descending order is a long-tailed curve; its split i*
     (equation 3) times `alpha` is the image's own count. Second part: heavy and recent cache entries of text and image
     together (`H2O` of the same budgets); with 0.5 and 0.5 nothing leaves in the prompt and the cache stops growing
-    there.
+    there. A call without a cache (`use_cache=False`, or training with gradient checkpointing) has nothing to cap: the
+    first part acts alone, and the trace says so.
 
     The paper prints alpha = 0.075, with which at most 43 of 576 tokens could stay, and reports 127 and more on
     average; `calibrate` finds the alpha of a wanted average.

@@ -127,7 +127,8 @@ class Forwards(Uncopied):
         hidden = arguments[0] if arguments else options["hidden_states"]
         self._check_cache(number, hidden, options, shortened)
         timeline = caches.timeline_of(options.get(CACHE))
-        evictor = self.calls.evictor if timeline is not None and timeline.evicting else None
+        evicts = timeline is not None and timeline.evicting and shortened.cache is not None
+        evictor = self.calls.evictor if evicts else None
         if evictor is not None and timeline is not None and number == 0:
             timeline.before, timeline.seen = timeline.seen, timeline.seen + hidden.shape[1]
         if self.calls.descent is not None:
@@ -157,8 +158,9 @@ class Forwards(Uncopied):
         self, number: int, layer: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any
     ) -> None:
         cache: Any = options.get(CACHE)
-        timeline = caches.timeline_of(cache)
-        if self.calls.evictor is not None and timeline is not None and timeline.evicting:
+        timeline, shortened = caches.timeline_of(cache), self.calls.shortened
+        evicts = timeline is not None and timeline.evicting and shortened is not None and shortened.cache is not None
+        if self.calls.evictor is not None and timeline is not None and evicts:
             self.calls.evictor.after_layer(number, timeline, cache.layers[number])
 
     def _after_decoder(self, decoder: Any, arguments: Any, output: Any) -> Any:

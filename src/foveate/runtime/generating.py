@@ -145,10 +145,18 @@ class Generating(Uncopied):
                 "answer in pieces. Leave it out, or use a method that acts before the decoder"
             )
         if given.get("use_cache", config.use_cache) is False:
-            raise FoveateError(f"{name} acts {where} and keeps its choice there, so use_cache=False leaves it no place")
+            self._check_uncached()
         kind = given.get("cache_implementation", config.cache_implementation)
         if self.calls.evictor is not None and (kind == "static" or isinstance(given.get(CACHE), StaticCache)):
             raise FoveateError(f"{name} evicts entries, and a static cache cannot shrink; use a dynamic cache")
+
+    def _check_uncached(self) -> None:
+        if self.calls.stages:
+            raise FoveateError(
+                f"{format_spec(self.calls.stages[0].part)} acts inside the decoder and keeps its choice on the cache, "
+                "so use_cache=False leaves it no place"
+            )
+        self._prefill.without_cache()
 
     def _expand(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **options: Any
@@ -205,6 +213,8 @@ class Generating(Uncopied):
             elif model_kwargs.get("attention_mask") is None:
                 # Without cache and mask, gaps in the positions would be read as packed sequences.
                 model_kwargs["attention_mask"] = shortened.plan.repeat(shortened.repeats).valid.long()
+            if held is None and bool(shortened.timeline.pictured.any()):
+                shortened.notes += self._prefill.without_cache()
         return result
 
     def _prepare_positions(self, inputs: Tensor, options: dict[str, Any]) -> Any:

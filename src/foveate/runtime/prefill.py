@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,7 @@ class Shortened:
     keep: int | Tensor = 0  # of a direct call whose columns are counted behind the decoder, its `logits_to_keep`
     cache: Any = None  # that the decoder fills; None without one
     fed: int = 0  # tokens that its first layer has been given of it
+    notes: list[str] = field(default_factory=list)  # what the trace is to say besides
 
     def repeat_encoded(self, times: int) -> dict[str, Any]:
         """`mm_encoder_outputs` with what is left of each image, each row's group of images repeated."""
@@ -151,6 +152,8 @@ class Prefill:
         self.joint_space, self.short_outputs = joint_space, short_outputs
         self.encoded: Lanes | None = None  # of the prefill in progress
         self.evicting = any(part.site == "cache" for part in parts)
+        self._on_cache = [format_spec(part) for part in parts if part.site == "cache"]
+        self._elsewhere = len(parts) > len(self._on_cache)
         self.within = any(part.site == "layer" for part in parts)
         self.parts = [part for part in parts if part.site == "input"]
         self.image_token = family.image_token_id(model.config)
@@ -331,6 +334,8 @@ class Prefill:
         if ids is None or given.get("mm_encoder_outputs"):
             raise FoveateError("pruning needs input_ids and pixel_values; embeddings hide what is visual")
         check_usable(cache, self.owner)
+        uncapped = self.evicting and not self._fills_cache(given, cache) and not self.is_text(ids, given)
+        notes = self.without_cache() if uncapped else []
         self.check_images(ids, given, cache)
         self._check_outputs(ids, given)
         options, first = dict(given), self.family.first_position
@@ -356,6 +361,7 @@ class Prefill:
         if encoded is not None:
             options["mm_encoder_outputs"] = shortened.repeat_encoded(1)
         shortened.cache = self._give_cache(options, cache, shortened.timeline)
+        shortened.notes += notes
         shortened.options = options
         return shortened
 
@@ -424,21 +430,37 @@ class Prefill:
 
     def _give_cache(self, options: dict[str, Any], cache: Any, timeline: Timeline) -> Any:
         """The cache that the decoder will fill, ready to be pruned; None without one."""
-        wanted = options.get("use_cache")
-        if wanted is None:
-            wanted = text_config(self.model).use_cache and not self.model.training
-        if cache is None and wanted:
+        filled = self._fills_cache(options, cache)
+        if cache is None and filled:
             cache = options[CACHE] = TimelineCache(config=text_config(self.model))
         if cache is not None:
             attach(cache, timeline)
+        return cache if filled else None
+
+    def _fills_cache(self, options: Mapping[str, Any], cache: Any) -> bool:
+        """Whether the decoder fills a cache in a direct call."""
         first = self.model.get_decoder().layers[0]
         if first.training and getattr(first, "gradient_checkpointing", False):
-            cache = None  # transformers leaves it empty, and says so
-        if cache is None and self.evicting and bool(timeline.pictured.any()):
+            return False  # transformers leaves it empty, and says so
+        wanted = options.get("use_cache")
+        if wanted is None:
+            wanted = text_config(self.model).use_cache and not self.model.training
+        return cache is not None or bool(wanted)
+
+    def without_cache(self) -> list[str]:
+        """What the trace notes of a call without a cache: what was to act there has nothing to do.
+
+        What leaves a cache leaves it after the layer has attended to it, so that a direct call gives the same.
+
+        Raises:
+            FoveateError: nothing else was to be pruned.
+        """
+        if self._on_cache and not self._elsewhere:
             raise FoveateError(
-                "a method on the cache needs one; use_cache=False leaves it no place, nor does gradient checkpointing"
+                f"{self._on_cache[0]} acts on the cache, and use_cache=False leaves it no place, nor does gradient "
+                "checkpointing; nothing would be pruned"
             )
-        return cache
+        return [f"{name} has nothing to do: this call has no cache" for name in self._on_cache]
 
     # -- both -----------------------------------------------------------------------------------------------------
 
@@ -560,6 +582,7 @@ class Prefill:
                 repeats=repeats,
                 proportional=self.family.tower_of(self.model)[1].packed,
                 stopwatches=shortened.stopwatches,
+                notes=shortened.notes,
             )
         return shortened
 
