@@ -16,7 +16,7 @@ from torch import Tensor
 import foveate
 from foveate.core import Block, FoveateError, Signals
 from foveate.cost.flops import lvpruning_modules
-from foveate.cost.shape import shape
+from foveate.cost.shapes import shape
 from foveate.methods.lvpruning import LVPruning
 from foveate.modules.lvpruning import for_model, save
 from foveate.ops.subsets import even_order

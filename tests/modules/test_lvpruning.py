@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from foveate.core import FoveateError
 from foveate.cost.flops import lvpruning_modules
-from foveate.cost.shape import shape
+from foveate.cost.shapes import shape
 from foveate.modules import lvpruning
 from foveate.modules.lvpruning import DecisionModule, LVPruningConfig, build, find, for_model, load, save
 

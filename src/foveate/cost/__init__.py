@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from foveate.cost.plan import Plan, token_plan, visual_per_layer
     from foveate.cost.presets import PRESETS
-    from foveate.cost.shape import shape
+    from foveate.cost.shapes import shape
     from foveate.cost.sweeps import sweep
     from foveate.cost.training import TrainingMemory, training_memory
     from foveate.families.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
@@ -43,7 +43,7 @@ _ROOMS = {
     "plan": ("Plan", "token_plan", "visual_per_layer"),
     "presets": ("PRESETS",),
     "foveate.families.shapes": ("DecoderShape", "ModelShape", "ProjectorShape", "TowerShape"),
-    "shape": ("shape",),
+    "shapes": ("shape",),
     "sweeps": ("sweep",),
     "training": ("TrainingMemory", "training_memory"),
 }

@@ -23,7 +23,7 @@ from foveate.cost.flops import (
 )
 from foveate.cost.operators import Operator, decoder_block, output_head, patch_embedding, projection, tower_block
 from foveate.cost.plan import Plan, token_plan
-from foveate.cost.shape import shape
+from foveate.cost.shapes import shape
 from foveate.families.shapes import DecoderShape, ModelShape
 
 if TYPE_CHECKING:

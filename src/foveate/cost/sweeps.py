@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError
 from foveate.cost.estimates import Cost, estimate
-from foveate.cost.shape import shape
+from foveate.cost.shapes import shape
 
 if TYPE_CHECKING:
     from foveate.core import Method
