@@ -31,6 +31,7 @@ import foveate
 from foveate import methods
 from foveate.core import FoveateError, Method
 from foveate.runs import PART, SETTINGS, write_json
+from foveate.runtime.seams import CACHE
 from foveate.scenes import generator, mini, recipe
 from foveate.train.checkpoints import fingerprint, last_checkpoint
 
@@ -141,7 +142,7 @@ def trial(model: Any, processor: Any, draw: random.Random) -> str:
             ids = torch.cat([answer.sequences, words.expand(rows, -1)], dim=1)
             new = ids.shape[1] - given["attention_mask"].shape[1]
             mask = torch.nn.functional.pad(given["attention_mask"], (0, new), value=1)
-            model.generate(input_ids=ids, attention_mask=mask, past_key_values=answer.past_key_values, **settings)
+            model.generate(input_ids=ids, attention_mask=mask, **{CACHE: answer[CACHE]}, **settings)
     return f"{method} on {rows} rows in {turns} turns"
 
 

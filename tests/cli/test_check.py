@@ -43,7 +43,7 @@ def test_json(call: Any, folder: Path) -> None:
     found = json.loads(result.out)
     assert (found["family"], found["tokens"], found["passed"]) == ("llava-1.5", [36], True)
     assert found["name"] == str(folder)
-    assert len(found["outcomes"]) == 19
+    assert len(found["outcomes"]) == 28
     assert found["methods"].keys() == set(methods.names())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from models import tiny
 from torch import Tensor
 
 from foveate import methods
-from foveate.core import FoveateError
+from foveate.core import CacheSelection, FoveateError, Selection
 from foveate.evaluate.check import Found, check, find
 from foveate.families import family_of
+from foveate.methods.h2o import H2O
+from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.runtime import support
+from foveate.runtime.seams import CACHE
 
 
 def checked(model: Any) -> Found:
@@ -41,6 +45,16 @@ def test_each_family_holds_the_contract(name: str) -> None:
     assert ["interpolated" in outcome.detail for outcome in refused] == ([True] if name == "llava-onevision" else [])
     row = family_of(model)
     assert len(halves) == 4 - len(refused) - (row.inside is not None) - (row.within is not None)
+    names = [outcome.name for outcome in found.outcomes]
+    allowed = row.within is None
+    for statement, count in (
+        ("holds its budget", allowed),
+        ("at every stage", allowed),
+        ("padded batch", 1 + 2 * allowed),
+        ("changes nothing in a second turn", 1 + allowed),
+        ("as token by token", (1 + allowed) * (not row.two_way)),
+    ):
+        assert sum(statement in name for name in names) == count
     for outcome in halves:
         half = found.tokens[0] // 2
         assert outcome.detail == f"{found.tokens[0]} -> {half} tokens, {half} asked for"
@@ -81,6 +95,7 @@ def test_renumbered_positions_are_caught() -> None:
 
 def test_a_method_that_keeps_another_number_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Random, "count", lambda self, *_, **__: (17,))
+    monkeypatch.setattr(Random, "wanted", lambda self, signals: 18)
     outcome = next(one for one in checked(tiny.model()).outcomes if "random:keep=18 keeps exactly" in one.name)
     assert (outcome.passed, outcome.detail) == (False, "36 -> 18 tokens, 17 asked for")
 
@@ -119,6 +134,66 @@ def test_features_that_do_not_reach_the_decoder_are_caught() -> None:
     get_image_features.__signature__ = inspect.signature(encode)  # type: ignore[attr-defined]
     model.model.get_image_features = get_image_features
     assert "random:keep=1.0 changes nothing" in failed(checked(model))
+
+
+def test_a_layer_that_holds_more_than_its_budget_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(H2O, "select", lambda self, signals: CacheSelection(signals.cache.age))
+    outcome = next(one for one in checked(tiny.model()).outcomes if one.name == "h2o holds its budget in every layer")
+    assert not outcome.passed
+    assert outcome.detail.startswith("50 of 43 entries, 8 asked for;"), "43 of the prompt and 7 of the answer"
+
+
+def test_a_stage_that_keeps_another_number_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = PyramidDrop.select
+
+    def one_less(self: PyramidDrop, signals: Any) -> Selection:
+        indices = stock(self, signals).indices
+        return Selection([row[:-1] for row in indices] if signals.stage == 2 else indices)
+
+    monkeypatch.setattr(PyramidDrop, "select", one_less)
+    outcome = next(one for one in checked(tiny.model()).outcomes if "at every stage" in one.name)
+    detail = "36 -> 18 -> 9 -> 3 tokens; layers hold 50 32 23 17 entries, 50 32 23 18 are right"
+    assert (outcome.passed, outcome.detail) == (False, detail)
+
+
+def forgetful(when: Callable[[Tensor, Any], bool]) -> Any:
+    """A tiny model whose last decoder layer forgets its mask for some calls, by hidden states and cache."""
+    model = tiny.model()
+    layer = model.get_decoder().layers[3]
+
+    class Forgetful(type(layer)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+            if when(hidden_states, options.get(CACHE)):
+                options["attention_mask"] = None
+            return super().forward(hidden_states, *arguments, **options)
+
+    Forgetful.forward.__signature__ = inspect.signature(type(layer).forward)  # type: ignore[attr-defined]
+    layer.__class__ = Forgetful
+    return model
+
+
+def test_padding_that_is_read_is_caught() -> None:
+    found = checked(forgetful(lambda hidden, cache: hidden.shape[0] == 2))
+    assert failed(found) == [
+        f"{name} answers each row of a padded batch as alone" for name in ("random:keep=0.5", "fastv:keep=0.5", "h2o")
+    ]
+
+
+def test_a_later_turn_that_reads_another_past_is_caught() -> None:
+    found = checked(forgetful(lambda hidden, cache: hidden.shape[1] == 4 and cache.get_seq_length() > 4))
+    assert failed(found) == [
+        f"{name} takes a second turn at once as token by token" for name in ("random:keep=0.5", "fastv:keep=0.5")
+    ], "without pruning the turn is as wrong"
+
+
+def test_a_later_turn_that_is_refused_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cache: Any, owner: Any) -> None:
+        if cache is not None:
+            raise FoveateError("this cache is another one's")
+
+    monkeypatch.setattr("foveate.runtime.cache.check_usable", refuse)
+    outcomes = [one for one in checked(tiny.model()).outcomes if one.name.endswith("in a second turn")]
+    assert [one.detail for one in outcomes] == ["this cache is another one's"] * 2
 
 
 def test_a_model_that_breaks_is_an_outcome() -> None:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import foveate
+from foveate.runtime.seams import CACHE
 
 ROWS = ("3i4", "2i1i5", "6")
 STEPS = 6
@@ -238,9 +239,8 @@ def test_a_later_turn_shows_what_the_caller_gave() -> None:
     first, then = tiny.inputs(model, "3i4"), tiny.inputs(model, "2i3", seed=1)
     for repeat in (True, False):
         with foveate.prune(model, "fopru:keep=0.25"):
-            cache = {}
             out = model.generate(**first, max_new_tokens=3, return_dict_in_generate=True)
-            cache = {name: getattr(out, name) for name in ("cache", "past_key_values") if name in out}
+            cache = {CACHE: out[CACHE]}
             said = out.sequences
             mask = torch.ones(1, said.shape[1] + then["input_ids"].shape[1], dtype=torch.int64)
             ids = torch.cat([said, then["input_ids"]], dim=1) if repeat else then["input_ids"]

@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 
 import foveate
 from foveate import FoveateError
+from foveate.runtime.seams import CACHE
 
 ROWS = ("3i4", "2i1i5", "6")
 METHODS = ("tome:keep=0.5", "fopru:keep=0.5", "fastv:layer=1,keep=0.5", "h2o:heavy=0.2,recent=0.2")
@@ -75,7 +76,7 @@ def test_decoding_by_hand_with_the_base_model(method: str) -> None:
         out = call(**given, use_cache=True)
         found = [logits(out)[:, -1]]
         for word in (7, 8, 9):
-            cache = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+            cache = {CACHE: out[CACHE]}
             out = call(input_ids=torch.tensor([[word]]), **cache)
             found.append(logits(out)[:, -1])
         return torch.stack(found)

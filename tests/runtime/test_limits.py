@@ -19,6 +19,7 @@ from foveate.core import FoveateError
 from foveate.families import family_of
 from foveate.inference.answers import greedy
 from foveate.runtime.limits import check_room, context_of
+from foveate.runtime.seams import CACHE
 
 each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 VIDEOS = tuple(name for name, kind in tiny_families.KINDS.items() if kind.video is not None)
@@ -198,7 +199,7 @@ def test_a_later_turn_counts_on_from_the_earlier_ones() -> None:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=second["pixel_values"],
-                past_key_values=out.past_key_values,
+                **{CACHE: getattr(out, CACHE)},
             )
             if context == 85:
                 generate(model, both)

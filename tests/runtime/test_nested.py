@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import foveate
 from foveate import FoveateError
+from foveate.runtime.seams import CACHE
 
 STEPS = 3
 FAMILIES = ("llava-1.5", "qwen2.5-vl", "internvl")
@@ -191,7 +192,7 @@ def test_a_loop_by_hand_beside_the_answer(method: str) -> None:
 
 
 def cache_of(out: Any) -> dict[str, Any]:
-    return {name: out[name] for name in ("cache", "past_key_values") if name in out}
+    return {CACHE: out[CACHE]}
 
 
 @each_method

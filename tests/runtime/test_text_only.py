@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import foveate
 from foveate import FoveateError
+from foveate.runtime.seams import CACHE
 
 STEPS = 4
 METHODS = (
@@ -47,7 +48,7 @@ class Notes(BaseStreamer):
 
 
 def cache_of(out: Any) -> dict[str, Any]:
-    return {name: out[name] for name in ("cache", "past_key_values") if name in out}
+    return {CACHE: out[CACHE]}
 
 
 def assert_same(got: Any, expected: Any) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from foveate import methods
-from foveate.core import FoveateError, Method
+from foveate.core import Method
+from foveate.evaluate.check_calls import further
+from foveate.evaluate.statements import Outcome, Run, apart, stated, tolerance
 from foveate.families import family_of
 from foveate.families.generic import GenericFamily
 from foveate.prune import prune
@@ -21,29 +22,11 @@ from foveate.runtime.wrapped import unwrapped
 from foveate.spec import parse
 from foveate.trace import Call
 
-STEPS = 8
-"""Tokens of an answer that are compared."""
-
 _HALVES = ("tome", "random", "fopru", "fastv")
 """One inside the encoder, one that sees nothing, one that reads the encoder, one inside the decoder."""
 
 _ANY_ATTENTION = "proportional=false,"
 """Setting with which tokens merge whatever the encoder's attention is."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One statement about a model.
-
-    Attributes:
-        name: what should hold.
-        passed: whether it does.
-        detail: what was seen.
-    """
-
-    name: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -136,66 +119,19 @@ def check(model: Any, inputs: Mapping[str, Any]) -> Found:
     outcomes: list[Outcome] = []
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.filterwarnings("ignore", message=".* is no family that Foveate knows", category=UserWarning)
-        plain = _Run.of(model, inputs)
+        plain = Run.of(model, inputs)
         before = _state(unwrapped(model))  # a first stock run may leave something of its own
         for method in _identities(found):
             statement = partial(_identity, model, inputs, method, plain, calls)
-            outcomes.append(_held(f"{method} changes nothing", statement))
+            outcomes.append(stated(f"{method} changes nothing", statement))
         tokens = tuple(image.original for image in calls[0].images) if calls else ()
         for method in _halves(found, max(1, min(tokens) // 2)) if tokens else ():
             outcomes += _half(model, inputs, method, plain)
+        outcomes += further(model, inputs, [name for name, why in found.methods.items() if why is None], plain)
     changed = [name for name, value in _state(unwrapped(model)).items() if before.get(name) != value]
     detail = f"changed: {', '.join(changed[:3])}" if changed else f"{len(before)} tensors, settings and hooks"
     outcomes.append(Outcome("the model is untouched", not changed, detail))
     return Found(**{**vars(found), "tokens": tokens, "outcomes": outcomes})
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One answer: its tokens, the logits of the first of them, and what the decoder was handed."""
-
-    answer: Tensor  # (B, STEPS)
-    logits: Tensor  # (B, vocabulary)
-    positions: Tensor | None  # (..., B, S)
-
-    @classmethod
-    def of(cls, model: Any, inputs: Mapping[str, Any]) -> _Run:
-        seen: list[Tensor | None] = []
-        hook = (
-            unwrapped(model)
-            .get_decoder()
-            .register_forward_pre_hook(
-                lambda module, arguments, options: seen.append(options.get("position_ids")), with_kwargs=True
-            )
-        )
-        try:
-            out = model.generate(
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=STEPS,
-                min_new_tokens=STEPS,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        finally:
-            hook.remove()
-        answer = out.sequences[:, inputs["input_ids"].shape[1] :]
-        return cls(answer, out.logits[0].float(), seen[0] if seen else None)
-
-
-def _held(name: str, statement: Callable[[], tuple[bool, str]], refused: str | None = None) -> Outcome:
-    """A statement that may also end in an error.
-
-    Args:
-        refused: what holds where a FoveateError says why the statement cannot be made; None where that is a failure.
-    """
-    try:
-        return Outcome(name, *statement())
-    except FoveateError as error:
-        return Outcome(refused or name, refused is not None, str(error))
-    except Exception as error:  # a model never seen before may fail in any way
-        return Outcome(name, False, f"{type(error).__name__}: {error}")
 
 
 def _identities(found: Found) -> Iterator[Method]:
@@ -212,29 +148,27 @@ def _halves(found: Found, keep: int) -> Iterator[Method]:
             yield parse(f"{name}:{more}keep={keep}")
 
 
-def _identity(
-    model: Any, inputs: Mapping[str, Any], method: Method, plain: _Run, calls: list[Call]
-) -> tuple[bool, str]:
+def _identity(model: Any, inputs: Mapping[str, Any], method: Method, plain: Run, calls: list[Call]) -> tuple[bool, str]:
     with prune(model, method) as trace:
-        run = _Run.of(model, inputs)
+        run = Run.of(model, inputs)
         calls.append(trace.latest)
-    distance, allowed = _distance(run, plain), _allowed(model, plain)
+    distance, allowed = apart(run, plain), tolerance(model, plain)
     same = int((run.answer == plain.answer).sum())
     total = plain.answer.numel()
     detail = f"first logits differ by {distance:.2g} of {allowed:.2g} allowed, {same} of {total} tokens are equal"
     return distance <= allowed and same == total, detail
 
 
-def _half(model: Any, inputs: Mapping[str, Any], method: Method, plain: _Run) -> Iterator[Outcome]:
+def _half(model: Any, inputs: Mapping[str, Any], method: Method, plain: Run) -> Iterator[Outcome]:
     """Statements about a method that keeps a part of the tokens."""
-    runs: list[_Run] = []
+    runs: list[Run] = []
     calls: list[Call] = []
 
     def counted() -> tuple[bool, str]:
         with prune(model, method) as trace:
-            runs.append(_Run.of(model, inputs))
+            runs.append(Run.of(model, inputs))
             calls.append(trace.latest)
-            runs.append(_Run.of(model, inputs))
+            runs.append(Run.of(model, inputs))
         images = trace.latest.images
         (asked,) = method.count(images[0].original) or (0,)
         left = ", ".join(f"{image.original} -> {image.after}" for image in images)
@@ -242,16 +176,16 @@ def _half(model: Any, inputs: Mapping[str, Any], method: Method, plain: _Run) ->
 
     # What can be done inside the encoder depends on these very pictures.
     refused = f"{method} says why it cannot run" if method.site == "tower" else None
-    yield _held(f"{method} keeps exactly its count", counted, refused)
+    yield stated(f"{method} keeps exactly its count", counted, refused)
     if len(runs) < 2:
         return
-    yield _held(f"{method} keeps the tokens' positions", lambda: _positions(runs[0], plain, calls[0]))
+    yield stated(f"{method} keeps the tokens' positions", lambda: _positions(runs[0], plain, calls[0]))
     equal = torch.equal(runs[0].answer, runs[1].answer) and torch.equal(runs[0].logits, runs[1].logits)
     yield Outcome(f"{method} repeats itself", equal, "the second run equals the first" if equal else "two runs differ")
-    yield _held(f"{method} answers a direct call as generate() does", lambda: _direct(model, inputs, method, runs[0]))
+    yield stated(f"{method} answers a direct call as generate() does", lambda: _direct(model, inputs, method, runs[0]))
 
 
-def _positions(run: _Run, plain: _Run, call: Call) -> tuple[bool, str]:
+def _positions(run: Run, plain: Run, call: Call) -> tuple[bool, str]:
     """What the decoder is told of where each token stands: as unpruned, on each axis."""
     if run.positions is None or plain.positions is None:
         return False, "the decoder is handed no position_ids"
@@ -265,21 +199,11 @@ def _positions(run: _Run, plain: _Run, call: Call) -> tuple[bool, str]:
     return wrong == 0, f"{wrong} of {wanted.numel()} positions differ" if wrong else f"{wanted.numel()} positions"
 
 
-def _direct(model: Any, inputs: Mapping[str, Any], method: Method, run: _Run) -> tuple[bool, str]:
+def _direct(model: Any, inputs: Mapping[str, Any], method: Method, run: Run) -> tuple[bool, str]:
     with prune(model, method):
         logits = model(**inputs).logits[:, -1].float()
-    distance, allowed = float((logits - run.logits).abs().max()), _allowed(model, run)
+    distance, allowed = float((logits - run.logits).abs().max()), tolerance(model, run)
     return distance <= allowed, f"logits differ by {distance:.2g} of {allowed:.2g} allowed"
-
-
-def _distance(run: _Run, other: _Run) -> float:
-    return float((run.logits - other.logits).abs().max())
-
-
-def _allowed(model: Any, run: _Run) -> float:
-    """What rounding may do to logits: a part of their spread."""
-    share = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    return share * max(1.0, float(run.logits.std()) * 4)
 
 
 def _state(model: Any) -> dict[str, Any]:
