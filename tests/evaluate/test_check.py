@@ -20,6 +20,7 @@ from foveate.methods.h2o import H2O
 from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.runtime import support
+from foveate.runtime.decoder.cache import timeline_of
 from foveate.runtime.seams import CACHE
 
 
@@ -188,10 +189,10 @@ def test_a_later_turn_that_reads_another_past_is_caught() -> None:
 
 def test_a_later_turn_that_is_refused_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(cache: Any, owner: Any) -> None:
-        if cache is not None:
+        if timeline_of(cache) is not None:
             raise FoveateError("this cache is another one's")
 
-    monkeypatch.setattr("foveate.runtime.cache.check_usable", refuse)
+    monkeypatch.setattr("foveate.runtime.decoder.cache.check_usable", refuse)
     outcomes = [one for one in checked(tiny.model()).outcomes if one.name.endswith("in a second turn")]
     assert [one.detail for one in outcomes] == ["this cache is another one's"] * 2
 
