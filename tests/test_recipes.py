@@ -1,0 +1,89 @@
+"""What CONTRIBUTING says of adding a method is all there is to do: held on a copy of the tree with one file more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHOD = '''"""Backwards: keeps the last tokens of each picture, to show what one file brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from foveate.core import Keep, Signals, Site
+from foveate.forms import Scorer
+
+
+@dataclass(frozen=True)
+class Backwards(Scorer):
+    """Backwards: keeps the last tokens of each picture, so that nobody would use it.
+
+    Args:
+        keep: tokens per image, or a share of them, rounded half to even.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/0000.00000"
+    site: ClassVar[Site] = "input"
+
+    keep: Keep = 0.25
+
+    def score(self, signals: Signals) -> Tensor:
+        return signals.index.float()
+'''
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with one more file in methods/, and what the one command then writes."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("src", "tools", "docs", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
+    for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "src" / "foveate" / "methods" / "backwards.py").write_text(METHOD)
+    run(tree, "tools/render_docs.py")
+    return tree
+
+
+def run(tree: Path, *arguments: str) -> str:
+    """What Python prints in the copy, whose package comes before the installed one."""
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_contributing_names_the_command() -> None:
+    assert "`.venv/bin/python tools/render_docs.py` writes" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_one_command_writes_whatever_names_a_method(tree: Path) -> None:
+    front = (tree / "src" / "foveate" / "__init__.py").read_text(encoding="utf-8")
+    assert "    from foveate.methods.backwards import Backwards as Backwards\n" in front
+    page = (tree / "docs" / "methods" / "backwards.md").read_text(encoding="utf-8")
+    assert "keeps the last tokens" in page.lower() and "(backwards.png)" in page
+    assert (tree / "docs" / "methods" / "backwards.png").stat().st_size > 1_000
+    assert "[`backwards`](docs/methods/backwards.md)" in (tree / "README.md").read_text(encoding="utf-8")
+    accuracy = (tree / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    assert "| [`backwards`](methods/backwards.md) | - | - | - | - |" in accuracy
+    run(tree, "tools/render_docs.py", "--check")  # a second time there is nothing to write
+
+
+@pytest.mark.slow
+def test_the_tests_then_hold_the_new_method(tree: Path) -> None:
+    tests = ("tests/test_public.py", "tests/test_docs.py", "tests/methods/test_registry.py")
+    found = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "backwards or type_checkers")
+    assert " passed" in found and "failed" not in found
