@@ -234,6 +234,7 @@ def accuracy(found: dict[str, Any]) -> str:
     for entry in found["unreached"]:
         if entry["method"] in named:
             lines.append(f"- `{entry['method']}` at {', '.join(map(str, entry['keep']))}: {entry['why']}")
+    lines += [line for note in found.get("notes", []) for line in ("", note)]
     return "\n".join(lines) + "\n"
 
 

@@ -47,10 +47,22 @@ def test_the_shipped_model_has_its_own_rate_and_says_so(call: Any, given: dict[s
     result = call("train", "lvpruning", "--model", "mini", "--data", "scenes", "--out", tmp_path, "--device", "cpu")
     assert (result.code, result.out) == (0, f"{tmp_path / 'lvpruning'}\n")
     settings = given["settings"]
-    assert settings.rate > 1e-5 and f"learning rate {settings.rate:g}, batch {settings.batch}, ratios " in result.err
+    assert (
+        settings.rate > 1e-5
+        and f"learning rate {settings.rate:g}, batch {settings.batch}, budgets 0.5/0.3/0.1, " in result.err
+    )
     assert "step 10  loss 0.1235\n" in result.err
     assert len(given["rows"]) == settings.steps * settings.batch
     assert (given["name"], given["resume"], given["max_seconds"]) == ("mini", False, None)
+
+
+def test_who_asks_for_one_set_of_ratios_gets_no_budgets(call: Any, given: dict[str, Any], tmp_path: Path) -> None:
+    where = ["--model", "mini", "--data", "scenes", "--out", tmp_path, "--device", "cpu", "--ratios", "0.3/0.2/0.1"]
+    result = call("train", "lvpruning", *where)
+    assert result.code == 0, result.err
+    settings = given["settings"]
+    assert (settings.ratios, settings.budgets, settings.even_weight) == ((0.3, 0.2, 0.1), (), 0.0)
+    assert settings.causal_weight == 1.0 and "ratios 0.3/0.2/0.1" in result.err
 
 
 def test_options_reach_the_training(call: Any, given: dict[str, Any], folder: Path, data: Any, tmp_path: Path) -> None:

@@ -101,6 +101,30 @@ def test_modules_survive_saving_and_loading(tmp_path: Path) -> None:
     again.check(tiny.model().config)
 
 
+def test_modules_from_before_there_were_heads_for_evenness_have_none(tmp_path: Path) -> None:
+    save(for_model(tiny.model().config, layers=(1, 2, 3)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["evenness"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load(tmp_path)
+    assert loaded.even_odds(0, torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool), torch.ones(1)) is None
+
+
+def test_heads_for_evenness_read_text_that_counts_and_the_budget() -> None:
+    modules = for_model(tiny.model().config, layers=(1, 2, 3), evenness=True, seed=2)
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 3 + [False] * 2] * 2)
+    budget = torch.tensor([0.5, 0.5])
+    with torch.no_grad():
+        odds = modules.even_odds(0, text, mask, budget)
+        hidden = text.clone()
+        hidden[:, 3:] = 9.0
+        assert odds is not None and odds.shape == (2,) and odds.dtype == torch.float32
+        torch.testing.assert_close(modules.even_odds(0, hidden, mask, budget), odds)
+        assert not torch.equal(modules.even_odds(0, text, mask, budget / 8), odds)  # type: ignore[arg-type]
+        assert not torch.equal(modules.even_odds(1, text, mask, budget), odds)  # type: ignore[arg-type]
+
+
 def test_a_seed_makes_the_same_modules_and_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     first, same, other = (build(LVPruningConfig(width=16), seed) for seed in (1, 1, 2))

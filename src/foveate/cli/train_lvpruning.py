@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 SCENES = "scenes"
 
-# For `mini` on scenes: a model a thousandth the size takes larger steps, and fewer of them.
+# For `mini` on scenes: a model a thousandth the size takes larger steps, and fewer of them; scenes' hints alone teach.
 MINI = {
-    "rate": 2e-4,
-    "batch": 8,
-    "steps": 4000,
-    "ratios": "0.1/0.08/0.06",
-    "ratio_weight": 4.0,
+    "rate": 5e-4,
+    "batch": 16,
+    "steps": 3000,
+    "budgets": "0.5/0.3/0.1,0.25/0.15/0.08,64/64/64,32/32/32",
+    "causal_weight": 0.0,
+    "hint_weight": 1.0,
+    "even_weight": 0.5,
     "decision_clip": 0.05,
-    "anneal": 0.5,
-    "visual_share": 0.5,
+    "visual_share": 0.25,
 }
 
 CausalWeight = Annotated[float | None, typer.Option(metavar="W", help="Of the loss of the answers; 1.")]
@@ -107,7 +108,7 @@ def command(
     Several processes: torchrun -m foveate train lvpruning ..., or accelerate launch with a file of examples/lvpruning.
     """
     given = dict(locals())  # every option by its name
-    own: dict[str, Any] = MINI if model == "mini" and data == SCENES else {}
+    own = _own_settings(given) if model == "mini" and data == SCENES else {}
     from foveate.inference.loading import load
     from foveate.paths import folder_target
     from foveate.runs import check_run
@@ -123,6 +124,13 @@ def command(
         check = partial(_check_dtype, model, dtype)
         loaded = load(model, device=_own(device), dtype=dtype, trust_remote_code=trust_remote_code, check=check)
         _train(loaded, data, images, out, settings, asked, resume=resume, max_seconds=max_seconds)
+
+
+def _own_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `mini`; who asks for one set of ratios gets no budgets, nor what needs them."""
+    alone = given["ratios"] is not None and given["budgets"] is None
+    needs_budgets = ("budgets", "causal_weight", "even_weight")
+    return {name: value for name, value in MINI.items() if not (alone and name in needs_budgets)}
 
 
 def _own(device: str) -> str:
@@ -195,6 +203,14 @@ def _budget(text: str) -> tuple[int | float, ...]:
         return tuple(int(part) if part.isdigit() else float(part) for part in text.split("/"))
     except ValueError as error:
         raise FoveateError(f"{error}; write --budgets 0.5/0.3/0.1,32/32/32") from error
+
+
+def _joined(budget: tuple[int | float, ...]) -> str:
+    return "/".join(map(str, budget))
+
+
+def _listed(budgets: tuple[tuple[int | float, ...], ...]) -> str:
+    return ", ".join(map(_joined, budgets))
 
 
 def _mix(text: str | None, data: str) -> dict[str, float] | None:
@@ -305,7 +321,8 @@ def _train(
         say(f"{len(rows)} entries; left out: {rows.skipped}")
         if rows.skipped.missing:
             say(f"missing pictures: {', '.join(rows.skipped.missing[:20])}")
-    say(f"learning rate {settings.rate:g}, batch {settings.batch}, ratios {'/'.join(map(str, settings.ratios))}")
+    aims = f"budgets {_listed(settings.budgets)}" if settings.budgets else f"ratios {_joined(settings.ratios)}"
+    say(f"learning rate {settings.rate:g}, batch {settings.batch}, {aims}")
     options: dict[str, Any] = {"name": loaded.name, "resume": resume, "max_seconds": max_seconds, "held_out": held_out}
     folder = train_lvpruning(loaded.model, rows, out, settings, **options, report=report, tell=say)
     if data != SCENES and rows.skipped.broken:

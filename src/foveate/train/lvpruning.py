@@ -293,10 +293,16 @@ def describe(name: str, settings: Settings, gates: modules.LVPruningModules, row
         f"Cross-attention modules (https://arxiv.org/abs/2501.13652) after {_listed(shape.layers)} of "
         f"{shape.base_layers} decoder blocks of width {shape.width}; the model itself is unchanged.\n\n"
         "```python\nfoveate.prune(model, foveate.LVPruning.from_pretrained(FOLDER, keep=(0.5, 0.3, 0.1)))\n```\n\n"
-        f"Trained for {steps} steps of {settings.batch} rows ({rows.fingerprint()['kind']}), aiming at shares of "
-        f"{_listed(settings.ratios)}; any `keep` can be asked for.\n\n"
+        f"Trained for {steps} steps of {settings.batch} rows ({rows.fingerprint()['kind']}), {_aims(settings)}; any "
+        "`keep` can be asked for.\n\n"
         f"Settings that depart from the paper's recipe:\n\n{departs or '- none'}\n"
     )
+
+
+def _aims(settings: Settings) -> str:
+    if settings.budgets:
+        return f"each with one of the budgets {_listed('/'.join(map(str, one)) for one in settings.budgets)}"
+    return f"aiming at shares of {_listed(settings.ratios)}"
 
 
 def _listed(values: Any) -> str:
