@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import tiny
 from models.untouched import untouched
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import ImageTextToTextPipeline
 from transformers.generation.continuous_batching import ContinuousMixin
@@ -168,27 +167,7 @@ def test_no_other_way_into_continuous_batching_is_known() -> None:
     assert public - closes <= known, "what is new in transformers must prune or be refused"
 
 
-# -- wrappers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@each_method
-@torch.no_grad()
-def test_every_level_of_an_adapted_model(method: str) -> None:
-    model = tiny.model()
-    given = tiny.inputs(model, "3i4", "2i6")
-    with foveate.prune(model, method):
-        expected = model(**given).logits
-        answer = model.generate(**given, max_new_tokens=3)
-    config = LoraConfig(r=2, target_modules=r".*(q_proj|v_proj)", task_type="CAUSAL_LM")
-    adapted = get_peft_model(tiny.model(), config).eval()
-    with foveate.prune(adapted, method) as trace:
-        for level in (adapted, adapted.base_model, adapted.base_model.model, adapted.get_base_model()):
-            torch.testing.assert_close(level(**given).logits, expected, atol=1e-5, rtol=0)
-            assert torch.equal(level.generate(**given, max_new_tokens=3), answer)
-        inner = adapted.base_model.model.model(**given)
-        torch.testing.assert_close(head(adapted.get_base_model(), inner), expected, atol=1e-5, rtol=0)
-        assert len(trace.history) == 9
+# -- pipelines --------------------------------------------------------------------------------------------------------
 
 
 def test_a_pipeline_is_pruned_as_its_model() -> None:

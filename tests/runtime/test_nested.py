@@ -214,6 +214,21 @@ def test_a_call_that_fails_inside_leaves_the_other_as_it_is(method: str) -> None
         assert_same(generate(model, given), expected)
 
 
+@each_method
+@torch.no_grad()
+def test_pictures_encoded_by_hand_meanwhile_are_whole(method: str) -> None:
+    model = tiny.model()
+    given, other = tiny.inputs(model, "3i4"), tiny.inputs(model, "2i6", "1i2i3", seed=9)["pixel_values"]
+    whole = model.model.get_image_features(other, return_dict=True).pooler_output
+    with foveate.prune(model, method):
+        expected = generate(model, given)
+        nested = Calls(lambda: model.model.get_image_features(other, return_dict=True).pooler_output)
+        out = generate(model, given, logits_processor=[nested])
+    assert_same(out, expected)
+    for found in nested.found:
+        assert all(torch.equal(one, theirs) for one, theirs in zip(found, whole, strict=True))
+
+
 @torch.no_grad()
 def test_guidance_by_the_same_model_is_a_call_of_its_own() -> None:
     """transformers calls the model with words alone for each word of the answer."""

@@ -76,6 +76,24 @@ def test_an_adapter_that_has_learned_nothing_changes_nothing(method: str, task: 
         assert_same(pruned(model, method, given), wanted)
 
 
+@each_method
+@torch.no_grad()
+def test_every_level_of_an_adapted_model(method: str) -> None:
+    """Whoever is called, the model inside prunes, once."""
+    given = tiny.inputs(tiny.model(), *ROWS)
+    plain = tiny.model()
+    with foveate.prune(plain, method):
+        expected, answer = plain(**given).logits, plain.generate(**given, max_new_tokens=STEPS)
+    model = lora(tiny.model(), task_type="CAUSAL_LM").eval()
+    with foveate.prune(model, method) as trace:
+        for level in (model, model.base_model, model.base_model.model, model.get_base_model()):
+            torch.testing.assert_close(level(**given).logits, expected, atol=1e-5, rtol=0)
+            assert torch.equal(level.generate(**given, max_new_tokens=STEPS), answer)
+        hidden = model.base_model.model.model(**given).last_hidden_state
+        torch.testing.assert_close(model.get_base_model().lm_head(hidden), expected, atol=1e-5, rtol=0)
+        assert len(trace.history) == 9
+
+
 def test_an_adapter_that_has_learned_is_heard() -> None:
     """What is pruned is the adapted model: as if the adapter had been merged into its weights."""
     model = lora(tiny.model(), init_lora_weights=False).eval()

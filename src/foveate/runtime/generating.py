@@ -111,10 +111,11 @@ class Generating(Uncopied):
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
         caches.check_usable(given.get(CACHE), self.calls)
         ids = given.get("input_ids", given.get("inputs"))
-        if not self._prefill.is_text(ids, given):
+        pictures = not self._prefill.is_text(ids, given)
+        if pictures:
             self._check_inside(config, given)
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if chunk is not None and Version(transformers.__version__) < Version("5.23"):
+        if pictures and chunk is not None and Version(transformers.__version__) < Version("5.23"):
             raise FoveateError(
                 f"prefill_chunk_size={chunk}: transformers {transformers.__version__} hands every chunk the features "
                 "of all images, pruned or not; use 5.23 or newer, or leave it out"

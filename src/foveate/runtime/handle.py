@@ -32,8 +32,10 @@ _STARTING = threading.Lock()
 class Handle(Uncopied):
     """Pruning installed on one model, from start() to stop(); also a context manager that gives the trace.
 
-    Works for stock generate(), for the image-text-to-text pipeline, and for direct calls of the model. Parameters,
-    configuration and methods of the model are the same after stop() as before start().
+    Works for stock generate(), for the image-text-to-text pipeline, and for direct calls of the model or of its base
+    model, also from inside one another (of a logits processor, say). Prompts without a picture run as they are. Other
+    ways into the model are refused. Parameters, configuration and methods of the model are the same after stop() as
+    before start().
     """
 
     def __init__(

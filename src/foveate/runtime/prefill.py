@@ -271,6 +271,8 @@ class Prefill:
         timeline = timeline_of(given.get(CACHE))
         if timeline is not None and bool(timeline.pictured.any()):
             return False
+        if any(given.get(name) is not None for name in _PIXELS.values()):
+            return False  # without waiting for the device
         return isinstance(ids, Tensor) and not bool(self.is_visual(ids).any())
 
     def is_visual(self, ids: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ class TowerStages(Uncopied):
     # -- hooks ----------------------------------------------------------------------------------------------------
 
     def _before_block(self, number: int, block: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if not self.is_active():
+        if self._pictures is None or not self.is_active():  # somebody encodes pictures by hand
             return None
         hidden = arguments[0] if arguments else options["hidden_states"]
         if number == 0:
