@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -236,6 +237,23 @@ def test_an_interrupted_call_holds_the_model_no_longer(error: type[BaseException
         handle.stop()
     assert len(found) == 2
     assert all(torch.equal(one, expected) for one in found)
+
+
+def test_nothing_of_a_call_waits_for_the_collector() -> None:
+    """Pictures of a call are gone as soon as their caller lets them go."""
+    model = tiny.model()
+    gc.collect()
+    gc.disable()
+    try:
+        with foveate.prune(model, "fastv:layer=1,keep=0.25"), torch.no_grad():
+            for call in (lambda given: generate(model, given), lambda given: model(**given)):
+                given = tiny.inputs(model, "3i4")
+                gone = weakref.ref(given["pixel_values"])
+                call(given)
+                del given
+                assert gone() is None
+    finally:
+        gc.enable()
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------

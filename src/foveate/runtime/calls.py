@@ -51,7 +51,7 @@ class Run:
 class _Work:
     """One generate() or one direct call in progress, and what it found in progress around it."""
 
-    frame: FrameType  # in which it runs
+    frame: FrameType | None  # in which it runs; None once it is over
     outer: tuple[Run | None, Shortened | None, Descent | None, Call | None, set[int]]
     aside: list[tuple[Any, dict[str, Any]]]  # what the observers held of the call around it
 
@@ -134,17 +134,19 @@ class Calls(Uncopied):
 
     def leave(self, work: _Work) -> None:
         """A generate() has ended, well or not, and with it all that it did not live to see the end of."""
-        while work in self._works:
-            self._leave(done=False)  # a prefill that has run is settled by now
+        with self._freed:
+            while work in self._works:
+                self._leave(done=False)  # a prefill that has run is settled by now
 
     def returned(self, frame: FrameType, failed: bool) -> bool:
         """A module has returned to this frame, or raised: whether a direct call has ended with it."""
-        works = len(self._works)
-        if works and self._works[-1].frame is frame:
-            self._leave(done=not failed)
-        elif failed:
-            self._bury()
-        return len(self._works) < works
+        with self._freed:
+            works = len(self._works)
+            if works and self._works[-1].frame is frame:
+                self._leave(done=not failed)
+            elif failed:
+                self._bury()
+            return len(self._works) < works
 
     def end_step(self, done: bool) -> None:
         """A call of generate()'s own is over; `done`: it has not ended in an error."""
@@ -164,6 +166,7 @@ class Calls(Uncopied):
         """What was noted of the call around this one holds again."""
         self.finish()
         noted, work = self._noted, self._works.pop()
+        work.frame = None  # which may hold this, and tensors
         for one, held in work.aside:
             vars(one).update(held)
         self.run, self.direct, self.descent, self._noted, self._awaited = work.outer
@@ -171,9 +174,8 @@ class Calls(Uncopied):
         if noted is not None and history and history[-1] is not noted:  # the outer call ends after those inside it
             history[:] = [*(call for call in history if call is not noted), noted]
         if not self._works:
-            with self._freed:
-                self._thread = None
-                self._freed.notify_all()
+            self._thread = None
+            self._freed.notify_all()
 
     def _bury(self) -> None:
         """Calls that were interrupted end without a word: an interrupt runs no hook."""
