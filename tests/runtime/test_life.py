@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from foveate import FoPru, FoveateError, Random
 # Inside the encoder, behind it, inside the decoder, on the cache.
 METHODS = ("tome:keep=9", "fopru:keep=0.25", "fastv:layer=1,keep=0.25", "h2o:heavy=0.2,recent=0.2")
 each_method = pytest.mark.parametrize("method", METHODS)
+TESTS = Path(__file__).parents[1]
 ON = "on LlavaForConditionalGeneration"
 
 
@@ -122,10 +124,8 @@ def test_a_handle_that_was_never_started_warns_when_it_is_lost() -> None:
 
 
 def test_it_warns_at_the_end_of_a_script() -> None:
-    script = (
-        "import sys; sys.path.insert(0, 'tests'); import tiny, foveate; handle = foveate.prune(tiny.model(), 'random')"
-    )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = "from models import tiny; import foveate; handle = foveate.prune(tiny.model(), 'random')"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=TESTS)
     assert "not started> was made and never started, so nothing was pruned" in ran.stderr
 
 
