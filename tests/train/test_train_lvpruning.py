@@ -27,6 +27,7 @@ from foveate.modules.lvpruning import for_model, load
 from foveate.runs import hold
 from foveate.train.checkpoints import last_checkpoint
 from foveate.train.conversations import Extent, Row
+from foveate.train.held_out import Examiner, HeldOut
 from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning
 from foveate.train.softened import Softened
@@ -415,6 +416,32 @@ def test_hints_alone_teach_without_answers_and_a_run_goes_on_from_its_modules(tm
             tmp_path / "third",
             Settings(start=str(folder), layers=(1, 2), ratios=(0.5, 0.1), batch=4, steps=1),
         )
+
+
+def test_a_resumed_run_goes_on_with_what_was_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below random in the second and in the third examination; a stop in between does not begin the count anew."""
+    found = [{"modules": {"a": 0.1}, "random": {"a": 0.5}}]
+    monkeypatch.setattr(HeldOut, "beside", lambda *_: found[0])
+    settings = dataclasses.replace(HINTED, steps=8, save_steps=1, check_steps=2, above_random="a")
+    options: dict[str, Any] = {"held_out": [Hinted(seed=9)[0]]}
+
+    def steps(name: str, resume: bool = False, **more: Any) -> int:
+        train_lvpruning(tiny.model(), Hinted(), tmp_path / name, settings, resume=resume, **options, **more)
+        return max(int(path.name.partition("-")[2]) for path in (tmp_path / name).glob("checkpoint-*"))
+
+    assert steps("whole") == 6
+    examined = Examiner.on_step_end
+
+    def dies(self: Examiner, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == 5:
+            raise Killed
+        examined(self, args, state, control, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Examiner, "on_step_end", dies)
+        with pytest.raises(Killed):
+            steps("halves")
+    assert steps("halves", resume=True) == 6
 
 
 def test_held_out_rows_are_answered_beside_rivals(tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ class Examiner(TrainerCallback):
         above_random: a kind of question that is to stay above `random`: training stops, with everything saved, where
             two examinations in a row, the first one of a run not counted, find it below. None never stops.
         report: called with each result, in the first process.
+
+    Attributes:
+        below: examinations in a row that found it below; a resumed run goes on with them.
     """
 
     def __init__(
@@ -124,20 +127,19 @@ class Examiner(TrainerCallback):
     ) -> None:
         self.held_out, self.softened, self.steps = held_out, softened, steps
         self.above_random, self.report = above_random, report
-        self._asked = self._below = 0
+        self.below = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step is done."""
         if state.global_step % self.steps and state.global_step < state.max_steps:
             return
         found = self.held_out.beside(self.softened)
-        self._asked += 1
         if self.report is not None:
             told = {f"{who} {kind}": 100 * share for who, by_kind in found.items() for kind, share in by_kind.items()}
             self.report({"step": state.global_step, **told})
-        if self.above_random is None or self._asked == 1:
+        if self.above_random is None or state.global_step <= self.steps:
             return
         mine, chance = (found[who].get(self.above_random) for who in ("modules", "random"))
-        self._below = self._below + 1 if mine is not None and chance is not None and mine < chance else 0
-        if self._below >= 2:
+        self.below = self.below + 1 if mine is not None and chance is not None and mine < chance else 0
+        if self.below >= 2:
             control.should_save = control.should_training_stop = True

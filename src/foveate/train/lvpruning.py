@@ -240,7 +240,7 @@ def _run(trainer: _Trainer, out: Path, resume: bool, max_seconds: float | None, 
     """Train until the steps or the time are over, from the last checkpoint where one is to be resumed."""
     checkpoint = checkpoints.last_checkpoint(out) if resume else None
     if checkpoint is not None:
-        trainer.figures.restore(checkpoints.read_figures(checkpoint), trainer.args.device)
+        trainer.go_on(checkpoint)
     trainer.remove_callback(PrinterCallback)
     for callback in _callbacks(out, max_seconds, report, trainer.figures):
         trainer.add_callback(callback)
@@ -399,6 +399,7 @@ class _Trainer(Trainer):
         super().__init__(softened, arguments, data_collator=partial(collate, pad=pad), train_dataset=rows)
         self.softened, self.settings, self.pad = softened, settings, pad
         self.figures = Figures()
+        self._examiner: Examiner | None = None
         self._drawn = (-1, 0)  # step, rows drawn for in it
 
     def examiner(self, rows: Sequence[Row], report: Report | None) -> Examiner:
@@ -406,7 +407,15 @@ class _Trainer(Trainer):
         held_out = HeldOut(rows, self.settings.budgets or (self.settings.ratios,), pad=self.pad)
         steps, kind = self.settings.check_steps, self.settings.above_random
         assert steps is not None
-        return Examiner(held_out, self.softened, steps, above_random=kind, report=report)
+        self._examiner = Examiner(held_out, self.softened, steps, above_random=kind, report=report)
+        return self._examiner
+
+    def go_on(self, checkpoint: Path) -> None:
+        """With what the run had added up when it wrote a checkpoint."""
+        state = checkpoints.read_figures(checkpoint)
+        self.figures.restore(state, self.args.device)
+        if self._examiner is not None:
+            self._examiner.below = state["below"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
         """One forward and backward pass."""
@@ -440,7 +449,8 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         """What is added up belongs to a checkpoint, which is complete once the Trainer's own state is written."""
-        figures = self.figures.state(self._over_processes)
+        below = 0 if self._examiner is None else self._examiner.below
+        figures = {**self.figures.state(self._over_processes), "below": below}
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with new_folder(folder):
             if self.args.should_save:
