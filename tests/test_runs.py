@@ -206,6 +206,15 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
         pytest.fail("it began")
 
 
+def test_a_run_that_is_at_work_is_not_resumed_before_anything_is_read(tmp_path: Path) -> None:
+    with runs.run_folder(tmp_path, {}, resume=False):
+        with pytest.raises(FoveateError, match="another run is at work in"):
+            runs.check_run(tmp_path, resume=True)
+        with pytest.raises(FoveateError, match="already holds a run"):
+            runs.check_run(tmp_path, resume=False)
+    runs.check_run(tmp_path, resume=True)
+
+
 def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one has begun, and ended, between this one's first look and its lock."""
     hold = runs.hold

@@ -171,12 +171,12 @@ def run_folder(folder: Given, settings: Mapping[str, Any], resume: bool, first: 
     """
     wanted = json.loads(json.dumps(settings))
     if first or resume:
-        check_run(folder, resume)
+        _check_there(folder, resume)
     with hold(folder) if first else nullcontext(checked(folder)) as path:
         if resume:
             _check_settings(path, wanted)
         elif first:
-            check_run(path, resume)  # once more, since another process may have been faster
+            _check_there(path, resume)  # once more, since another process may have been faster
             write_json(path / SETTINGS, wanted)
         yield path
 
@@ -185,15 +185,23 @@ def check_run(folder: Given, resume: bool) -> None:
     """Refuse, before any work, a folder in which a run cannot be begun, or resumed.
 
     Raises:
-        FoveateError: `folder` holds a run and `resume` is False, it holds none and `resume` is True, or no folder can
-            be there.
+        FoveateError: `folder` holds a run and `resume` is False, it holds none or one that is at work and `resume` is
+            True, or no folder can be there.
     """
+    path = _check_there(folder, resume)
+    if resume:
+        with hold(path):
+            pass
+
+
+def _check_there(folder: Given, resume: bool) -> Path:
     path = folder_target(folder)
     there = (path / SETTINGS).exists()
     if there and not resume:
         raise FoveateError(f"{path} already holds a run; go on with it by resume=True, or give another folder")
     if resume and not there:
         raise FoveateError(f"{path} holds no run to go on with; start one there with resume=False")
+    return path
 
 
 def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
