@@ -118,4 +118,4 @@ def test_a_site_that_cannot_be_used() -> None:
 def test_nothing_is_installed_before_the_start() -> None:
     model = tiny.model()
     with untouched(model):
-        foveate.prune(model, [Random(), FoPru(keep=0.1)])
+        foveate.prune(model, [Random(), FoPru(keep=0.1)]).discard()

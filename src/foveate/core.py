@@ -34,6 +34,10 @@ class FoveateError(ValueError):
     """Every error that a user can cause: the message names the value, the limit and the nearest valid choice."""
 
 
+LONGEST_PATH = 400
+"""Characters of a path that a message repeats: what file systems take is longer, what people write is not."""
+
+
 def short(text: str, most: int = 80) -> str:
     """What a user wrote as a message repeats it: whole up to `most` characters, else without its middle."""
     if len(text) <= most:

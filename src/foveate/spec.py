@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from foveate import methods
-from foveate.core import FoveateError, Method, did_you_mean, short
+from foveate.core import LONGEST_PATH, FoveateError, Method, did_you_mean, short
 from foveate.paths import checked, read_json
 
 _NUMBER = re.compile(r"-?((\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
@@ -244,13 +244,13 @@ def _hint_name(hint: Any) -> str:
 
 def _load(text: str) -> tuple[Method, ...]:
     """The stages behind `@file`."""
-    told = short(text)
+    told = short(text, LONGEST_PATH)
     stored = read_json(checked(text[1:]), told, most=MOST_BYTES)
     spec = stored.get("prune") if isinstance(stored, dict) else stored
     if not isinstance(spec, str):
         raise FoveateError(f'{told} has no "prune" entry that holds a spec')
     if spec.startswith("@"):
-        raise FoveateError(f"{told} points on to {short(spec)}; the file itself holds the spec")
+        raise FoveateError(f"{told} points on to {short(spec, LONGEST_PATH)}; the file itself holds the spec")
     return parse_stages(spec)
 
 

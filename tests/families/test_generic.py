@@ -77,7 +77,7 @@ def test_a_model_of_unknown_type_is_pruned_as_its_known_twin(method: str) -> Non
 
 def test_the_warning_says_what_is_assumed() -> None:
     with pytest.warns(UserWarning, match="newcomer") as caught:
-        foveate.prune(newcomer(), "random:keep=0.5")
+        foveate.prune(newcomer(), "random:keep=0.5").discard()
     (warning,) = caught
     assert str(warning.message) == (
         "'newcomer' is no family that Foveate knows. What was found of it has the standard parts, and this is assumed: "

@@ -345,7 +345,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None) -> Itera
         vars(methods).pop(path.stem, None)
 
 
-HEAD = "from dataclasses import dataclass\nfrom foveate.core import Method, Scorer\n"
+HEAD = "from dataclasses import dataclass\nfrom foveate.core import Method\nfrom foveate.forms import Scorer\n"
 METHOD = '@dataclass(frozen=True)\nclass {name}(Scorer):\n    """{name}: keeps all."""\n'
 
 

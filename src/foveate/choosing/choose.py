@@ -181,13 +181,14 @@ def _of_tile(part: Method, share: tuple[int, tuple[int, ...]], stage: int) -> in
     asked = part.asked(sum(sizes), None, len(sizes))
     if asked is None:
         return None
-    count, least = asked[stage], 1 + (part.beside if isinstance(part, Merger) else 0)
-    if count < least * len(sizes):
-        raise FoveateError(
-            f"{format_spec(part)} asks for {count} tokens of a picture whose {len(sizes)} tiles keep {least} each "
-            f"inside the encoder; the least is keep={least * len(sizes)}"
-        )
-    return _shares(count, sizes, least)[place]
+    least = 1 + (part.beside if isinstance(part, Merger) else 0)
+    for count in asked:  # of all stages, before the first has acted
+        if count < least * len(sizes):
+            raise FoveateError(
+                f"{format_spec(part)} asks for {count} tokens of a picture whose {len(sizes)} tiles keep {least} each "
+                f"inside the encoder; the least is keep={least * len(sizes)}"
+            )
+    return _shares(asked[stage], sizes, least)[place]
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from foveate.core import FoveateError, short
+from foveate.core import LONGEST_PATH, FoveateError, short
 from foveate.paths import checked, read_json
 from foveate.runs import whole_folder
 
@@ -56,12 +56,12 @@ def read(kind: type[Modules], path: str | Path, what: str) -> Modules:
     """
     given, wanted = checked(path), kind.config_class
     source = given if given.is_dir() else path
-    stored = read_json(_file(source, CONFIG, what), f"{CONFIG} of the {what} in {short(str(path))}")
+    stored = read_json(_file(source, CONFIG, what), f"{CONFIG} of the {what} in {short(str(path), LONGEST_PATH)}")
     found = stored.get("model_type") if isinstance(stored, dict) else None
     if found != wanted.model_type:
         told = short(repr(found))
-        raise FoveateError(f"{short(str(path))} holds a {told} model, no {what} ({wanted.model_type!r})")
-    config = _configured(wanted, stored, f"the {what} in {short(str(path))}")
+        raise FoveateError(f"{short(str(path), LONGEST_PATH)} holds a {told} model, no {what} ({wanted.model_type!r})")
+    config = _configured(wanted, stored, f"the {what} in {short(str(path), LONGEST_PATH)}")
     with torch.device("meta"):
         modules = kind(config)
     try:
@@ -103,7 +103,7 @@ def _file(source: str | Path, name: str, what: str) -> Path:
 
 def _unloadable(what: str, path: str | Path, error: Exception) -> FoveateError:
     reason = short(" ".join(str(error).split()), 300) or type(error).__name__
-    return FoveateError(f"no {what} can be loaded from {short(str(path))}: {reason}")
+    return FoveateError(f"no {what} can be loaded from {short(str(path), LONGEST_PATH)}: {reason}")
 
 
 def _weights(modules: PreTrainedModel, file: Path, what: str, path: str | Path) -> dict[str, Tensor]:

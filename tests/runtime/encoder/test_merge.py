@@ -18,6 +18,7 @@ from torch import Tensor
 import foveate
 from foveate import FoPru, FoveateError, cost, families
 from foveate.core import Grid, Method, Selection, Signals, Site
+from foveate.families.towers import TOWERS
 from foveate.methods.crossget import CrossGET
 from foveate.methods.tome import ToMe
 from foveate.trace import Call
@@ -613,8 +614,8 @@ def test_a_cross_token_needs_cls() -> None:
 
 
 def test_an_encoder_of_unknown_make_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = tuple(dataclasses.replace(row, children=None) for row in families.TOWERS)
-    monkeypatch.setattr(families, "TOWERS", known)
+    known = tuple(dataclasses.replace(row, children=None) for row in TOWERS)
+    monkeypatch.setattr("foveate.families.family.TOWERS", known)
     with pytest.raises(FoveateError, match="how the blocks of clip_vision_model are made up is not described"):
         foveate.prune(tiny.model(), ToMe(keep=9))
 

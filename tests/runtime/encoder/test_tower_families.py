@@ -70,9 +70,8 @@ class Cut(Method):
         return tuple(max(1, round(share * original)) if share < 1 else int(share) for share in self.keep)
 
     def select(self, signals: Signals) -> Selection:
-        hidden, counts = signals.tower["latest"].hidden, self.count(signals.original)
-        assert hidden is not None and counts is not None
-        count = counts[signals.stage]
+        hidden, count = signals.tower["latest"].hidden, self.wanted(signals)
+        assert hidden is not None
         return Selection([index[longest(rows, count)] for rows, index in zip(hidden, signals.index, strict=True)])
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from models import tiny
 from models.untouched import untouched
+from PIL import Image
 from torch import Tensor
 
 from foveate.calibrate import calibrate
@@ -166,8 +167,8 @@ def test_a_strategy_that_hands_over_the_cls_of_pictures() -> None:
 def test_calibration_with_a_processor_of_the_old_name() -> None:
     model = two_towers()
     pixels = tiny.inputs(model, "1i1i1i")["pixel_values"]
-    processor = SimpleNamespace(
-        image_processor=lambda one, return_tensors: {"pixel_values_images": pixels[one : one + 1]}
-    )
-    fitted = calibrate(model, ImageTextInteraction(where=2), range(3), 0.5, processor=processor)
+    coming = iter(pixels.split(1))
+    processor = SimpleNamespace(image_processor=lambda one, return_tensors: {"pixel_values_images": next(coming)})
+    pictures = [Image.new("RGB", (8, 8)) for _ in range(3)]
+    fitted = calibrate(model, ImageTextInteraction(where=2), pictures, 0.5, processor=processor)
     assert fitted == calibrate(model, ImageTextInteraction(where=2), pixels.split(1), 0.5)
