@@ -230,14 +230,16 @@ def begun(kind: str, folder: Path, steps: int, anew: bool = False) -> subprocess
     )
     assert process.stdout is not None
     said = process.stdout.readline()
-    assert said == "ready\n", said + process.stdout.read()
+    if said != "ready\n":
+        raise RuntimeError(f"exit code {process.wait()}: {said}{process.stdout.read()}")
     return process
 
 
 def ended(process: subprocess.Popen[str]) -> str:
     """The last thing that a process said before it ended well."""
     said = process.communicate()[0].strip().splitlines()
-    assert process.returncode == 0, "\n".join(said)
+    if process.returncode != 0:
+        raise RuntimeError(f"exit code {process.returncode}: " + "\n".join(said))
     return said[-1]
 
 
