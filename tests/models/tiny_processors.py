@@ -1,7 +1,8 @@
 """Stock processors for the tiny models: words and pictures to their inputs, each with a chat template of its kind.
 
-Those that also take videos are built without what does, since transformers needs torchvision for that. Pixtral's and
-Cohere's need it for pictures too, and SmolVLM's needs num2words.
+They read pictures through Pillow, and those that also take videos are built without what does, since transformers needs
+torchvision for that. With `backend` "torchvision" they are what users have who installed it. Pixtral's and Cohere's
+need it for pictures too, and SmolVLM's needs num2words.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _TEMPLATE = (
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
 )
 _NO_VIDEOS = SimpleNamespace(model_input_names=[])
+backend = "pil"
 _TILES = [[16, 32], [32, 16], [32, 32]]
 
 
@@ -67,6 +69,16 @@ def tokenizer(image: str = "<image>", video: str = "<video>", more: tuple[str, .
     return fast
 
 
+def _pictures(kind: str, **settings: Any) -> Any:
+    """The part of a processor that reads pictures."""
+    return getattr(transformers, kind + ("Pil" if backend == "pil" else ""))(**settings)
+
+
+def _videos(kind: str, **settings: Any) -> Any:
+    """The part that reads videos; what stands in for it where nobody can."""
+    return _NO_VIDEOS if backend == "pil" else getattr(transformers, kind)(**settings)
+
+
 def _made(kind: str, holder: str, **parts: Any) -> Any:
     """A processor whose videos nobody asks for."""
     module = f"transformers.models.{_MODULES[kind]}.processing_{_MODULES[kind]}"
@@ -77,30 +89,31 @@ def _made(kind: str, holder: str, **parts: Any) -> Any:
 
 
 def _llava_next() -> Any:
-    pictures = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
-    )
+    crop = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    pictures = _pictures("LlavaNextImageProcessor", **crop, image_grid_pinpoints=_TILES)
     more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
     return _made("LlavaNextProcessor", "<image>", image_processor=pictures, tokenizer=tokenizer(), **more)
 
 
 def _llava_next_video() -> Any:
     next_ = _llava_next()
-    parts = dict(image_processor=next_.image_processor, tokenizer=next_.tokenizer, video_processor=_NO_VIDEOS)
+    crop = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    videos = _videos("LlavaNextVideoVideoProcessor", **crop)
+    parts = dict(image_processor=next_.image_processor, tokenizer=next_.tokenizer, video_processor=videos)
     more = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
     return _made("LlavaNextVideoProcessor", "<image>", **parts, **more)
 
 
 def _video_llava() -> Any:
-    pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    parts = dict(image_processor=pictures, tokenizer=tokenizer(), video_processor=_NO_VIDEOS)
+    crop = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    videos = _videos("VideoLlavaVideoProcessor", **crop)
+    parts = dict(image_processor=_pictures("CLIPImageProcessor", **crop), tokenizer=tokenizer(), video_processor=videos)
     return _made("VideoLlavaProcessor", "<image>", **parts, patch_size=4)
 
 
 def _glm4v() -> Any:
-    pictures = transformers.Glm4vImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 512, "longest_edge": 3072}
-    )
+    sizes = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
+    pictures = _pictures("Glm4vImageProcessor", **sizes, size={"shortest_edge": 512, "longest_edge": 3072})
     start, end = "<|begin_of_image|>", "<|end_of_image|>"
     tokens = tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
     parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
@@ -108,15 +121,15 @@ def _glm4v() -> Any:
 
 
 def _video_llama_3() -> Any:
-    pictures = transformers.VideoLlama3ImageProcessorPil(patch_size=4, merge_size=1, min_pixels=128, max_pixels=384)
+    pictures = _pictures("VideoLlama3ImageProcessor", patch_size=4, merge_size=1, min_pixels=128, max_pixels=384)
     tokens = tokenizer("<|image_pad|>", "<|video_pad|>")
     parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
     return _made("VideoLlama3Processor", "<|image_pad|>", **parts)
 
 
 def _paddleocr() -> Any:
-    pictures = transformers.PaddleOCRVLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=1, min_pixels=512, max_pixels=1536
+    pictures = _pictures(
+        "PaddleOCRVLImageProcessor", patch_size=4, merge_size=2, temporal_patch_size=1, min_pixels=512, max_pixels=1536
     )
     image, start, end = "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"
     parts = dict(image_processor=pictures, tokenizer=tokenizer(image, "<|video_pad|>", (start, end)))
@@ -124,54 +137,53 @@ def _paddleocr() -> Any:
 
 
 def _onevision() -> Any:
-    pictures = transformers.LlavaOnevisionImageProcessorPil(
-        size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES
-    )
+    pictures = _pictures("LlavaOnevisionImageProcessor", size={"height": 16, "width": 16}, image_grid_pinpoints=_TILES)
     more = dict(num_image_tokens=16, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2")
-    more["video_processor"] = _NO_VIDEOS
+    more["video_processor"] = _videos("LlavaOnevisionVideoProcessor", size={"height": 16, "width": 16})
     return _made("LlavaOnevisionProcessor", "<image>", image_processor=pictures, tokenizer=tokenizer(), **more)
 
 
 def _qwen(kind: str) -> Callable[[], Any]:
     def build() -> Any:
-        pictures = transformers.Qwen2VLImageProcessorPil(
-            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=512, max_pixels=1536
-        )
+        sizes = dict(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=512, max_pixels=1536)
+        pictures = _pictures("Qwen2VLImageProcessor", **sizes)
+        videos = _videos("Qwen3VLVideoProcessor" if "3" in kind else "Qwen2VLVideoProcessor", **sizes)
         image, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
         tokens = tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
-        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos)
         return _made(kind, f"{start}{image}{end}", **parts)
 
     return build
 
 
 def _internvl() -> Any:
-    pictures = transformers.GotOcr2ImageProcessorPil(
-        size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
+    pictures = _pictures(
+        "GotOcr2ImageProcessor", size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4
     )
     context, start, end = "<IMG_CONTEXT>", "<img>", "</img>"
     tokens = tokenizer(context, "<video>", (start, end), start_image=start, end_image=end, context_image=context)
-    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS, image_seq_length=9)
+    videos = _videos("InternVLVideoProcessor", size={"height": 24, "width": 24})
+    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos, image_seq_length=9)
     return _made("InternVLProcessor", context, **parts)
 
 
 def _gemma3() -> Any:
-    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    pictures = _pictures("Gemma3ImageProcessor", size={"height": 32, "width": 32})
     start, end = "<start_of_image>", "<end_of_image>"
     tokens = tokenizer("<image_soft_token>", "<video>", (start, end), boi=start, eoi=end)
     return _made("Gemma3Processor", start, image_processor=pictures, tokenizer=tokens, image_seq_length=16)
 
 
 def _idefics3() -> Any:
-    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    pictures = _pictures("Idefics3ImageProcessor", size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     places = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
     tokens = tokenizer(more=("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places))
     return _made("Idefics3Processor", "<image>", image_processor=pictures, tokenizer=tokens, image_seq_len=16)
 
 
 def _aya() -> Any:
-    pictures = transformers.GotOcr2ImageProcessorPil(
-        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
+    pictures = _pictures(
+        "GotOcr2ImageProcessor", size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
     )
     tiles = tuple(f"TILE_{number}" for number in range(1, 5))
     marks = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", *tiles)
