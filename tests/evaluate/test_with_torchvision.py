@@ -41,7 +41,7 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def processor(name: str) -> Any:
-    return tiny_processors.PROCESSORS[name]()
+    return tiny_processors.WITH_TORCHVISION[name]()
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -60,7 +60,7 @@ def videos(name: str, *prompts: tuple[str, Any]) -> Any:
     return processor(name)(text=texts, videos=[[video] for _, video in prompts], **settings)
 
 
-@pytest.mark.parametrize("name", tiny_processors.PROCESSORS)
+@pytest.mark.parametrize("name", tiny_processors.WITH_TORCHVISION)
 def test_the_contract_holds_on_pictures(name: str) -> None:
     model = tiny.model(name, blocks=6)
     made = processor(name)

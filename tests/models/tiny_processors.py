@@ -45,6 +45,8 @@ _MODULES = {
     "Gemma3Processor": "gemma3",
     "Idefics3Processor": "idefics3",
     "AyaVisionProcessor": "aya_vision",
+    "PixtralProcessor": "pixtral",
+    "Cohere2VisionProcessor": "cohere2_vision",
 }
 
 
@@ -192,6 +194,21 @@ def _aya() -> Any:
     return _made("AyaVisionProcessor", "<image>", image_processor=pictures, tokenizer=tokens, **more)
 
 
+def _pixtral() -> Any:
+    sizes = {"size": {"longest_edge": 40}, "patch_size": {"height": 8, "width": 8}}
+    pictures = _pictures("PixtralImageProcessor", **sizes)
+    tokens = tokenizer("[IMG]", "<video>", ("[IMG_BREAK]", "[IMG_END]"))
+    parts = dict(image_processor=pictures, tokenizer=tokens, patch_size=4, spatial_merge_size=2)
+    return _made("PixtralProcessor", "[IMG]", **parts)
+
+
+def _cohere2() -> Any:
+    pictures = _pictures("Cohere2VisionImageProcessor", size={"height": 32, "width": 32}, patch_size=4, max_patches=4)
+    start, end, line = "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"
+    tokens = tokenizer("<|IMG_PATCH|>", "<video>", (start, end, line), boi=start, eoi=end, img_line_break=line)
+    return _made("Cohere2VisionProcessor", "<|IMG_PATCH|>", image_processor=pictures, tokenizer=tokens)
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava-1.5": lambda: tiny.processor(tiny.model()),
     "llava-next": _llava_next,
@@ -212,3 +229,4 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "vipllava": lambda: tiny.processor(tiny.model()),
     "video-llava": _video_llava,
 }
+WITH_TORCHVISION = {**PROCESSORS, "mistral3": _pixtral, "cohere2-vision": _cohere2}
