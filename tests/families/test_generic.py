@@ -29,9 +29,9 @@ from foveate.core import FoveateError
 from foveate.evaluate.check import check
 from foveate.families import family_of
 from foveate.families.generic import GenericFamily
+from foveate.families.reading import assume_model
 from foveate.families.rows import FAMILIES
 from foveate.families.shapes import ModelShape
-from foveate.families.sizes import assume_model
 from foveate.runtime.seams import CACHE
 
 STEPS = 4

@@ -111,6 +111,13 @@ def test_which_blocks_have_experts() -> None:
     assert blocks(mlp_only_layers=[0, 1, 2, 3, 4, 5]) is None
 
 
+def test_patches_that_are_joined_are_at_their_places() -> None:
+    shape = PRESETS["internvl3-8b"]
+    assert shape.tower.put_back
+    with pytest.raises(FoveateError, match="a projector that joins 4 patches needs them all at their places: give the"):
+        dataclasses.replace(shape, tower=dataclasses.replace(shape.tower, put_back=False))
+
+
 def test_a_published_config_is_the_preset() -> None:
     read = ModelShape.from_config(LLAVA_7B)
     assert read == PRESETS["llava-1.5-7b"]

@@ -80,7 +80,7 @@ def _facts(found: Found) -> list[tuple[str, str]]:
     encoder = found.encoder
     if found.read is not None:
         encoder += f", {found.encoder_blocks} blocks, the projector reads block {found.read} (counted from 0)"
-    known = found.family if not found.assumed else f"{found.family}: no row, made of the standard parts that were found"
+    known = found.family if found.has_row else f"{found.family}: no row, made of the standard parts that were found"
     return [
         ("model", f"{found.model} ({found.type})"),
         ("family", known),

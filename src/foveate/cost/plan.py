@@ -72,7 +72,7 @@ def token_plan(
     patches = shape.patches_of(visual)
     tower, left = _tower(shape, [part for part in parts if part.site == "tower"], visual, patches, tiles, grid)
     whole = visual if shape.tower.own_size else tiles * shape.projector.tokens
-    projected = left * tiles if not _put_back(shape) and left < patches else whole
+    projected = left * tiles if not shape.tower.put_back and left < patches else whole
     return Plan(seen, tower, tiles, patches, projected, parts)
 
 
@@ -99,14 +99,9 @@ def _tower(
                     f"before the block that the projector reads; the nearest is {min(max(depth, 1), reads - 1)}"
                 )
             left[depth:] = [min(_of_tile(shape, count, visual, patches), before) for before in left[depth:]]
-    if _put_back(shape):
+    if shape.tower.put_back:
         left[reads:] = [patches] * (blocks + 1 - reads)  # tokens are back at their places when they are merged
     return tuple(left[block] + beside[block] + shape.tower.cls for block in range(blocks)), left[blocks]
-
-
-def _put_back(shape: ModelShape) -> bool:
-    """All patches are there again behind the block that the projector reads."""
-    return shape.projector.merge > 1 or shape.tower.put_back
 
 
 def _of_tile(shape: ModelShape, count: int, visual: int, patches: int) -> int:

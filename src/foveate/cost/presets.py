@@ -25,13 +25,22 @@ def _merger(name: str, decoder: DecoderShape, tower: TowerShape, maps: int = 1) 
 _CLIP_L_336 = TowerShape(layers=24, width=1024, ffn=4096, heads=16, tokens=576, cls=True, patch=14, reads=23)
 _CLIP_TILES = dataclasses.replace(_CLIP_L_336, put_back=True)
 _CLIP_MINI = TowerShape(layers=6, width=256, ffn=1024, heads=4, tokens=576, cls=True, patch=14, reads=5)
-_INTERN_300M = TowerShape(layers=24, width=1024, ffn=4096, heads=16, tokens=1024, cls=True, patch=14)
+_INTERN_300M = TowerShape(layers=24, width=1024, ffn=4096, heads=16, tokens=1024, cls=True, patch=14, put_back=True)
 _QWEN_2_5 = TowerShape(
     layers=32, width=1280, ffn=3420, heads=16, tokens=1024, cls=False, patch=14, gated=True, frames=2,
-    window=64, wide=(7, 15, 23, 31), own_size=True,
+    window=64, wide=(7, 15, 23, 31), own_size=True, put_back=True,
 )  # fmt: skip
 _QWEN_3 = TowerShape(
-    layers=27, width=1152, ffn=4304, heads=16, tokens=1024, cls=False, patch=16, frames=2, own_size=True
+    layers=27,
+    width=1152,
+    ffn=4304,
+    heads=16,
+    tokens=1024,
+    cls=False,
+    patch=16,
+    frames=2,
+    own_size=True,
+    put_back=True,
 )
 
 # The vocabulary is the original release's 32,000 entries, which published figures count; checkpoints converted for

@@ -15,9 +15,9 @@ from foveate.core import Method
 from foveate.evaluate.check_calls import further
 from foveate.evaluate.statements import Outcome, Run, apart, stated, tolerance
 from foveate.families import family_of
-from foveate.families.generic import GenericFamily
+from foveate.families.rows import FAMILIES
 from foveate.prune import prune
-from foveate.runtime.support import first_refused, why_not
+from foveate.runtime.support import assumptions, first_refused, why_not
 from foveate.runtime.wrapped import unwrapped
 from foveate.spec import parse
 from foveate.trace import Call
@@ -37,7 +37,7 @@ class Found:
         model: its class.
         type: its `model_type`.
         family: the row by which it is pruned.
-        assumed: what is taken for granted of a model without a row; empty for others.
+        assumed: what is taken for granted of a model without a row, or of sizes that its row does not say.
         encoder: kind of its vision encoder.
         encoder_blocks: how many can be observed.
         read: 0-based number of the one that the projector reads; None where none can be observed.
@@ -60,6 +60,11 @@ class Found:
     methods: dict[str, str | None]
     tokens: tuple[int, ...] = ()
     outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def has_row(self) -> bool:
+        """A row of the families names its type."""
+        return any(self.type in family.types for family in FAMILIES)
 
     @property
     def passed(self) -> bool:
@@ -86,7 +91,7 @@ def find(model: Any) -> Found:
         model=type(model).__name__,
         type=str(model.config.model_type),
         family=family.name,
-        assumed=family.assumed if isinstance(family, GenericFamily) else (),
+        assumed=assumptions(model, family),
         encoder=tower.type,
         encoder_blocks=blocks,
         read=family.read_block(model) if blocks else None,
@@ -118,7 +123,8 @@ def check(model: Any, inputs: Mapping[str, Any]) -> Found:
     calls: list[Call] = []
     outcomes: list[Outcome] = []
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.filterwarnings("ignore", message=".* is no family that Foveate knows", category=UserWarning)
+        for assumed in (".* is no family that Foveate knows", ".*: not all sizes are known"):  # both are reported
+            warnings.filterwarnings("ignore", message=assumed, category=UserWarning)
         plain = Run.of(model, inputs)
         before = _state(unwrapped(model))  # a first stock run may leave something of its own
         for method in _identities(found):

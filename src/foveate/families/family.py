@@ -13,7 +13,9 @@ from foveate.families.towers import TOWERS, Tower, _at
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from foveate.families.entries import Entries
     from foveate.families.layouts import Encoded, Layout
+    from foveate.families.shapes import DecoderShape, ProjectorShape, TowerShape
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Family:
         typed_past: token types are read by position, from the start of what the cache holds.
         two_way: tokens of a prompt attend to later ones of it, those of a picture or all, so it must come whole.
         answers_typed: token types are 0 in a prompt and 1 in its answer, where tokens no longer look ahead.
+        shape: reads the sizes of encoder and projector, a reader of `sizes.py`; None where none is known, and what they
+            compute is not counted.
+        decoder: type of the decoder, where the configuration of a model names none.
         check: refuses configurations whose decoder tokens are not the tower's patches.
     """
 
@@ -85,6 +90,8 @@ class Family:
     typed_past: bool = False
     two_way: bool = False
     answers_typed: bool = False
+    shape: Callable[[Entries, DecoderShape, Tower], tuple[TowerShape, ProjectorShape]] | None = None
+    decoder: str | None = None
     check: Callable[[Any, Tower], None] | None = None
 
     def image_token_id(self, config: Any) -> int:
@@ -123,6 +130,13 @@ class Family:
                 return row
         known = ", ".join(row.type for row in TOWERS)
         raise FoveateError(f"{self.name}: the vision encoder {kind!r} is not described; known encoders: {known}")
+
+    def puts_back(self, tower: Tower) -> bool:
+        """Whether patches that left inside the encoder are there again behind the block that is read.
+
+        Neighbours become one token there, or tiles, outputs of blocks or packed pictures are put together.
+        """
+        return not self.pointwise or self.gathered or tower.packed
 
     def project(self, model: Any, encoded: Tensor) -> Tensor:
         """Encoded tokens (K, E) to decoder tokens (K, D), where the projector maps each by itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foveate.core import FoveateError, Grid
+from foveate.families import sizes
 from foveate.families.family import Family
 from foveate.families.lazily import (
     anyres,
@@ -90,13 +91,13 @@ def _pool(config: Any) -> int:
 
 def three_axes(model: Any, ids: Tensor, mask: Tensor, given: dict[str, Any], start: Tensor) -> Tensor:
     """Positions of new tokens on the axes time, height and width, (3, B, S), each row counting on from its `start`."""
-    sizes = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    stated = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
     types = given.get("mm_token_type_ids")
     if types is None:
         raise FoveateError("mm_token_type_ids is missing; pass what the processor made, mm_token_type_ids among it")
     types = types[:, -ids.shape[1] :]
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    found: Tensor = model.base_model.get_rope_index(ids, types, attention_mask=mask.long(), **sizes)[0]
+    stated = {name: value for name, value in stated.items() if value is not None}
+    found: Tensor = model.base_model.get_rope_index(ids, types, attention_mask=mask.long(), **stated)[0]
     return (found + start[:, None]).where(mask, 0)
 
 
@@ -122,6 +123,7 @@ _ONE_TILE = "a tile of a picture, since text stands between tiles"
 
 _QWEN: dict[str, Any] = dict(
     image="a picture, or a video with all its frames",
+    shape=sizes.qwen,
     read=_last_read,
     grid=_usual_grid,
     tower="visual",
@@ -134,11 +136,12 @@ _QWEN: dict[str, Any] = dict(
 )
 
 
-_GLM: dict[str, Any] = {**_QWEN, "image": "a picture", "videos": None}
+_GLM: dict[str, Any] = {**_QWEN, "shape": sizes.glm, "image": "a picture", "videos": None}
 
 
 _IDEFICS: dict[str, Any] = dict(
     image=_ONE_TILE,
+    shape=sizes.idefics,
     read=_last_read,
     grid=lambda config: _grid(config, config.scale_factor),
     tower="vision_model",
@@ -159,6 +162,7 @@ FAMILIES = (
             "mistral-community/pixtral-12b",
         ),
         towers=("clip_vision_model", "siglip_vision_model", "pixtral"),
+        shape=sizes.llava,
         read=_llava_read,
         grid=_grid,
         layouts=_llava_layouts,
@@ -174,6 +178,7 @@ FAMILIES = (
             "llava-hf/llama3-llava-next-8b-hf",
         ),
         towers=("clip_vision_model",),
+        shape=sizes.llava,
         image=_WITH_TILES,
         read=_llava_read,
         grid=_grid,
@@ -187,6 +192,7 @@ FAMILIES = (
         types=("llava_onevision",),
         hub_ids=("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
         towers=("siglip_vision_model",),
+        shape=sizes.onevision,
         image=_WITH_TILES + ", or a video with all its frames",
         read=_llava_read,
         grid=_grid,
@@ -202,6 +208,7 @@ FAMILIES = (
         transformers="5.21",  # older ones hand over a video with its frames apart
         hub_ids=("llava-hf/LLaVA-NeXT-Video-7B-hf",),
         towers=("clip_vision_model",),
+        shape=sizes.llava,
         image=_WITH_TILES + ", or a video with all its frames",
         read=_llava_read,
         grid=_grid,
@@ -216,6 +223,7 @@ FAMILIES = (
         types=("qwen2_vl",),
         hub_ids=("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
         towers=("qwen2_vl_vision",),
+        decoder="qwen2_vl_text",
         **_QWEN,
     ),
     Family(
@@ -223,6 +231,7 @@ FAMILIES = (
         types=("qwen2_5_vl",),
         hub_ids=("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
         towers=("qwen2_5_vl_vision",),
+        decoder="qwen2_5_vl_text",
         **_QWEN,
     ),
     Family(
@@ -230,6 +239,7 @@ FAMILIES = (
         types=("qwen3_vl",),
         hub_ids=("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
         towers=("qwen3_vl_vision",),
+        decoder="qwen3_vl_text",
         deepstack="_deepstack_process",
         reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
         **_QWEN,
@@ -239,6 +249,7 @@ FAMILIES = (
         types=("qwen3_vl_moe",),
         hub_ids=("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"),
         towers=("qwen3_vl_moe_vision",),
+        decoder="qwen3_vl_moe_text",
         deepstack="_deepstack_process",
         reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
         **_QWEN,
@@ -263,9 +274,11 @@ FAMILIES = (
         transformers="5.21",  # older ones take no features of an encoder that has run
         hub_ids=("PaddlePaddle/PaddleOCR-VL",),
         towers=("paddleocr_vl_vision",),
+        decoder="paddleocr_vl_text",
         **{
             **_QWEN,
             "image": "a picture",
+            "shape": sizes.paddle,
             "projector": "projector",
             "layouts": lambda encoded: packed_rasters(
                 encoded.tower.config.spatial_merge_size, encoded, "image_grid_thw"
@@ -278,6 +291,7 @@ FAMILIES = (
         types=("video_llama_3",),
         hub_ids=("lkhl/VideoLLaMA3-2B-Image-HF",),
         towers=("video_llama_3_vision",),
+        shape=sizes.llama3,
         read=_last_read,
         grid=lambda config: (448 // config.vision_config.patch_size,) * 2,
         tower="vision_model",
@@ -292,6 +306,7 @@ FAMILIES = (
         types=("internvl",),
         hub_ids=("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF"),
         towers=("internvl_vision",),
+        shape=sizes.internvl,
         image="a picture with all its tiles, or a frame of a video",
         frames=True,
         read=_llava_read,
@@ -307,6 +322,7 @@ FAMILIES = (
         later_turns="5.23",  # older ones let no token of such a picture look ahead
         hub_ids=("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it"),
         towers=("siglip_vision_model",),
+        shape=sizes.gemma3,
         image="a picture, or a crop of one",
         read=_last_read,
         grid=lambda config: _grid(config, _pool(config)),
@@ -321,6 +337,7 @@ FAMILIES = (
         transformers="5.23",  # 5.18 masks the pictures of a 31B wrongly in a static cache, pruned or not
         hub_ids=("google/gemma-4-E2B-it", "google/gemma-4-E4B-it", "google/gemma-4-31B-it"),
         towers=("gemma4_vision",),
+        shape=sizes.gemma4,
         read=_last_read,
         grid=lambda config: (16, 16),  # of a square picture, where the most tokens are what the processor makes
         tower="vision_tower",
@@ -337,6 +354,7 @@ FAMILIES = (
         types=("paligemma",),
         hub_ids=("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-448"),
         towers=("siglip_vision_model",),
+        shape=sizes.paligemma,
         read=_last_read,
         grid=_grid,
         norm="vision_tower.post_layernorm",
@@ -349,6 +367,7 @@ FAMILIES = (
         types=("deepseek_vl",),
         hub_ids=("deepseek-community/deepseek-vl-1.3b-chat",),
         towers=("siglip_vision_model",),
+        shape=sizes.deepseek,
         read=_last_read,
         grid=_grid,
         tower="vision_model",
@@ -376,6 +395,7 @@ FAMILIES = (
         types=("mistral3",),
         hub_ids=("mistralai/Mistral-Small-3.1-24B-Instruct-2503",),
         towers=("pixtral",),
+        shape=sizes.mistral3,
         read=_llava_read,
         grid=lambda config: _grid(config, config.spatial_merge_size),
         pointwise=False,
@@ -387,6 +407,7 @@ FAMILIES = (
         types=("lighton_ocr",),
         hub_ids=("lightonai/LightOnOCR-1B-1025",),
         towers=("pixtral",),
+        shape=sizes.mistral3,
         read=_last_read,
         grid=lambda config: _grid(config, config.spatial_merge_size),
         tower="vision_encoder",
@@ -400,6 +421,7 @@ FAMILIES = (
         types=("aya_vision",),
         hub_ids=("CohereLabs/aya-vision-8b", "CohereLabs/aya-vision-32b"),
         towers=("siglip_vision_model",),
+        shape=sizes.aya,
         image=_ONE_TILE,
         read=_llava_read,
         grid=lambda config: _grid(config, config.downsample_factor),
@@ -412,6 +434,7 @@ FAMILIES = (
         types=("cohere2_vision",),
         hub_ids=("CohereLabs/command-a-vision-07-2025",),
         towers=("siglip_vision_model",),
+        shape=sizes.aya,
         image=_ONE_TILE,
         read=_last_read,
         grid=lambda config: _grid(config, config.downsample_factor),
@@ -424,6 +447,7 @@ FAMILIES = (
         transformers="5.23",  # older ones call `vision_feature_layer` by another name
         hub_ids=("llava-hf/vip-llava-7b-hf", "llava-hf/vip-llava-13b-hf"),
         towers=("clip_vision_model",),
+        shape=sizes.llava,
         read=_deepest_read,
         grid=_grid,
         pointwise=False,
@@ -435,6 +459,7 @@ FAMILIES = (
         transformers="5.21",  # older ones call `pixel_values` by another name
         hub_ids=("LanguageBind/Video-LLaVA-7B-hf",),
         towers=("clip_vision_model",),
+        shape=sizes.llava,
         tower="image_tower",
         image="a picture, or a video with all its frames; the CLS of each frame stays",
         read=_llava_read,

@@ -8,6 +8,10 @@ from typing import Any
 from foveate.core import FoveateError
 
 
+class UnknownShape(FoveateError):
+    """No row or table says how a part's configuration states its sizes."""
+
+
 def _check_sizes(part: object) -> None:
     """Refuse a shape with a size below 1."""
     for name, value in vars(part).items():
@@ -144,7 +148,7 @@ class DecoderShape:
         Raises:
             FoveateError: a decoder of unknown type, or a size that the config does not state.
         """
-        from foveate.families.sizes import read_decoder
+        from foveate.families.reading import read_decoder
 
         return read_decoder(config)
 
@@ -164,8 +168,8 @@ class TowerShape:
         window: patches that a patch attends to in the blocks that are not in `wide`; None is all.
         wide: 0-based blocks of an encoder with windows in which every patch attends to all.
         own_size: pictures are not brought to one size, so that their patches follow from their tokens.
-        put_back: patches that leave inside are there again behind the block that is read, though the projector merges
-            none: tiles or blocks are put together there.
+        put_back: patches that leave inside are there again behind the block that is read, since neighbours, tiles or
+            outputs of blocks are put together there.
     """
 
     layers: int
@@ -256,6 +260,13 @@ class ModelShape:
     projector: ProjectorShape
     name: str = field(default="", compare=False)
 
+    def __post_init__(self) -> None:
+        if self.projector.merge > 1 and not self.tower.put_back:
+            raise FoveateError(
+                f"a projector that joins {self.projector.merge} patches needs them all at their places: give the tower "
+                "put_back=True"
+            )
+
     @property
     def weights(self) -> int:
         """Weights of all matrices: tower, projector, embeddings, decoder and output head; no norms, no biases."""
@@ -280,6 +291,6 @@ class ModelShape:
         Raises:
             FoveateError: a model, tower or decoder of unknown type, or a size that the config does not state.
         """
-        from foveate.families.sizes import read_model
+        from foveate.families.reading import read_model
 
         return read_model(config)

@@ -23,6 +23,7 @@ class Tower:
     children: tuple[str, str, str] | None = None
     scales: tuple[str, str] | None = None  # ... and what attention and MLP are multiplied with before they are added
     masked: bool = True  # its blocks take a mask
+    gated: bool = False  # its feed-forward networks have three matrices, else two
     packed: bool = False  # the patches of all pictures run as one sequence, each picture attending to itself
     # Blocks that see a whole picture where the others see windows, from the tower's configuration; None: all do.
     whole: Callable[[Any], list[int]] | None = None
@@ -57,6 +58,7 @@ TOWERS = (
         blocks="transformer.layers",
         attention="attention",
         children=("attention_norm", "ffn_norm", "feed_forward"),
+        gated=True,
         packed=True,
     ),
     Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
@@ -66,6 +68,7 @@ TOWERS = (
         blocks="blocks",
         attention="attn",
         children=_NUMBERED,
+        gated=True,
         packed=True,
         whole=lambda config: list(config.fullatt_block_indexes),
     ),
@@ -73,9 +76,11 @@ TOWERS = (
     Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
     Tower("paddleocr_vl_vision", summary=0, blocks="vision_model.encoder.layers", children=_PRE_NORM, packed=True),
     Tower("video_llama_3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM, packed=True),
-    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
-    Tower("glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
-    Tower("gemma4_vision", summary=0, blocks="encoder.layers"),
+    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True),
+    Tower(
+        "glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True
+    ),
+    Tower("gemma4_vision", summary=0, blocks="encoder.layers", gated=True),
 )
 
 

@@ -16,8 +16,8 @@ from foveate.cost.plan import visual_per_layer
 from foveate.families import family_of
 from foveate.families.family import Family
 from foveate.families.generic import GenericFamily
+from foveate.families.reading import assume_model, read_or_assume
 from foveate.families.shapes import ModelShape
-from foveate.families.sizes import assume_model
 from foveate.families.towers import Tower
 from foveate.runtime.encoder.probe import LATEST, missing_signals
 from foveate.runtime.wrapped import check_devices, check_version
@@ -43,7 +43,14 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
     if family.check is not None:
         family.check(model.config, tower)
     check_version(family)
-    shape_of(model, family)  # what a trace counts must be known before work starts
+    assumed = _shape(model, family)[1]  # what a trace counts must be known before work starts
+    if assumed:
+        warnings.warn(
+            f"{family.name}: not all sizes are known, and where it counts what pruning saves, this is assumed: "
+            f"{'; '.join(assumed)}. What is pruned does not depend on it",
+            UserWarning,
+            stacklevel=3,
+        )
     layers = len(model.get_decoder().layers)
     for part in parts:
         if part.site not in SITES:
@@ -68,12 +75,25 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
 
 
 def shape_of(model: Any, family: Family) -> ModelShape:
-    """The sizes by which a trace counts; where the family has no row, those of the decoder alone.
+    """The sizes by which a trace counts; what of them is not known is assumed.
 
     Raises:
         FoveateError: a size that the configuration does not state.
     """
-    return assume_model(model.config) if isinstance(family, GenericFamily) else ModelShape.from_config(model.config)
+    return _shape(model, family)[0]
+
+
+def assumptions(model: Any, family: Family) -> tuple[str, ...]:
+    """What is taken for granted of a model, in words: of its parts where it has no row, of its sizes where one does not
+    say them."""
+    return family.assumed if isinstance(family, GenericFamily) else _shape(model, family)[1]
+
+
+def _shape(model: Any, family: Family) -> tuple[ModelShape, tuple[str, ...]]:
+    if isinstance(family, GenericFamily):  # which has warned of all that it assumes
+        return assume_model(model.config), ()
+    encoder, tower = family.tower_of(model)
+    return read_or_assume(model.config, family, len(tower.blocks_of(encoder)))
 
 
 def why_not(part: Method, family: Family, tower: Tower) -> str | None:

@@ -103,7 +103,7 @@ class TowerStages(Uncopied):
         self.tower, self.row = self.family.tower_of(self.model)
         self.blocks = self.row.blocks_of(self.tower)
         self.read = self.family.read_block(self.model)
-        self.put_back = not self.family.pointwise or self.family.gathered or self.row.packed
+        self.put_back = self.family.puts_back(self.row)
         depths = {
             id(part): part.depths(self.read + 1 if isinstance(part, Merger) else len(self.blocks))
             for part in self.parts
