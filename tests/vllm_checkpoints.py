@@ -6,10 +6,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import transformers
-from models import tiny, tiny_families, tiny_processors
+from models import tiny, tiny_families, tiny_parts, tiny_processors
 from PIL import Image
 
 FAMILIES = (
@@ -79,17 +78,13 @@ def write(family: str, folder: Path) -> None:
 
 def _model(family: str) -> Any:
     """As `tiny` makes it, with decoder heads that vLLM's attention takes."""
-
-    def finished(kind: Any, config: Any, attn: str, seed: int) -> Any:
-        return stock(kind, _widened(config), attn, seed)
-
-    stock = tiny_families.finished
     if family == "llava-1.5":
-        config = _widened(tiny.model(family).config)
-        config.text_config.vocab_size = tiny_families.VOCABULARY
-        return stock(transformers.LlavaForConditionalGeneration, config, "sdpa", 0)
-    with mock.patch.object(tiny_families, "finished", finished):
-        return tiny_families.KINDS[family].build("sdpa", 4, {})
+        kind: Any = transformers.LlavaForConditionalGeneration
+        config = tiny.model(family).config
+        config.text_config.vocab_size = tiny_parts.VOCABULARY
+    else:
+        kind, config = tiny_families.KINDS[family].stock, tiny_families.KINDS[family].config(4, {})
+    return tiny_parts.finished(kind, _widened(config), "sdpa", 0)
 
 
 def _widened(config: Any) -> Any:

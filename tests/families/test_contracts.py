@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from models import tiny, tiny_families, tiny_processors
+from models import tiny, tiny_calls, tiny_families, tiny_parts, tiny_processors
 from models.untouched import untouched
 from packaging.version import Version
 from references import agreement, family_reference, tower_by_hand
@@ -360,7 +360,7 @@ def test_other_members_of_a_family_equal_the_reference(name: str, situation: str
 
 
 @each_attention
-@pytest.mark.parametrize("family", [name for name in OTHERS if tiny_families.KINDS[name].video is not None])
+@pytest.mark.parametrize("family", tiny_families.with_videos())
 @pytest.mark.parametrize("name", [*KINDS[:1], "divprune", "fastv", "pyramiddrop"])
 def test_videos_equal_the_reference(name: str, family: str, attn: str, asked: Any) -> None:
     model = model_of(family, attn)
@@ -382,7 +382,7 @@ def test_videos_equal_the_reference(name: str, family: str, attn: str, asked: An
     assert [image.original for image in trace.images] == [one.visual.numel() for one in pictures]
 
 
-@pytest.mark.parametrize("family", [name for name in OTHERS if tiny_families.KINDS[name].video is not None])
+@pytest.mark.parametrize("family", tiny_families.with_videos())
 @pytest.mark.parametrize("name", ["fopru", "fastv"])
 def test_a_video_in_the_turn_after_a_picture(name: str, family: str, asked: Any) -> None:
     model = model_of(family)
@@ -426,7 +426,7 @@ def test_frames_that_are_handed_over_as_pictures(name: str, family: str, asked: 
     frames = frames if family == "internvl" else pictures
     tokenizer, text = video_in_words(family, len(frames))
     ids = tokenizer(f"w7 w8 {text}\nw9", return_tensors="pt")["input_ids"]
-    given = tiny_families.call(model, ids, torch.ones_like(ids), [frames])
+    given = tiny_calls.call(model, ids, torch.ones_like(ids), [frames])
     seen = asked(method)
     with untouched(model), tiny.prune(model, method) as trace:
         out = generate(model, given)
@@ -437,8 +437,8 @@ def test_frames_that_are_handed_over_as_pictures(name: str, family: str, asked: 
         if {part.site for part in method.parts()} == {"layer"}:
             return  # chosen by the text as well
         for frame, image in zip(frames, together, strict=True):
-            alone = torch.cat([ids[:, :1], ids[ids == tiny_families.IMAGE][None, : frame.tokens], ids[:, -1:]], dim=1)
-            generate(model, tiny_families.call(model, alone, torch.ones_like(alone), [[frame]]))
+            alone = torch.cat([ids[:, :1], ids[ids == tiny_parts.IMAGE][None, : frame.tokens], ids[:, -1:]], dim=1)
+            generate(model, tiny_calls.call(model, alone, torch.ones_like(alone), [[frame]]))
             assert torch.equal(image.kept, trace.images[0].kept)
 
 

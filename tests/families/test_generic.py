@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import tiny, tiny_families
+from models import tiny, tiny_parts
 from models.untouched import untouched
 from torch import Tensor
 from transformers import (
@@ -128,12 +128,12 @@ def got_ocr2() -> Any:
             global_attn_indexes=[1],
             mlp_dim=48,
         ),
-        text_config=Qwen2Config(**tiny_families.SIZES),
+        text_config=Qwen2Config(**tiny_parts.SIZES),
         image_token_index=tiny.IMAGE,
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    return tiny_families.finished(GotOcr2ForConditionalGeneration, config, "eager", 0)
+    return tiny_parts.finished(GotOcr2ForConditionalGeneration, config, "eager", 0)
 
 
 @pytest.mark.filterwarnings("ignore:'got_ocr2' is no family")
@@ -175,14 +175,14 @@ def ovis2() -> Any:
             vocab_size=40,
             num_visual_indicator_tokens=5,
         ),
-        text_config=Qwen2Config(**tiny_families.SIZES),
+        text_config=Qwen2Config(**tiny_parts.SIZES),
         image_token_id=tiny.IMAGE,
         visual_indicator_token_ids=[90, 91, 92, 93, 94],
-        vocab_size=tiny_families.VOCABULARY,
+        vocab_size=tiny_parts.VOCABULARY,
         hidden_size=32,
         tie_word_embeddings=False,
     )
-    return tiny_families.finished(Ovis2ForConditionalGeneration, config, "sdpa", 0)
+    return tiny_parts.finished(Ovis2ForConditionalGeneration, config, "sdpa", 0)
 
 
 def idefics2() -> Any:
@@ -204,11 +204,11 @@ def idefics2() -> Any:
             resampler_head_dim=8,
             num_key_value_heads=2,
         ),
-        text_config=MistralConfig(**tiny_families.SIZES, sliding_window=None),
+        text_config=MistralConfig(**tiny_parts.SIZES, sliding_window=None),
         image_token_id=tiny.IMAGE,
         tie_word_embeddings=False,
     )
-    return tiny_families.finished(Idefics2ForConditionalGeneration, config, "sdpa", 0)
+    return tiny_parts.finished(Idefics2ForConditionalGeneration, config, "sdpa", 0)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def looking_ahead() -> Any:
     if not hasattr(transformers, "Gemma4UnifiedConfig"):
         pytest.skip(f"transformers {transformers.__version__} has no gemma4_unified")
     text = transformers.Gemma4UnifiedTextConfig(
-        **tiny_families.SIZES,
+        **tiny_parts.SIZES,
         head_dim=8,
         global_head_dim=16,
         sliding_window=24,
@@ -260,11 +260,11 @@ def looking_ahead() -> Any:
         vision_config=vision,
         text_config=text,
         image_token_id=tiny.IMAGE,
-        video_token_id=tiny_families.VIDEO,
-        audio_token_id=tiny_families.VOCABULARY,
+        video_token_id=tiny_parts.VIDEO,
+        audio_token_id=tiny_parts.VOCABULARY,
         tie_word_embeddings=False,
     )
-    return tiny_families.finished(transformers.Gemma4UnifiedForConditionalGeneration, config, "sdpa", 0)
+    return tiny_parts.finished(transformers.Gemma4UnifiedForConditionalGeneration, config, "sdpa", 0)
 
 
 def looked_at(ids: list[int], pictures: list[int]) -> dict[str, Tensor]:
@@ -348,7 +348,7 @@ def test_a_decoder_with_attention_in_some_layers_only(kind: str, first: bool) ->
         linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=8
     )
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8)
-    sizes = {**tiny_families.SIZES, "num_hidden_layers": 2, **linear, **(experts if kind.endswith("Moe") else {})}
+    sizes = {**tiny_parts.SIZES, "num_hidden_layers": 2, **linear, **(experts if kind.endswith("Moe") else {})}
     config = getattr(transformers, f"{kind}Config")(
         vision_config=vision,
         text_config=dict(**sizes, layer_types=layers, rope_parameters=rope),

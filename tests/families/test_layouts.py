@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny, tiny_families
+from models import tiny, tiny_families, tiny_parts
 from torch import Tensor
 
 from foveate.core import FoveateError
@@ -43,11 +43,11 @@ def layouts(model: Any, given: Any, features: list[Tensor], kind: str = "image")
     describe = family.layouts if kind == "image" else family.videos
     assert describe is not None
     tower = family.tower_of(model)[0]
-    return describe(Encoded(model, tower, given, rows, lambda: runs_of(given["input_ids"], tiny_families.IMAGE)))
+    return describe(Encoded(model, tower, given, rows, lambda: runs_of(given["input_ids"], tiny_parts.IMAGE)))
 
 
 SHOWN = [(name, "image", ROWS) for name in (*OTHERS, "llava-1.5/pixtral")] + [
-    (name, "video", ("3v4", "2v1v5")) for name in OTHERS if tiny_families.KINDS[name].video is not None
+    (name, "video", ("3v4", "2v1v5")) for name in tiny_families.with_videos()
 ]
 
 

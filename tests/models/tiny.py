@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import tiny_families
+from models import tiny_calls, tiny_families
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
@@ -203,7 +203,7 @@ def inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     if model.config.model_type != "llava" or model.config.vision_config.model_type == "pixtral":
-        return tiny_families.inputs(model, rows, padding, generator, batch_mask)
+        return tiny_calls.inputs(model, rows, padding, generator, batch_mask)
     ids = [_ids(row, generator, model.config.image_token_id, tokens) for row in rows]
     pictures = sum(row.count("i") for row in rows)
     longest = max(one.numel() for one in ids)
@@ -237,7 +237,7 @@ def alone(given: dict[str, Tensor], row: int, image: int) -> dict[str, Tensor]:
     Args:
         image: id of the placeholder.
     """
-    if isinstance(given, tiny_families.Call):
+    if isinstance(given, tiny_calls.Call):
         return given.alone(row)
     valid = given["attention_mask"][row].bool()
     counts = (given["input_ids"] == image).sum(dim=1) // TOKENS
@@ -257,8 +257,8 @@ def completed(given: dict[str, Tensor], *lengths: int) -> dict[str, Tensor]:
     there = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.cat([given["input_ids"], words.where(there > 0, PAD)], dim=1)
     mask = torch.cat([given["attention_mask"], there], dim=1)
-    if isinstance(given, tiny_families.Call):
-        return tiny_families.call(given.model, ids, mask, given.pictures)
+    if isinstance(given, tiny_calls.Call):
+        return tiny_calls.call(given.model, ids, mask, given.pictures)
     return {**given, "input_ids": ids, "attention_mask": mask}
 
 

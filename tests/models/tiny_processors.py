@@ -15,7 +15,7 @@ from unittest import mock
 
 import transformers
 from models import tiny
-from models.tiny_families import EOS, IMAGE, PAD, VIDEO
+from models.tiny_parts import EOS, IMAGE, PAD, VIDEO
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 _TEMPLATE = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from models import tiny, tiny_families
+from models import tiny, tiny_calls
 from references import family_reference, reference
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def prompts(
         stand_in = None
         if merged is not None:
             stand_in = [None if (of_turn := merged[turn]) is None else of_turn[number] for turn, number in mine]
-        if isinstance(one, tiny_families.Call):
+        if isinstance(one, tiny_calls.Call):
             first = None if prefix is None else prefix[row]
             made.append(_of_family(model, one, images, stand_in, renumber, first))
             continue
@@ -68,7 +68,7 @@ def prompts(
 
 def _of_family(
     model: Any,
-    given: tiny_families.Call,
+    given: tiny_calls.Call,
     images: Sequence[ImageRecord],
     stand_in: Sequence[Tensor | None] | None,
     renumber: bool,

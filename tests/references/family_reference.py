@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from models import tiny_families
+from models import tiny_calls, tiny_families, tiny_parts
 from references import reference
 from torch import Tensor
 
@@ -24,13 +24,13 @@ class Seen:
 
 
 @torch.no_grad()
-def pictures(model: Any, given: tiny_families.Call) -> list[Seen]:
+def pictures(model: Any, given: tiny_calls.Call) -> list[Seen]:
     """The pictures of one row; what equals the newline of the model is not visual, nor is a CLS."""
     calls = [list(group) for _, group in groupby(given.pictures[0], key=lambda one: id(one.row))]
     return [seen for call in calls for seen in _of_one_call(model, given, call)]
 
 
-def _of_one_call(model: Any, given: tiny_families.Call, together: list[tiny_families.Picture]) -> list[Seen]:
+def _of_one_call(model: Any, given: tiny_calls.Call, together: list[tiny_parts.Picture]) -> list[Seen]:
     lengths = [one.tokens for one in together]
     kind = tiny_families.kind_of(model)
     if together[0].video:
@@ -59,7 +59,7 @@ def visual_columns(ids: Tensor, seen: Sequence[Seen]) -> list[Tensor]:
 
 
 def _placeholders(ids: Tensor) -> Tensor:
-    return (ids == tiny_families.IMAGE) | (ids == tiny_families.VIDEO)
+    return (ids == tiny_parts.IMAGE) | (ids == tiny_parts.VIDEO)
 
 
 def project(model: Any, encoded: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def project(model: Any, encoded: Tensor) -> Tensor:
     return model.model.multi_modal_projector(encoded[None])[0]
 
 
-def positions(model: Any, given: tiny_families.Call) -> Tensor:
+def positions(model: Any, given: tiny_calls.Call) -> Tensor:
     """(S,), or (3, S) where the model counts on three axes."""
     ids = given["input_ids"]
     if not hasattr(model.model, "get_rope_index"):
@@ -92,14 +92,14 @@ def groups(model: Any, ids: Tensor, prefix: int | None) -> Tensor | None:
     ahead = getattr(model.get_decoder().config, "use_bidirectional_attention", None) == "vision"
     if kind != "gemma3" and not ahead:
         return None
-    visual = ids == tiny_families.IMAGE
+    visual = ids == tiny_parts.IMAGE
     begins = visual & ~torch.cat([visual.new_zeros(1), visual[:-1]])
     return torch.where(visual, begins.cumsum(0), -1)
 
 
 def shorten(
     model: Any,
-    given: tiny_families.Call,
+    given: tiny_calls.Call,
     seen: Sequence[Seen],
     kept: Sequence[Tensor],
     merged: Sequence[Tensor | None] | None,
@@ -111,7 +111,7 @@ def shorten(
 ) -> reference.Prompt:
     """One row with only the kept tokens of each of its pictures; see `reference.shorten`."""
     ids = given["input_ids"][0]
-    table = model.get_input_embeddings()(ids.masked_fill(_placeholders(ids), tiny_families.PAD)).detach()
+    table = model.get_input_embeddings()(ids.masked_fill(_placeholders(ids), tiny_parts.PAD)).detach()
     layers = max((len(one.deep) for one in seen), default=0)
     deep = [torch.zeros_like(table) for _ in range(layers)]
     stays = torch.ones(ids.numel(), dtype=torch.bool)
@@ -146,5 +146,5 @@ def shorten(
         renumber,
         groups=None if together is None else together[columns],
         deep=tuple(block[columns] for block in deep),
-        ids=ids.masked_fill(_placeholders(ids), tiny_families.PAD)[columns],
+        ids=ids.masked_fill(_placeholders(ids), tiny_parts.PAD)[columns],
     )

@@ -22,7 +22,7 @@ from foveate.runtime.limits import check_room, context_of
 from foveate.runtime.seams import CACHE
 
 each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
-VIDEOS = tuple(name for name, kind in tiny_families.KINDS.items() if kind.video is not None)
+VIDEOS = tiny_families.with_videos()
 
 
 def generate(model: Any, given: Any, tokens: int = 1, **options: Any) -> Any:

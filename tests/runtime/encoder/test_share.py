@@ -68,7 +68,7 @@ def test_the_encoder_runs_once_for_the_same_pictures() -> None:
     assert counter.runs == 4
 
 
-WITH_VIDEOS = tuple(name for name, kind in tiny_families.KINDS.items() if kind.video is not None)
+WITH_VIDEOS = tiny_families.with_videos()
 
 
 def encoders(model: Any) -> tuple[Counter, Counter]:
