@@ -1,4 +1,4 @@
-"""The spec language: its grammar, its errors, and that every method survives the way to text and back."""
+"""The spec language: its grammar, its errors, and specs in files."""
 
 from __future__ import annotations
 
@@ -6,109 +6,27 @@ import dataclasses
 import json
 import math
 import re
-import types
-import typing
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from models import spec_methods
+from models.spec_methods import REGISTERED, Demanding, Elsewhere, Probe, Trained, exactly, told
 
-from foveate import methods
-from foveate.core import FoveateError, Keep, Method, check_keep
+from foveate.core import FoveateError, Method, check_keep
 from foveate.methods.fopru import FoPru
 from foveate.methods.random import Random
 from foveate.methods.uniform import Uniform
 from foveate.spec import format as format_spec
 from foveate.spec import parse, parse_stages
 
-REGISTERED = methods.names()
-
-
-@dataclass(frozen=True)
-class Probe(Method):
-    """Probe: a field of every kind that a method may have."""
-
-    keep: Keep = 0.25
-    shares: tuple[float, ...] = (0.5, 0.3, 0.1)
-    layers: tuple[int, ...] | None = None
-    budgets: tuple[Keep, ...] = (1.0,)
-    pair: tuple[int, float] = (1, 2.0)
-    words: tuple[str, ...] = ()
-    note: str = ""
-    label: str | None = None
-    flag: bool = True
-    maybe: bool | None = None
-    level: Literal["low", "high", "none", 2] = "low"
-    where: int | Literal["output"] = 3
-    count_of: int = 7
-    rate: float = 0.5
-    made: tuple[int, ...] = dataclasses.field(default_factory=lambda: (1, 2))
-    derived: int = dataclasses.field(default=0, init=False)
-
-
-@dataclass(frozen=True)
-class Demanding(Method):
-    """Demanding: two fields without a default."""
-
-    keep: Keep
-    alpha: float
-    beta: float = 1.0
-
-
-@dataclass(frozen=True)
-class Trained(Method):
-    """Trained: comes from a folder."""
-
-    path: str | None = None
-    keep: Keep = 0.5
-    loaded: ClassVar[list[tuple[str, dict[str, Any]]]] = []
-
-    @classmethod
-    def from_pretrained(cls, path: str, **settings: Any) -> Trained:
-        cls.loaded.append((path, settings))
-        return cls(path=path, **settings)
-
-
-@dataclass(frozen=True)
-class Elsewhere(Method):
-    """Elsewhere: trained too, but its folder is no field."""
-
-    keep: Keep = 0.5
-
-    @classmethod
-    def from_pretrained(cls, path: str, **settings: Any) -> Elsewhere:
-        Trained.loaded.append((path, settings))
-        return cls(**settings)
-
-
-OWN: dict[str, type[Method]] = {kind.__name__.lower(): kind for kind in (Probe, Demanding, Trained, Elsewhere)}
-OWN["3d"] = Uniform  # other packages choose their own names
-
 
 @pytest.fixture(autouse=True, scope="module")
 def own_methods() -> Iterator[None]:
-    """The classes above can be named in a spec, beside the real ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        real: Callable[[str], type[Method]] = methods.get
-        patch.setattr(methods, "get", lambda name: OWN.get(name) or real(name))
+    with spec_methods.named():
         yield
-
-
-def told(text: str) -> str:
-    """What the user reads about a wrong spec."""
-    with pytest.raises(FoveateError) as error:
-        parse_stages(text)
-    return str(error.value)
-
-
-def exactly(left: object, right: object) -> bool:
-    """Equal in value and in type: 1 is one token, 1.0 is all of them, and Python calls them equal."""
-    return repr(left) == repr(right)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,6 +179,7 @@ def test_a_trained_method_takes_its_folder(monkeypatch: pytest.MonkeyPatch) -> N
 # ---------------------------------------------------------------------------------------------------------------------
 # errors
 
+
 FIELDS = ", ".join(sorted(field.name for field in dataclasses.fields(Probe) if field.init))
 ALL = f"Choices: {', '.join(REGISTERED)}."
 
@@ -344,16 +263,6 @@ def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
     assert told(text) == message
 
 
-@given(st.text(alphabet="fopru:keep=0.15,/+@%\"'\\ \n-e", max_size=30))
-def test_no_text_is_answered_with_anything_but_a_method_or_an_error_of_ours(text: str) -> None:
-    try:
-        stages = parse_stages(text)
-    except FoveateError:
-        return
-    assert all(isinstance(stage, Method) for stage in stages)
-    assert exactly(parse_stages(format_spec(stages)), stages)
-
-
 LONG = "9" * 5000
 
 
@@ -396,31 +305,6 @@ def test_keep_of_many_digits_is_not_repeated() -> None:
         check_keep(LONG)
     with pytest.raises(FoveateError, match=r"strategy='9+\.\.\.9+' \(5002 characters\) is not among its choices"):
         FoPru(keep=1, strategy=LONG)
-
-
-@st.composite
-def _nearly_specs(draw: st.DrawFn) -> str:
-    """Names and fields that there are, with whatever a user may write behind them."""
-    name = draw(st.sampled_from(REGISTERED))
-    fields = [field.name for field in dataclasses.fields(methods.get(name)) if field.init and field.name != "path"]
-    value = (
-        st.text(max_size=20)
-        | st.text(alphabet="0123456789.eE+-/%,:\"'\\ ", max_size=20)
-        | st.integers().map(str)
-        | st.floats().map(str)
-        | st.text(alphabet="9", min_size=400, max_size=500)
-    )
-    items = draw(st.lists(st.tuples(st.sampled_from([*fields, "nothing"]), value), max_size=3))
-    return f"{name}:{','.join(f'{field}={text}' for field, text in items)}"
-
-
-@given(st.text() | st.text(st.characters()) | _nearly_specs())
-def test_arbitrary_text_is_a_method_or_refused(text: str) -> None:
-    try:
-        stages = parse_stages(text)
-    except FoveateError:
-        return
-    assert exactly(parse_stages(format_spec(stages)), stages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,95 +356,3 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert told(f"@{tmp_path / 'gone.json'}").startswith(f"@{tmp_path / 'gone.json'} cannot be read as JSON: ")
     (tmp_path / "picture").write_bytes(b"\xff\xd8\xff")
     assert told(f"@{tmp_path / 'picture'}").startswith(f"@{tmp_path / 'picture'} cannot be read as JSON: ")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# there and back
-
-_FLOATS = st.floats(allow_nan=False) | st.floats(0, 1, exclude_min=True) | st.sampled_from([1.0, 1e16, 1e-7, math.inf])
-_TEXTS = (
-    st.text(max_size=12)
-    | st.text(alphabet="ab ,:+/\"'\\=@%\n\t1e.-", max_size=12)
-    | st.sampled_from(["none", "True", "false", "1", "1.0", "25%", "nan", "-inf", "3e", "1e5", "/", "@x", "a ", " a"])
-)
-
-
-def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Values that a field annotated with `hint` may hold."""
-    origin, items = typing.get_origin(hint), typing.get_args(hint)
-    if origin in {typing.Union, types.UnionType}:
-        return st.one_of(*map(values, items))
-    if origin is Literal:
-        return st.sampled_from(items)
-    if origin is tuple and items[1:] == (Ellipsis,):
-        return st.lists(values(items[0]), max_size=4).map(tuple)
-    if origin is tuple:
-        return st.tuples(*map(values, items))
-    plain = {int: st.integers(), float: _FLOATS, bool: st.booleans(), str: _TEXTS, type(None): st.none()}
-    return plain[hint]
-
-
-@st.composite
-def instances(draw: st.DrawFn, kind: type[Method]) -> Method:
-    """A method with drawn fields; fields that its own rules refuse keep their example, as does what names a file."""
-    hints = typing.get_type_hints(kind)
-    method = kind.example()
-    for field in dataclasses.fields(kind):
-        if field.name == "path" and hasattr(kind, "from_pretrained"):
-            continue
-        if field.init and draw(st.booleans()):
-            drawn = draw(_likely(field.name, hints[field.name]))
-            try:
-                method = dataclasses.replace(method, **{field.name: drawn})
-            except FoveateError:
-                continue
-    return method
-
-
-def _likely(name: str, hint: Any) -> st.SearchStrategy[Any]:
-    """Values that a field allows, those first that methods are known to accept."""
-    found = values(hint)
-    if hint == Keep:
-        found = st.integers(1, 600) | st.floats(0, 1, exclude_min=True)
-    if hint is int:
-        found = st.integers(0, 10**6) | found
-    return found
-
-
-@pytest.mark.parametrize("name", [*REGISTERED, "probe"])
-@given(data=st.data())
-def test_every_method_survives_the_way_to_text_and_back(name: str, data: st.DataObject) -> None:
-    method = data.draw(instances(methods.get(name)))
-    again = parse(format_spec(method))
-    assert again == method
-    assert exactly(again, method)
-
-
-@given(data=st.data())
-def test_stages_survive_the_way_to_text_and_back(data: st.DataObject) -> None:
-    names = data.draw(st.lists(st.sampled_from([*REGISTERED, "probe"]), min_size=1, max_size=3))
-    stages = tuple(data.draw(instances(methods.get(name))) for name in names)
-    assert exactly(parse_stages(format_spec(stages)), stages)
-
-
-@given(data=st.data())
-def test_the_generator_reaches_more_than_the_example(data: st.DataObject) -> None:
-    """Fields of every registered method do vary, so that the tests above are about more than defaults."""
-    kind = methods.get(data.draw(st.sampled_from(REGISTERED)))
-    method = data.draw(instances(kind))
-    assert type(method) is kind
-    assume(method != kind.example())
-    assert format_spec(method) != format_spec(kind.example())
-
-
-@given(keep=st.integers() | _FLOATS)
-def test_keep_is_read_as_it_is_in_python(keep: float) -> None:
-    try:
-        check_keep(keep)
-        refusal = ""
-    except FoveateError as error:
-        refusal = str(error)
-    if refusal:
-        assert told(f"random:keep={keep!r}") == refusal
-    else:
-        assert exactly(parse(f"random:keep={keep!r}"), Random(keep=keep))

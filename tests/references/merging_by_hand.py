@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TWO = ("3i4", "i1")
+"""Prompts with a picture each."""
+
 
 @dataclass(eq=False)
 class Token:
@@ -193,3 +196,17 @@ def ensemble(patches: list[Token], metric: Tensor, importance: list[float], r: i
         for place in range(count)
         if place not in sources
     ]
+
+
+def rows(run: Run) -> Tensor:
+    """(K, E) what the projector reads."""
+    return torch.stack([token.row for token in run.tokens])
+
+
+def indices(run: Run) -> list[int | None]:
+    """(K,) of the patches that the rows grew from."""
+    return [token.index for token in run.tokens]
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
