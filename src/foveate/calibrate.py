@@ -64,7 +64,7 @@ def _signals(model: Any, method: Method, batch: Any) -> list[Signals]:
     """What the method would see of the pictures of a batch."""
     from torch import Tensor
 
+    from foveate.runtime.arguments import renamed
     from foveate.runtime.encoder.observe import signals_of
-    from foveate.runtime.prefill import renamed
 
     return signals_of(model, method.parts()[0], batch if isinstance(batch, Tensor) else renamed(batch))

@@ -388,6 +388,8 @@ class Method:
     site: ClassVar[Site] = "input"
     adaptive: ClassVar[bool] = False
     encoded: ClassVar[bool] = False  # hands on tokens of the encoder, which a projector must take one by one
+    merging: ClassVar[bool] = False  # acts inside the blocks of the encoder, all of them one stage: see Merger
+    beside: ClassVar[int] = 0  # tokens that reach the decoder besides the patches, once any have merged
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class Merger(Method):
     """
 
     site: ClassVar[Site] = "tower"
-    beside: ClassVar[int] = 0  # tokens that reach the decoder besides the patches, once any have merged
+    merging: ClassVar[bool] = True
 
     keep: Keep | None = None
     r: int | tuple[int, ...] | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import Image
-from foveate.choosing.packing import Apart, to_tokens
+from foveate.choosing.images import Apart, Image
+from foveate.choosing.packing import to_tokens
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout
 
@@ -69,8 +71,8 @@ def test_an_encoding_that_is_too_short() -> None:
 @pytest.mark.parametrize(("kept", "expected"), [([0, 2], [0, 9, 2, 9]), ([2, 0], [2, 9, 0, 9]), ([1], [9, 1, 9])])
 def test_newlines_keep_their_places_among_what_is_left(kept: list[int], expected: list[int]) -> None:
     """Columns 3, 5 and 6 are visual, 4 and 7 newlines; a method's own order goes into the places of what it keeps."""
-    image = Image(0, torch.tensor([3, 5, 6]), torch.zeros(3, 1), None)
-    image.index = torch.tensor(kept)
-    rows: Tensor = torch.tensor(kept, dtype=torch.float32)[:, None]
     apart = Apart(torch.tensor([4, 7]), torch.full((2, 1), 9.0))
-    assert apart.woven(image, rows)[:, 0].tolist() == expected
+    whole = Image.placed(0, torch.tensor([3, 5, 6]), torch.zeros(3, 1), None, apart=apart)
+    image = replace(whole, index=torch.tensor(kept))
+    rows: Tensor = torch.tensor(kept, dtype=torch.float32)[:, None]
+    assert image.woven(rows)[:, 0].tolist() == expected

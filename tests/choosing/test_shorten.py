@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.choosing.choose import Image
+from foveate.choosing.images import Image
 from foveate.choosing.shorten import Plan, find_images, padding_side, plan
 from foveate.core import FoveateError
 
@@ -19,9 +21,7 @@ MASK = IDS > 0
 
 def images(*kept: list[int]) -> list[Image]:
     found = find_images(IDS, 9, [torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 4)], None)
-    for image, index in zip(found, kept, strict=True):
-        image.index = torch.tensor(index)
-    return found
+    return [replace(image, index=torch.tensor(index)) for image, index in zip(found, kept, strict=True)]
 
 
 def shortened(made: Plan) -> list[list[int]]:
@@ -135,10 +135,9 @@ def prompts(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Image]]:
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     found = find_images(ids, 9, [torch.zeros(size, 1) for size in sizes], None)
-    for image in found:
-        kept = draw(st.lists(st.integers(0, image.original - 1), min_size=1, unique=True))
-        image.index = torch.tensor(kept)
-    return ids, ids > 0, found
+    kept = [draw(st.lists(st.integers(0, image.original - 1), min_size=1, unique=True)) for image in found]
+    left = [replace(image, index=torch.tensor(index)) for image, index in zip(found, kept, strict=True)]
+    return ids, ids > 0, left
 
 
 @given(prompts(), st.sampled_from(["left", "right"]))

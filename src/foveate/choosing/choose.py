@@ -1,17 +1,17 @@
-"""Runs stages on the images of one call: collects their Signals, asks the method, checks its answer, applies it."""
+"""Runs stages on the tokens of one call: collects their Signals, asks the method, checks its answer, applies it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from foveate.core import Block, FoveateError, Grid, Method, Selection, Signals, described, names_of
-from foveate.forms import Merger
+from foveate.choosing.images import Image, TileTokens, Tokens
+from foveate.core import Block, FoveateError, Method, Selection, Signals, described, names_of
 from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 from foveate.trace import StageRecord
@@ -22,47 +22,7 @@ JOINT = names_of(Signals, room="joint")
 TOKEN_AXIS = {name: what.axes.index("N") for name, what in described(Block).items() if "N" in what.axes}
 """The axis of each Block field that counts visual tokens; the others hold one value per image."""
 
-
-@dataclass(eq=False)
-class Image:
-    """One image on its way to the decoder. N tokens before any stage, K of them left."""
-
-    row: int  # of the prompt batch
-    columns: Tensor  # (N,) columns of its placeholders in that row
-    features: Tensor  # (K, D), rows of `index`
-    grid: Grid | None
-    index: Tensor = field(init=False)  # (K,) original indices
-    stream: Tensor | None = None  # (K, E) inside encoder or decoder: the block's own hidden states, rows of `index`
-    extra: Tensor | None = None  # (K,) bool
-    whole: bool = True  # no stage has acted yet
-    merged: bool = False  # its features, or inside a model its stream, are no longer those it came with
-    adapted: bool = False  # an adaptive stage has acted
-    stages: list[StageRecord] = field(default_factory=list)
-    # Of each tile, the patches that each encoder block ran on; None where that is all of them.
-    encoded: list[list[int]] | None = None
-    projected: int | None = None  # tokens that the projector mapped; None where that is all of them
-    size: Tensor | None = None  # (K,) patches in each token, inside the encoder; None while it is one
-    group: Tensor | None = None  # (N,) place of the token that a patch is in, -1 once dropped; None where nobody asks
-    tile: Tensor | None = None  # (N,) tile of each original token, 0 = base; None without tiles
-    patches: tuple[int, ...] | None = (
-        None  # that the encoder saw of it, tile by tile; None where all images have as many
-    )
-    # Inside the encoder, where a picture's tiles are images of their own: its place among those that have tokens, and
-    # how many each has; None for a picture that is one tile.
-    share: tuple[int, tuple[int, ...]] | None = None
-
-    def __post_init__(self) -> None:
-        self.index = torch.arange(self.original, device=self.features.device)
-
-    @property
-    def original(self) -> int:
-        """N, the tokens before any stage."""
-        return self.columns.numel()
-
-    @property
-    def tiling(self) -> tuple[int, ...]:
-        """Original tokens of each tile; empty without tiles."""
-        return () if self.tile is None else tuple(self.tile.bincount().tolist())
+T = TypeVar("T", bound=Tokens)
 
 
 class Written(Protocol):
@@ -109,31 +69,78 @@ class Depth:
     stages: int = 1
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome(Generic[T]):
+    """What a stage inside encoder or decoder left of some tokens."""
+
+    tokens: T
+    stream: Tensor  # (K, E) their hidden states
+    merged: bool  # these are new ones; else each is that of a token that was there
+
+
 def choose(
     parts: Sequence[Method],
     images: Sequence[Image],
     blocks: Mapping[int | str, Block],
     prompt: Prompt,
     project: Callable[[Tensor], Tensor] | None,
-    at: Depth | None = None,
-) -> None:
-    """Let every part act on every image in turn; afterwards each image holds what is left of it.
+) -> list[Image]:
+    """Let every part that acts between encoder and decoder act on every image in turn; what is left of each.
 
     Args:
         blocks: what the probe saw, B = the images in order, N = their original tokens.
         project: maps encoded tokens (K, E) to decoder tokens (K, D); None where the projector is not pointwise.
-        at: the stage inside the decoder or the encoder; None between them.
     """
+    left, sources = list(images), _Sources(blocks, prompt, None)
     for part in parts:
-        stage = 0 if at is None or isinstance(part, Merger) else at.stage
-        numbers = [budget_of(part, image, stage) for image in images]
-        for group in _groups(images, numbers):
-            _ask(part, images, group, numbers[group[0]], _Sources(blocks, prompt, project, at))
-        for image in images:
-            image.adapted = image.adapted or part.adaptive
+        answers = _ask(part, left, sources)
+        left = [_shortened(part, answer, image, project) for answer, image in zip(answers, left, strict=True)]
+    return left
 
 
-def _groups(images: Sequence[Image], keeps: Sequence[int | None]) -> list[list[int]]:
+def choose_inside(
+    part: Method,
+    images: Sequence[T],
+    streams: Sequence[Tensor],
+    blocks: Mapping[int | str, Block],
+    prompt: Prompt,
+    at: Depth,
+) -> list[Outcome[T]]:
+    """Let one stage inside the decoder or the encoder act on every image.
+
+    Args:
+        streams: (K, E) of each, the hidden states of its tokens.
+        blocks: as `choose` has them.
+    """
+    answers = _ask(part, images, _Sources(blocks, prompt, at))
+    return [
+        _shortened_inside(part, answer, image, stream, prompt, at)
+        for answer, image, stream in zip(answers, images, streams, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sources:
+    """Where the signals of a stage come from."""
+
+    blocks: Mapping[int | str, Block]
+    prompt: Prompt
+    at: Depth | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What a method decided for one image; see Selection."""
+
+    kept: Tensor
+    features: Tensor | None
+    extra: Tensor | None
+    groups: Tensor | None
+    encoded: bool  # the features are still to be projected
+    ordered: bool
+
+
+def _groups(images: Sequence[Tokens], keeps: Sequence[int | None]) -> list[list[int]]:
     """Numbers of the images that share original count, grid, tiles, budget and what each stage left: one Signals each.
 
     Images that parted at one stage stay apart, even where a later one leaves as many of both: they have other memories.
@@ -146,17 +153,7 @@ def _groups(images: Sequence[Image], keeps: Sequence[int | None]) -> list[list[i
     return list(groups.values())
 
 
-@dataclass(frozen=True, eq=False)
-class _Sources:
-    """Where the signals of a stage come from."""
-
-    blocks: Mapping[int | str, Block]
-    prompt: Prompt
-    project: Callable[[Tensor], Tensor] | None
-    at: Depth | None
-
-
-def budget_of(part: Method, image: Image, stage: int = 0) -> int | None:
+def budget_of(part: Method, image: Tokens, stage: int = 0) -> int | None:
     """The tokens that a stage is to leave of this image; None where the method decides.
 
     After an adaptive stage a budget is a ceiling: it is lowered to what that stage happened to leave. A tile of a
@@ -167,7 +164,7 @@ def budget_of(part: Method, image: Image, stage: int = 0) -> int | None:
     """
     if part.adaptive or getattr(part, "keep", None) is None:
         return None
-    if image.share is not None:
+    if isinstance(image, TileTokens) and image.share is not None:
         count = _of_tile(part, image.share, stage)
     else:
         asked = part.asked(image.original, image.grid, max(1, len(image.tiling)))
@@ -181,7 +178,7 @@ def _of_tile(part: Method, share: tuple[int, tuple[int, ...]], stage: int) -> in
     asked = part.asked(sum(sizes), None, len(sizes))
     if asked is None:
         return None
-    least = 1 + (part.beside if isinstance(part, Merger) else 0)
+    least = 1 + part.beside
     for count in asked:  # of all stages, before the first has acted
         if count < least * len(sizes):
             raise FoveateError(
@@ -197,10 +194,33 @@ def _shares(total: int, sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
     return tuple(split_by_size(total, sizes, least))
 
 
-def _ask(part: Method, images: Sequence[Image], places: Sequence[int], keep: int | None, sources: _Sources) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# asking
+
+
+def _ask(part: Method, images: Sequence[Tokens], sources: _Sources) -> list[_Answer]:
+    """What a method decides for each image, those that are alike asked about together."""
+    stage = 0 if sources.at is None or part.merging else sources.at.stage
+    keeps = [budget_of(part, image, stage) for image in images]
+    answers: dict[int, _Answer] = {}
+    for numbers in _groups(images, keeps):
+        selection = _select(part, [images[number] for number in numbers], numbers, keeps[numbers[0]], sources)
+        for place, number in enumerate(numbers):
+            features, extra, groups = (
+                None if rows is None else rows[place]
+                for rows in (selection.features, selection.extra, selection.groups)
+            )
+            encoded = selection.features is not None and selection.space == "encoded"
+            answers[number] = _Answer(selection.indices[place], features, extra, groups, encoded, selection.ordered)
+    return [answers[number] for number in range(len(images))]
+
+
+def _select(
+    part: Method, group: Sequence[Tokens], numbers: Sequence[int], keep: int | None, sources: _Sources
+) -> Selection:
     """Let a method choose `keep` tokens of each of these images, or as many as it decides."""
-    group, name = [images[place] for place in places], format_spec(part)
-    signals = _signals(part, group, places, keep, sources)
+    name = format_spec(part)
+    signals = _signals(part, group, numbers, keep, sources)
     # Between the stages of a part inside the encoder, what a later one reads has not run yet.
     lacking = [] if part.site == "tower" else signals.lacking(part.needs)
     if lacking:
@@ -211,52 +231,60 @@ def _ask(part: Method, images: Sequence[Image], places: Sequence[int], keep: int
     if not isinstance(selection, Selection):
         raise FoveateError(f"{name} answered with {type(selection).__name__} where a Selection is needed")
     selection.check(signals.original, len(group), name)
-    for place, image in enumerate(group):
-        _apply(name, part, selection, place, image, sources)
+    return selection
 
 
 def _signals(
-    part: Method, group: Sequence[Image], numbers: Sequence[int], keep: int | None, sources: _Sources
+    part: Method, group: Sequence[Tokens], numbers: Sequence[int], keep: int | None, sources: _Sources
 ) -> Signals:
-    index = torch.stack([image.index for image in group])
+    index = torch.stack([tokens.index for tokens in group])
+    images = [tokens for tokens in group if isinstance(tokens, Image)]
     first = group[0]
     rows = torch.tensor(numbers, device=index.device)
     more: dict[str, Any] = {}
     if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
-        more = _text(sources.prompt, group)
+        more = _text(sources.prompt, images)
     blocks = {name: narrow(block, rows, index) for name, block in sources.blocks.items()}
     if any(need in JOINT for need in part.needs):
-        more.update(_joint(sources.prompt, group, blocks["read"]))
+        more.update(_joint(sources.prompt, images, blocks["read"]))
     if sources.at is not None:
-        wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
-        memory = sources.at.memory.setdefault(tuple(numbers), {})
-        decoder = sources.at.block(numbers, wanted) if wanted else None
-        more.update(decoder=decoder, stage=sources.at.stage, stages=sources.at.stages, memory=memory)
-        if isinstance(part, Merger):
-            wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
-            blocks["latest"] = sources.at.block(numbers, wanted)
-            more["size"] = torch.stack([_size(image) for image in group])
+        more.update(_signals_inside(part, group, numbers, blocks, sources.at))
     return Signals(
         original=first.original,
         index=index,
         keep=keep,
         grid=first.grid if first.whole else None,
-        tile=None if first.tile is None else torch.stack([_tile(image) for image in group]),
-        features=torch.stack([image.features for image in group]) if "features" in part.needs else None,
+        tile=None if first.tile is None else torch.stack([_tile(tokens) for tokens in group]),
+        features=torch.stack([image.features for image in images]) if "features" in part.needs else None,
         tower=blocks,
         **more,
     )
 
 
-def _tile(image: Image) -> Tensor:
+def _signals_inside(
+    part: Method, group: Sequence[Tokens], numbers: Sequence[int], blocks: dict[int | str, Block], at: Depth
+) -> dict[str, Any]:
+    """What a stage inside decoder or encoder sees besides; the block in which tokens merge joins `blocks`."""
+    wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
+    decoder = at.block(numbers, wanted) if wanted else None
+    memory = at.memory.setdefault(tuple(numbers), {})
+    found: dict[str, Any] = {"decoder": decoder, "stage": at.stage, "stages": at.stages, "memory": memory}
+    if part.merging:
+        wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
+        blocks["latest"] = at.block(numbers, wanted)
+        found["size"] = torch.stack([_size(tokens) for tokens in group if isinstance(tokens, TileTokens)])
+    return found
+
+
+def _tile(tokens: Tokens) -> Tensor:
     """(K,) tile of each token that is left."""
-    assert image.tile is not None
-    return image.tile.to(image.index.device)[image.index]
+    assert tokens.tile is not None
+    return tokens.tile.to(tokens.index.device)[tokens.index]
 
 
-def _size(image: Image) -> Tensor:
+def _size(tokens: TileTokens) -> Tensor:
     """(K,) patches in each token."""
-    return torch.ones(image.index.shape, device=image.index.device) if image.size is None else image.size
+    return torch.ones(tokens.index.shape, device=tokens.index.device) if tokens.size is None else tokens.size
 
 
 def narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
@@ -303,63 +331,79 @@ def _joint(prompt: Prompt, group: Sequence[Image], read: Block) -> dict[str, Ten
     return {"image_clip": image, "text_clip": written.text, "word_clip": written.words, "word_mask": written.mask}
 
 
-def _apply(
-    name: str,
-    part: Method,
-    selection: Selection,
-    place: int,
-    image: Image,
-    sources: _Sources,
-) -> None:
-    kept = selection.indices[place].to(image.index.device)
-    before = image.index.numel()
-    if sources.at is not None:
-        _apply_stream(name, selection, place, kept, image)
-    elif selection.features is None:
-        image.features = image.features[_positions(name, kept, image)]
+# ---------------------------------------------------------------------------------------------------------------------
+# what is left
+
+
+def _shortened(part: Method, answer: _Answer, image: Image, project: Callable[[Tensor], Tensor] | None) -> Image:
+    """What of an image goes into the decoder."""
+    name, kept = format_spec(part), answer.kept.to(image.index.device)
+    if answer.features is None:
+        features = image.features[_positions(name, kept, image)]
     else:
-        features = selection.features[place]
-        if selection.space == "encoded":
-            if sources.project is None:
+        features = answer.features
+        if answer.encoded:
+            if project is None:
                 raise FoveateError(
                     f"{name} returns encoded tokens, but this family's projector merges neighbours and cannot map "
                     "single ones; methods that return projected tokens, or none, work"
                 )
-            features = sources.project(features)
-        image.features = features.to(image.features.dtype)
-        image.merged = True
-    image.extra = None if selection.extra is None else selection.extra[place]
-    image.index = kept
-    image.whole = image.whole and kept.numel() == image.original and selection.ordered
-    layer = None if sources.at is None else sources.at.layer
-    last = image.stages[-1] if image.stages else None
-    if isinstance(part, Merger) and sources.at and sources.at.stage and last is not None and last.method == name:
-        before = image.stages.pop().before  # the merges of all blocks count as one stage
-    # Between encoder and decoder no method has modules, and pictures may come without a prompt.
-    flops = 0 if layer is None else part.flops(before, int(sources.prompt.is_text[image.row].sum()))
-    kept_cpu = kept.detach().cpu()
-    image.stages.append(StageRecord(name, part.site, layer, before, kept.numel(), kept_cpu, image.extra, flops))
+            features = project(features)
+        features = features.to(image.features.dtype)
+    return replace(image, features=features, **_noted(part, name, answer, kept, image))
 
 
-def _apply_stream(name: str, selection: Selection, place: int, kept: Tensor, image: Image) -> None:
+def _shortened_inside(
+    part: Method, answer: _Answer, tokens: T, stream: Tensor, prompt: Prompt, at: Depth
+) -> Outcome[T]:
     """Inside encoder or decoder: every kept token is one of the block's, with its own hidden state or a new one."""
-    assert image.stream is not None
-    if selection.features is not None and selection.space == "encoded":
+    name, kept = format_spec(part), answer.kept.to(tokens.index.device)
+    if answer.encoded:
         raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
-    extra = None if selection.groups is None or selection.extra is None else selection.extra[place].to(kept.device)
-    positions = _positions(name, kept, image, extra)
-    image.features = image.features[positions]
-    _regroup(name, selection, place, positions, image)
-    if selection.features is None:
-        image.stream = image.stream[positions]
-    else:
-        image.stream, image.merged = selection.features[place].to(image.stream.dtype), True
+    extra = None if answer.groups is None or answer.extra is None else answer.extra.to(kept.device)
+    positions = _positions(name, kept, tokens, extra)
+    changed: dict[str, Any] = {}
+    flops = 0
+    if isinstance(tokens, Image):
+        changed["features"] = tokens.features[positions]
+        flops = part.flops(tokens.index.numel(), int(prompt.is_text[tokens.row].sum()))
+    if isinstance(tokens, TileTokens):
+        changed.update(_regrouped(name, answer.groups, positions, tokens))
+    changed.update(_noted(part, name, answer, kept, tokens, at, flops))
+    if answer.features is None:
+        return Outcome(replace(tokens, **changed), stream[positions], merged=False)
+    return Outcome(replace(tokens, **changed), answer.features.to(stream.dtype), merged=True)
 
 
-def _positions(name: str, kept: Tensor, image: Image, extra: Tensor | None = None) -> Tensor:
+def _noted(
+    part: Method,
+    name: str,
+    answer: _Answer,
+    kept: Tensor,
+    tokens: Tokens,
+    at: Depth | None = None,
+    flops: int = 0,
+) -> dict[str, Any]:
+    """What a stage changes of any tokens, its own record included."""
+    before, stages = tokens.index.numel(), tokens.stages
+    if part.merging and at is not None and at.stage and stages and stages[-1].method == name:
+        before, stages = stages[-1].before, stages[:-1]  # the merges of all blocks count as one stage
+    layer = None if at is None else at.layer
+    kept_cpu = kept.detach().cpu()
+    stage = StageRecord(name, part.site, layer, before, kept.numel(), kept_cpu, answer.extra, flops)
+    return {
+        "index": kept,
+        "extra": answer.extra,
+        "whole": tokens.whole and kept.numel() == tokens.original and answer.ordered,
+        "adapted": tokens.adapted or part.adaptive,
+        "stages": (*stages, stage),
+    }
+
+
+def _positions(name: str, kept: Tensor, tokens: Tokens, extra: Tensor | None = None) -> Tensor:
     """Where the kept original indices stand among the tokens that are left; 0 for `extra` ones, which stand nowhere."""
-    place = torch.full((image.original,), -1, device=kept.device)
-    place[image.index] = torch.arange(image.index.numel(), device=kept.device)
+    place = torch.full((tokens.original,), -1, device=kept.device)
+    place[tokens.index] = torch.arange(tokens.index.numel(), device=kept.device)
     positions = place[kept]
     if extra is not None:
         positions = positions.masked_fill(extra, 0)
@@ -369,21 +413,21 @@ def _positions(name: str, kept: Tensor, image: Image, extra: Tensor | None = Non
     return positions
 
 
-def _regroup(name: str, selection: Selection, place: int, positions: Tensor, image: Image) -> None:
-    """Note how many patches each output token stands for, and which one a patch is in."""
-    if selection.groups is None and image.size is None and image.group is None:
-        return
-    present, left = image.index.numel(), positions.numel()
-    if selection.groups is None:
-        image.size = None if image.size is None else image.size[positions]
+def _regrouped(name: str, groups: Tensor | None, positions: Tensor, tokens: TileTokens) -> dict[str, Any]:
+    """How many patches each output token stands for, and which one a patch is in."""
+    if groups is None and tokens.size is None and tokens.group is None:
+        return {}
+    present, left, size = tokens.index.numel(), positions.numel(), tokens.size
+    if groups is None:
+        size = None if size is None else size[positions]
         went = torch.full((present,), -1, device=positions.device)
         went[positions] = torch.arange(left, device=positions.device)
     else:
-        went = selection.groups[place].to(positions.device)
+        went = groups.to(positions.device)
         if went.numel() != present:
             raise FoveateError(f"{name} says where {went.numel()} tokens went, but {present} were there")
-        if left < present or image.size is not None:
-            sizes = _size(image).new_zeros(left + 1).index_add(0, went.where(went >= 0, left), _size(image))
-            image.size = sizes[:left].clamp(min=1.0)
-    if image.group is not None:
-        image.group = went[image.group.clamp(min=0)].where(image.group >= 0, -1)
+        if left < present or size is not None:
+            sizes = _size(tokens).new_zeros(left + 1).index_add(0, went.where(went >= 0, left), _size(tokens))
+            size = sizes[:left].clamp(min=1.0)
+    group = tokens.group
+    return {"size": size, "group": None if group is None else went[group.clamp(min=0)].where(group >= 0, -1)}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import TOKEN_AXIS, Image
+from foveate.choosing.choose import TOKEN_AXIS, Outcome
+from foveate.choosing.images import Image, TileTokens
 from foveate.choosing.record import Stopwatch
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout, Tile, as_pictures
@@ -24,7 +25,7 @@ class Lane:
 
     Attributes:
         tile: where its tokens are.
-        image: what is left of them; None for a tile without tokens, such as one of padding alone.
+        left: what is left of them; None for a tile without tokens, such as one of padding alone.
         present: (L,) its patches that are left, in the order in which they run.
         last: (P, E) each patch's latest hidden state, where all are put back; else None.
         attended: of each block, the patches that its attention ran on.
@@ -39,11 +40,11 @@ class Lane:
         self.patches = tile.patches.to(device)
         self.present = self.whole = torch.arange(tile.length, device=device)
         self.rest = tile.rest.to(device)  # these run along, or of a tile that has none but these, one of them
-        self.image: Image | None = None
+        self.left: TileTokens | None = None
         if tile.tokens.numel():
-            columns = torch.arange(tile.tokens.numel(), device=device)
-            self.image = Image(-1, columns, columns[:, None], tile.grid, share=tile.share)
-            self.image.group = columns if put_back else None
+            every = torch.arange(tile.tokens.numel(), device=device)
+            group = every if put_back else None
+            self.left = TileTokens(original=every.numel(), grid=tile.grid, index=every, share=tile.share, group=group)
         self.last = row if put_back else None
         self.attended, self.outputs = ([self.whole] * blocks for _ in range(2))
         self._own_token: int | None = None  # block in which a token that is no patch took a patch's place
@@ -51,50 +52,49 @@ class Lane:
     @property
     def where(self) -> Tensor:
         """(K, G) places of the tokens' patches among those that are left."""
-        assert self.image is not None
+        assert self.left is not None
         if self.tile.plain:
             return torch.arange(self.present.numel(), device=self.present.device)[:, None]
-        return self._places[self.patches[self.image.index]]
+        return self._places[self.patches[self.left.index]]
 
     @property
     def _places(self) -> Tensor:
         places = torch.full((self.tile.length,), -1, device=self.present.device)
         return places.index_copy(0, self.present, torch.arange(self.present.numel(), device=self.present.device))
 
-    def read(self, row: Tensor) -> None:
-        """Take up the stream: (L, E), of which each token gets its patches behind each other, (K, G * E)."""
-        self.remember(row)
-        if self.image is not None:
-            self.image.stream = row if self.tile.plain else row[self.where].flatten(1)
+    def of_tokens(self, row: Tensor) -> Tensor:
+        """(L, E) of the patches -> (K, G * E) of the tokens, each with its patches behind each other."""
+        return row if self.tile.plain else row[self.where].flatten(1)
 
-    def write(self, row: Tensor, name: str) -> Tensor:
-        """What runs on of (L, E), now that a stage has acted on the tokens; the tokens' own part is in the stream.
+    def write(self, row: Tensor, outcome: Outcome[TileTokens] | None, name: str) -> Tensor:
+        """What runs on of (L, E), now that a stage has acted on the tokens.
 
         Args:
+            outcome: of the stage; None for a tile without tokens.
             name: the method's, for errors.
 
         Raises:
             FoveateError: it gave new tokens where these are no single patches, and did not give all their patches.
         """
-        if self.image is None:
+        if outcome is None:
             self.present = self.whole[:1]
             return row[:1]
-        assert self.image.stream is not None
-        width, patches = self.image.stream.shape[1], self.patches.shape[1]
-        if width != patches * row.shape[1] or (self.image.merged and self.tile.weights is not None):
+        self.left, stream = outcome.tokens, outcome.stream
+        width, patches = stream.shape[1], self.patches.shape[1]
+        if width != patches * row.shape[1] or (outcome.merged and self.tile.weights is not None):
             raise FoveateError(
                 f"{name} returns tokens {width} wide, where each token stands for {patches} patches of {row.shape[1]}; "
                 "here a method drops tokens, or is a Merger, which sees all of a token's patches behind each other"
             )
         if self.tile.plain:
-            self.present = self.image.index
-            return self.image.stream
+            self.present = self.left.index
+            return stream
         if self.tile.weights is not None:  # a patch may be behind several tokens, none of which is changed
-            present = torch.cat([self.rest, self.patches[self.image.index].flatten()]).unique()
+            present = torch.cat([self.rest, self.patches[self.left.index].flatten()]).unique()
             row, self.present = row[self._places[present]], present
             return row
-        tokens = self.image.stream.unflatten(1, (self.patches.shape[1], -1)).flatten(0, 1)
-        present = torch.cat([self.rest, self.patches[self.image.index].flatten()])
+        tokens = stream.unflatten(1, (self.patches.shape[1], -1)).flatten(0, 1)
+        present = torch.cat([self.rest, self.patches[self.left.index].flatten()])
         rows = torch.cat([row[self._places[self.rest]], tokens])
         # As they stood before: windows, and positions that are gathered along, count on it.
         order = present.argsort()
@@ -105,27 +105,27 @@ class Lane:
         """A stage has acted at block `depth`: from block `start` on attention runs on what is left, up to `end`."""
         self.attended[start:end] = [self.present] * (end - start)
         self.outputs[depth:end] = [self.present] * (end - depth)
-        if self.image is not None and self.image.extra is not None and self._own_token is None:
+        if self.left is not None and self.left.extra is not None and self._own_token is None:
             self._own_token = depth
 
     def remember(self, row: Tensor) -> None:
         """Note the hidden states of patches that may be about to leave; one that merged has its group's."""
         if self.last is None:
             return
-        last, image = self.last, self.image
-        if image is not None and image.size is not None and image.group is not None:
-            tokens = row[self.where][image.group.clamp(min=0)]  # (n, G, E)
-            there = (image.group >= 0)[:, None, None]
+        last, left = self.last, self.left
+        if left is not None and left.size is not None and left.group is not None:
+            tokens = row[self.where][left.group.clamp(min=0)]  # (n, G, E)
+            there = (left.group >= 0)[:, None, None]
             last = last.index_copy(0, self.patches.flatten(), tokens.where(there, last[self.patches]).flatten(0, 1))
         self.last = last.index_copy(0, self.present, row)
 
     def sizes(self) -> Tensor | None:
         """(L,) how many patches each stands for; None while each is one."""
-        if self.image is None or self.image.size is None:
+        if self.left is None or self.left.size is None:
             return None
         ones = torch.ones(self.present.numel(), device=self.present.device)
         where = self.where
-        return ones.index_copy(0, where.flatten(), self.image.size[:, None].expand(where.shape).flatten())
+        return ones.index_copy(0, where.flatten(), self.left.size[:, None].expand(where.shape).flatten())
 
     def full(self, values: Tensor, number: int, axis: int, output: bool) -> Tensor:
         """What block `number` showed of the patches that it had, (..., L, ...) or longer, each at its place among P.
@@ -136,8 +136,8 @@ class Lane:
         values = values.narrow(axis, 0, present.numel())
         own = self._own_token
         if own is not None and (number < own or (number == own and not output)):
-            assert self.image is not None and self.image.extra is not None
-            taken = torch.isin(present, self.patches[self.image.index[self.image.extra]])
+            assert self.left is not None and self.left.extra is not None
+            taken = torch.isin(present, self.patches[self.left.index[self.left.extra]])
             values = values.index_fill(axis, taken.nonzero().flatten(), 0)
         if present.numel() == self.tile.length and bool((present[1:] > present[:-1]).all()):
             return values
@@ -156,9 +156,14 @@ class Lanes:
     stopwatches: list[Stopwatch] = field(default_factory=list)
 
     @property
-    def images(self) -> list[Image]:
-        """What is left of each tile that has tokens."""
-        return [lane.image for lane in self.lanes if lane.image is not None]
+    def visible(self) -> list[Lane]:
+        """The tiles that have tokens."""
+        return [lane for lane in self.lanes if lane.left is not None]
+
+    @property
+    def tokens(self) -> list[TileTokens]:
+        """What is left of each of these."""
+        return [lane.left for lane in self.lanes if lane.left is not None]
 
     def layouts(self) -> list[Layout]:
         """Each tile that has tokens as a picture of its own."""
@@ -193,7 +198,7 @@ class Lanes:
             rows: numbers among the tiles that have tokens.
             whole: for these fields it has them behind each other instead, and what is no patch in each one's place.
         """
-        numbers = [number for number, lane in enumerate(self.lanes) if lane.image is not None]
+        numbers = [number for number, lane in enumerate(self.lanes) if lane.left is not None]
         mine = [(numbers[row], self.lanes[numbers[row]]) for row in rows]
         starts = [0]
         for lane in self.lanes:
@@ -232,25 +237,34 @@ def _of_tokens(values: Tensor, lane: Lane, axis: int, whole: bool) -> Tensor:
     return found.flatten(axis + 1, axis + 2) if whole else found.mean(dim=axis + 1)
 
 
-def settle(image: Image, lanes: Sequence[Lane], put_back: bool) -> None:
-    """Let a picture at its placeholders hold what the stages inside the encoder left of its tiles."""
-    visible = [lane for lane in lanes if lane.image is not None]
-    inside = [lane.image for lane in visible if lane.image is not None]
+def settled(image: Image, lanes: Sequence[Lane], put_back: bool) -> Image:
+    """A picture at its placeholders with what the stages inside the encoder left of its tiles; features as they were.
+
+    Args:
+        put_back: all patches are in the encoder's output again.
+    """
+    visible = [(lane, lane.left) for lane in lanes if lane.left is not None]
+    inside = [left for _, left in visible]
     device = image.index.device  # a device map may have the encoder elsewhere
-    places = [one.index.to(device) for one in inside]
-    index = torch.cat([lane.tile.tokens.to(device)[place] for lane, place in zip(visible, places, strict=True)])
+    index = torch.cat([lane.tile.tokens.to(device)[left.index.to(device)] for lane, left in visible])
     order = index.argsort() if len(inside) > 1 else torch.arange(index.numel(), device=device)
-    image.index = index[order]
-    if any(one.extra is not None for one in inside):
-        extra = [torch.zeros_like(one.index, dtype=torch.bool) if one.extra is None else one.extra for one in inside]
-        image.extra = torch.cat(extra).to(device)[order]
-    image.whole, image.adapted = all(one.whole for one in inside), any(one.adapted for one in inside)
-    stages = zip(*(one.stages for one in inside), strict=True)
-    image.stages = [_of_all(records, visible) for records in stages]
-    image.encoded = [
-        [there.numel() + (block < lane.beside) for block, there in enumerate(lane.attended)] for lane in lanes
-    ]
-    image.projected = image.original if put_back else image.index.numel()
+    index, extra = index[order], image.extra
+    if any(left.extra is not None for left in inside):
+        each = [torch.zeros_like(left.index, dtype=torch.bool) if left.extra is None else left.extra for left in inside]
+        extra = torch.cat(each).to(device)[order]
+    stages = zip(*(left.stages for left in inside), strict=True)
+    return dataclasses.replace(
+        image,
+        index=index,
+        extra=extra,
+        whole=all(left.whole for left in inside),
+        adapted=any(left.adapted for left in inside),
+        stages=tuple(_of_all(records, [lane for lane, _ in visible]) for records in stages),
+        encoded=tuple(
+            tuple(there.numel() + (block < lane.beside) for block, there in enumerate(lane.attended)) for lane in lanes
+        ),
+        projected=image.original if put_back else index.numel(),
+    )
 
 
 def _of_all(records: Sequence[StageRecord], lanes: Sequence[Lane]) -> StageRecord:

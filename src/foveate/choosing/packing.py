@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import TOKEN_AXIS, Image
+from foveate.choosing.choose import TOKEN_AXIS
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout
 from foveate.ops.padding import joined
-
-
-@dataclass(frozen=True, eq=False)
-class Apart:
-    """Tokens of one picture that are not visual and stay: the ends of its rows."""
-
-    columns: Tensor  # (M - N,) of the prompt
-    features: Tensor  # (M - N, D)
-
-    def woven(self, image: Image, features: Tensor) -> Tensor:
-        """The rows (K, D) that stand for what is left of the picture, with these among them in the prompt's order."""
-        columns = torch.cat([image.columns[image.index].sort().values, self.columns])
-        return torch.cat([features, self.features.to(features)])[columns.argsort()]
 
 
 def to_tokens(blocks: Mapping[int | str, Block], layouts: Sequence[Layout], packed: bool) -> dict[int | str, Block]:

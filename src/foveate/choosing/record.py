@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import Image
+from foveate.choosing.images import Image
 from foveate.choosing.timeline import Timeline
 from foveate.cost.flops import decode_flops, decoder_flops, kv_bytes, projector_flops, tower_flops
 from foveate.families.shapes import ModelShape
@@ -102,7 +102,7 @@ def record(
 
 
 def _image(image: Image, proportional: bool) -> ImageRecord:
-    return ImageRecord(image.row, image.original, image.grid, tuple(image.stages), proportional)
+    return ImageRecord(image.row, image.original, image.grid, image.stages, proportional)
 
 
 def _budget(

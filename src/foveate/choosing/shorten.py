@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.choosing.choose import Image
-from foveate.choosing.packing import Apart
+from foveate.choosing.images import Apart, Image
 from foveate.choosing.widen import speakers
 from foveate.core import FoveateError, Grid
 from foveate.families.layouts import Layout
@@ -81,14 +80,12 @@ def find_images(
     images = []
     for one, (row, columns) in zip(features, _columns(ids, token, counts), strict=True):
         fits = grid is not None and grid[0] * grid[1] == columns.numel()
-        images.append(Image(row, columns, one, grid if fits else None))
+        images.append(Image.placed(row, columns, one, grid if fits else None))
     return images
 
 
-def place_images(
-    ids: Tensor, token: int, features: Tensor, layouts: Sequence[Layout]
-) -> tuple[list[Image], list[Apart | None]]:
-    """Pictures of any layout at their placeholders, and what of each is not visual.
+def place_images(ids: Tensor, token: int, features: Tensor, layouts: Sequence[Layout]) -> list[Image]:
+    """Pictures of any layout at their placeholders.
 
     Args:
         features: (M of all pictures, D), in the order of the prompts.
@@ -103,7 +100,6 @@ def place_images(
             "what the processor made"
         )
     images: list[Image] = []
-    aparts: list[Apart | None] = []
     start = 0
     for layout, (row, columns) in zip(layouts, _columns(ids, token, counts), strict=True):
         rows = features[start : start + layout.placeholders]
@@ -114,9 +110,9 @@ def place_images(
             other = torch.ones_like(columns, dtype=torch.bool).index_fill(0, visual, False)
             apart = Apart(columns[other], rows[other.to(rows.device)])
             columns, rows = columns[visual], rows[visual.to(rows.device)]
-        images.append(Image(row, columns, rows, layout.grid, tile=layout.tile, patches=layout.lengths))
-        aparts.append(apart)
-    return images, aparts
+        image = Image.placed(row, columns, rows, layout.grid, tile=layout.tile, patches=layout.lengths, apart=apart)
+        images.append(image)
+    return images
 
 
 def _columns(ids: Tensor, token: int, counts: Sequence[int]) -> list[tuple[int, Tensor]]:

@@ -14,7 +14,6 @@ from foveate.cost.flops import Convention, lvpruning_modules
 from foveate.cost.operators import Operator
 from foveate.cost.plan import Plan
 from foveate.families.shapes import DecoderShape, ModelShape
-from foveate.forms import Merger
 
 if TYPE_CHECKING:
     from foveate.core import Method
@@ -34,7 +33,7 @@ def choosing_operators(shape: ModelShape, plan: Plan, *, text: int, batch: int) 
             place, _, field = rest.rpartition(".")
             kind = "sums" if field in _SUMS else field
             # Two methods, or two signals of one map, read it once; blocks that merge are read each by itself.
-            if (f"{room}.{place}", kind) in seen and not isinstance(part, Merger):
+            if (f"{room}.{place}", kind) in seen and not part.merging:
                 continue
             seen.add((f"{room}.{place}", kind))
             if room == "tower":
@@ -70,7 +69,7 @@ def _tower(shape: ModelShape, plan: Plan, part: Method, place: str, field: str, 
         return
     tower, pictures = shape.tower, batch * plan.tiles
     reads = tower.reads or tower.layers
-    blocks = range(reads) if isinstance(part, Merger) else [min(reads - 1, _block(place, tower.layers, reads))]
+    blocks = range(reads) if part.merging else [min(reads - 1, _block(place, tower.layers, reads))]
     for block in blocks:
         length = plan.tower[block]
         queries = length if field in _SUMS else 1

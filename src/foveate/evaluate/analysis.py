@@ -14,9 +14,9 @@ from foveate.core import Block, FoveateError, Selection, Signals
 from foveate.families import family_of
 from foveate.inference.answers import encode
 from foveate.methods.image_text_interaction import ImageTextInteraction
+from foveate.runtime.arguments import renamed
 from foveate.runtime.encoder.observe import observe
 from foveate.runtime.encoder.probe import missing_signals
-from foveate.runtime.prefill import renamed
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,8 +20,8 @@ from foveate.runtime.decoder.layers import Descent, Stage
 from foveate.runtime.decoder.probe import DecoderProbe
 from foveate.runtime.encoder.probe import Probe
 from foveate.runtime.encoder.tower import TowerStages
-from foveate.runtime.prefill import Shortened
 from foveate.runtime.seams import unfit
+from foveate.runtime.shortened import Shortened
 from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
 from foveate.trace import Call, Trace
@@ -75,13 +75,12 @@ class Calls(Uncopied):
         model: Any,
         trace: Trace,
         stages: Sequence[Stage],
-        layers: Sequence[nn.Module],
         probe: Probe,
         tower: TowerStages,
         decoder_probe: DecoderProbe,
         evictor: Evictor | None,
     ) -> None:
-        self.model, self.trace, self.stages, self.layers = model, trace, stages, layers
+        self.model, self.trace, self.stages = model, trace, stages
         self.probe, self.tower, self.decoder_probe, self.evictor = probe, tower, decoder_probe, evictor
         self.active = False
         self.run: Run | None = None
@@ -243,22 +242,11 @@ class Calls(Uncopied):
                 f"{format_spec(self.evictor.part) if self.evictor else 'another method'} has evicted from; start "
                 "with a new cache"
             )
-        self._noted = shortened.record()
+        self._noted = shortened.noted()
         self.trace.add(self._noted)
         if stages:
             self.descent = Descent(
-                stages=list(stages),
-                images=shortened.images,
-                prompt=shortened.prompt,
-                plan=shortened.plan,
-                timeline=shortened.timeline,
-                probe=self.decoder_probe,
-                layers=self.layers,
-                norm=self.model.get_decoder().norm,
-                entries=shortened.entries,
-                repeats=shortened.repeats,
-                earlier=shortened.earlier,
-                stopwatches=shortened.stopwatches,
+                call=shortened, stages=list(stages), decoder=self.model.get_decoder(), probe=self.decoder_probe
             )
 
     def settle(self, done: bool) -> None:
@@ -282,7 +270,7 @@ class Calls(Uncopied):
             self._noted = None
             history[:] = [call for call in history if call is not before]
         elif self.stages or self.evictor is not None:
-            self._noted = shortened.record()
+            self._noted = shortened.noted()
             history[:] = [self._noted if call is before else call for call in history]
         if problem is not None:
             raise unfit(problem)

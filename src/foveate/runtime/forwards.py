@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from foveate.choosing.widen import kept, spread, widen
 from foveate.core import FoveateError
 from foveate.families.family import Family
+from foveate.runtime.arguments import named
 from foveate.runtime.calls import Calls
 from foveate.runtime.decoder import cache as caches
 from foveate.runtime.decoder.layers import decode_mask
-from foveate.runtime.prefill import Prefill, Shortened, named
+from foveate.runtime.prefill import Prefill
 from foveate.runtime.seams import CACHE, unfit
+from foveate.runtime.shortened import Shortened
 from foveate.runtime.uncopied import Uncopied
 
 
@@ -88,7 +90,7 @@ class Forwards(Uncopied):
             return
         self.calls.enter(sys._getframe(1))
         ids = named(type(module).forward, (module, *arguments), options).get("input_ids")
-        if ids is None or self._prefill.is_visual(ids).any():
+        if ids is None or self._prefill.placeholders.are(ids).any():
             name = type(module).__name__
             whole = " or ".join(type(one).__name__ for one in self._whole)
             raise FoveateError(

@@ -14,10 +14,11 @@ from transformers import GenerationMixin, StaticCache
 
 from foveate.core import FoveateError
 from foveate.families.family import Family
+from foveate.runtime.arguments import named
 from foveate.runtime.callbacks import Streamer, View, shown_criteria, shown_processors
 from foveate.runtime.calls import Calls, Run
 from foveate.runtime.decoder import cache as caches
-from foveate.runtime.prefill import Prefill, named
+from foveate.runtime.prefill import Prefill
 from foveate.runtime.seams import CACHE, unfit
 from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
@@ -111,7 +112,7 @@ class Generating(Uncopied):
             raise FoveateError(f"cache_implementation={kind!r} cannot hold a pruned prompt; use 'dynamic' or 'static'")
         caches.check_usable(given.get(CACHE), self.calls)
         ids = given.get("input_ids", given.get("inputs"))
-        pictures = not self._prefill.is_text(ids, given)
+        pictures = not self._prefill.placeholders.none_in(ids, given)
         if pictures:
             self._check_inside(config, given)
         chunk = given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
@@ -128,8 +129,10 @@ class Generating(Uncopied):
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
         if isinstance(ids, Tensor):
-            self._prefill.check_images(ids, given, given.get(CACHE))
-            self._prefill.check_length(ids, given, _contains_past(given), _longest(config, given, ids.shape[1]))
+            self._prefill.refusals.check_images(ids, given, given.get(CACHE))
+            self._prefill.refusals.check_length(
+                ids, given, _contains_past(given), _longest(config, given, ids.shape[1])
+            )
 
     def _config(self, given: dict[str, Any]) -> Any:
         return given.get("generation_config") or self.model.generation_config

@@ -56,9 +56,7 @@ class Handle(Uncopied):
             evictor.listen(self._decoder_probe)
         inside = [part for part in self.parts if part.site == "tower"]
         self._tower = TowerStages(model, self.family, inside, self._probe, lambda: calls.mine)
-        self._calls = calls = Calls(
-            model, self.trace, stages, decoder.layers, self._probe, self._tower, self._decoder_probe, evictor
-        )
+        self._calls = calls = Calls(model, self.trace, stages, self._probe, self._tower, self._decoder_probe, evictor)
         prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, calls, joint_space, short_outputs)
         self._forwards = Forwards(model, self.family, decoder.layers, calls, prefill)
         self._generating = Generating(model, self.family, calls, prefill, self._forwards.await_step)

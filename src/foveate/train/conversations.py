@@ -19,7 +19,7 @@ from foveate.core import FoveateError, short
 from foveate.inference.pictures import load_image
 from foveate.ops.padding import joined
 from foveate.paths import checked, read_json
-from foveate.runtime.prefill import TOKEN_TYPES
+from foveate.runtime.arguments import TOKEN_TYPES
 from foveate.texts import check_text
 from foveate.train.losses import IGNORED
 

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.choosing.choose import Depth, Image, Prompt, choose
+from foveate.choosing.choose import Depth, Outcome, choose_inside
+from foveate.choosing.images import Image
 from foveate.choosing.record import Stopwatch
-from foveate.choosing.shorten import Plan
 from foveate.choosing.timeline import Group, Timeline, group_of
 from foveate.choosing.widen import speakers
 from foveate.core import Block, FoveateError, Method
 from foveate.runtime.decoder.probe import DecoderProbe, Seen
 from foveate.runtime.seams import CACHE
+from foveate.runtime.shortened import Shortened
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,17 @@ def stages_of(parts: Sequence[Method], layers: int) -> list[Stage]:
 
 @dataclass(eq=False)
 class Descent:
-    """One prefill on its way down the decoder, with the stages that are still to come."""
+    """One prefill on its way down the decoder, with the stages that are still to come.
 
+    Attributes:
+        call: its context.
+        decoder: the model's, with layers and a last norm.
+    """
+
+    call: Shortened
     stages: list[Stage]
-    images: list[Image]
-    prompt: Prompt
-    plan: Plan
-    timeline: Timeline
+    decoder: Any
     probe: DecoderProbe
-    layers: Sequence[nn.Module]
-    norm: nn.Module
-    entries: int  # E
-    repeats: int
-    earlier: list[Group]  # groups that the cache held before this prompt
-    stopwatches: list[Stopwatch]
     memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = field(default_factory=dict)
     speaking: list[Tensor | None] = field(default_factory=list)  # of each layer: who speaks in the places of layer 0
     rows: Tensor | None = None  # (R, n) new tokens of layer 0 that are still there; None while all are
@@ -69,25 +67,25 @@ class Descent:
     _shared: dict[Any, Any] = field(default_factory=dict)  # what layers of one group share
 
     def __post_init__(self) -> None:
-        self.prompt_valid = self.plan.repeat(self.repeats).valid
+        self.prompt_valid = self.call.plan.repeat(self.call.repeats).valid
         # Where an earlier prompt changed what the cache holds, this one's groups must change as well.
         self.probe.open(self._cached)
-        self._boundaries = {stage.depth for stage in self.stages} | {group.first for group in self.earlier}
+        self._boundaries = {stage.depth for stage in self.stages} | {group.first for group in self.call.earlier}
 
     def before_layer(self, number: int, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What layer `number` gets to see in place of what the model hands it. (R, n, D) in, (R, n', D) out."""
         self.behind = (self.rows, self.valid)
         while self.stages and self.stages[0].depth == number:
-            if self.earlier:  # a stage may look ahead, by what this layer held before and what has come this far
+            if self.call.earlier:  # a stage may look ahead, by what this layer held before and what has come this far
                 self._note_group(number)
-            self.stopwatches.append(Stopwatch(hidden.device))
-            with self.stopwatches[-1]:
+            self.call.stopwatches.append(Stopwatch(hidden.device))
+            with self.call.stopwatches[-1]:
                 hidden = self._run(self.stages.pop(0), number, hidden, options)
             if self.rows is not None:
                 self._note_group(number)
-        if number in self._boundaries and self.earlier:
+        if number in self._boundaries and self.call.earlier:
             self._note_group(number)
-        if self.timeline.group(number) is not None:
+        if self.call.timeline.group(number) is not None:
             options = self.narrow(number, options)
         if self.rows is not None and self.valid is not None and self.rows is not self.behind[0]:
             self.speaking.append(speakers(self.rows, self.valid, self.prompt_valid.shape[1]))
@@ -107,32 +105,39 @@ class Descent:
     def _run(self, stage: Stage, number: int, hidden: Tensor, options: dict[str, Any]) -> Tensor:
         view = _View(self, stage, number, hidden, options)
         self.probe.close(stage.depth - 1)
-        for image, place in zip(self.images, view.places, strict=True):
-            image.stream, image.merged = hidden[image.row * self.repeats, place], False
-        before = [image.index for image in self.images]
-        choose(
-            [stage.part],
-            self.images,
-            {},
-            self.prompt,
-            None,
-            Depth(stage.number, stage.depth, self.memories.setdefault(id(stage.part), {}), view.block),
-        )
-        return self._drop(hidden, view.places, before)
+        rows = [self.call.rows_of(image) for image in self.call.images]
+        streams = [hidden[row.start, place] for row, place in zip(rows, view.places, strict=True)]
+        memory = self.memories.setdefault(id(stage.part), {})
+        at = Depth(stage.number, stage.depth, memory, view.block)
+        outcomes = choose_inside(stage.part, self.call.images, streams, {}, self.call.prompt, at)
+        before = [image.index for image in self.call.images]
+        self.call.images = [outcome.tokens for outcome in outcomes]
+        return self._drop(hidden, rows, view.places, before, outcomes)
 
-    def _drop(self, hidden: Tensor, places: list[Tensor], before: list[Tensor]) -> Tensor:
-        """Take out the tokens that no image kept, and write merged ones where their representative stood."""
+    def _drop(
+        self,
+        hidden: Tensor,
+        rows: Sequence[slice],
+        places: Sequence[Tensor],
+        before: Sequence[Tensor],
+        outcomes: Sequence[Outcome[Image]],
+    ) -> Tensor:
+        """Take out the tokens that no image kept, and write merged ones where their representative stood.
+
+        Args:
+            rows: of each image.
+            places: (N,) of its tokens in these rows, before the stage.
+            before: (N,) their original indices.
+        """
         stays = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        for image, place, index in zip(self.images, places, before, strict=True):
-            gone = place[~torch.isin(index, image.index)]
-            stays[image.row * self.repeats : (image.row + 1) * self.repeats, gone] = False
-        if any(image.merged for image in self.images):
+        if any(outcome.merged for outcome in outcomes):
             hidden = hidden.clone()
-        for image, place, index in zip(self.images, places, before, strict=True):
-            if image.merged:
-                at = place[_inverse(index, torch.ones_like(index, dtype=torch.bool))[image.index]]
-                assert image.stream is not None
-                hidden[image.row * self.repeats : (image.row + 1) * self.repeats, at] = image.stream
+        for outcome, row, place, index in zip(outcomes, rows, places, before, strict=True):
+            kept = outcome.tokens.index
+            stays[row, place[~torch.isin(index, kept)]] = False
+            if outcome.merged:
+                at = place[_inverse(index, torch.ones_like(index, dtype=torch.bool))[kept]]
+                hidden[row, at] = outcome.stream
         if bool(stays.all()):
             return hidden
         # Padding leaves as well: a short row must not keep the batch as long as it was.
@@ -147,13 +152,13 @@ class Descent:
 
     def _note_group(self, number: int) -> None:
         """Write what layers from `number` on will hold into the timeline, where later calls read it."""
-        columns, valid = self._past(group_of(self.earlier, number))
+        columns, valid = self._past(group_of(self.call.earlier, number))
         new, new_valid = self.new()
-        reach = self.entries + self.plan.index.shape[1]
+        reach = self.call.entries + self.call.plan.index.shape[1]
         group = Group(
-            number, torch.cat([columns, new + self.entries], dim=1), torch.cat([valid, new_valid], dim=1), reach
+            number, torch.cat([columns, new + self.call.entries], dim=1), torch.cat([valid, new_valid], dim=1), reach
         )
-        self.timeline.groups = [*(one for one in self.timeline.groups if one.first < number), group]
+        self.call.timeline.groups = [*(one for one in self.call.timeline.groups if one.first < number), group]
 
     def new(self) -> tuple[Tensor, Tensor]:
         """(R, n) new tokens of layer 0 that are still there, and which of them are no padding."""
@@ -165,8 +170,8 @@ class Descent:
 
     def _cached(self, number: int) -> int:
         """Entries of earlier prompts that layer `number` still holds."""
-        held = self._past(group_of(self.earlier, number))[0].shape[1]
-        window = window_of(self.layers[number])
+        held = self._past(group_of(self.call.earlier, number))[0].shape[1]
+        window = window_of(self.decoder.layers[number])
         return held if window is None else min(held, window - 1)
 
     def _past(self, group: Group | None) -> tuple[Tensor, Tensor]:
@@ -174,19 +179,19 @@ class Descent:
         device = self.prompt_valid.device
         rows = self.prompt_valid.shape[0]
         if group is not None:
-            return group.columns(self.entries), group.valid_columns(self.entries)
-        columns = torch.arange(self.entries, device=device).expand(rows, -1)
-        return columns, self.timeline.valid[:, : self.entries]
+            return group.columns(self.call.entries), group.valid_columns(self.call.entries)
+        columns = torch.arange(self.call.entries, device=device).expand(rows, -1)
+        return columns, self.call.timeline.valid[:, : self.call.entries]
 
     # -- narrowing ------------------------------------------------------------------------------------------------
 
     def narrow(self, number: int, options: dict[str, Any]) -> dict[str, Any]:
         """A deep layer's own rows of the rotary embeddings and of the mask."""
-        group = self.timeline.group(number)
+        group = self.call.timeline.group(number)
         assert group is not None
         options = dict(options)
         rotary, mask = options.get("position_embeddings"), options.get("attention_mask")
-        rows, window = self.new()[0], window_of(self.layers[number])
+        rows, window = self.new()[0], window_of(self.decoder.layers[number])
         if rotary is not None and self.rows is not None:
             options["position_embeddings"] = self._once(
                 ("rotary", id(rotary), id(group)), (rotary, group), lambda: _gather_rotary(rotary, rows)
@@ -197,7 +202,7 @@ class Descent:
         options["attention_mask"] = self._once(
             ("mask", id(mask), id(group), window, width),
             (mask, group),
-            lambda: narrow_mask(mask, rows, group, group.reach, window=window, width=width, past=self.entries),
+            lambda: narrow_mask(mask, rows, group, group.reach, window=window, width=width, past=self.call.entries),
         )
         return options
 
@@ -213,35 +218,25 @@ class _View:
 
     def __init__(self, descent: Descent, stage: Stage, number: int, hidden: Tensor, options: dict[str, Any]) -> None:
         self.descent, self.stage, self.number, self.hidden, self.options = descent, stage, number, hidden, options
-        self.places = [self._places(image) for image in descent.images]
+        self.places = [self._places(image, image.columns[image.index]) for image in descent.call.images]
 
-    def _places(self, image: Image) -> Tensor:
-        """(K,) places of the image's present tokens in the current rows."""
-        descent = self.descent
-        placed = _inverse(descent.plan.index[image.row], descent.plan.filled[image.row])
-        at_layer_0 = placed[image.columns[image.index]]
+    def _places(self, image: Image, columns: Tensor) -> Tensor:
+        """Where columns of the caller's prompt, in the image's row, stand in the current rows."""
+        descent, plan = self.descent, self.descent.call.plan
+        at_layer_0 = _inverse(plan.index[image.row], plan.filled[image.row])[columns]
         if descent.rows is None:
             return at_layer_0
-        row = image.row * descent.repeats
-        assert descent.valid is not None
-        return _inverse(descent.rows[row], descent.valid[row])[at_layer_0]
-
-    def _text_places(self, image: Image) -> Tensor:
-        descent = self.descent
-        columns = descent.prompt.is_text[image.row].nonzero().squeeze(-1)
-        at_layer_0 = _inverse(descent.plan.index[image.row], descent.plan.filled[image.row])[columns]
-        if descent.rows is None:
-            return at_layer_0
-        row = image.row * descent.repeats
+        row = descent.call.rows_of(image).start
         assert descent.valid is not None
         return _inverse(descent.rows[row], descent.valid[row])[at_layer_0]
 
     def block(self, group: Sequence[int], needs: set[str]) -> Block:
         """Decoder signals of some images that have the same number of present tokens."""
-        images = [self.descent.images[number] for number in group]
-        rows = torch.tensor([image.row * self.descent.repeats for image in images], device=self.hidden.device)
+        call = self.descent.call
+        images = [call.images[number] for number in group]
+        rows = torch.tensor([call.rows_of(image).start for image in images], device=self.hidden.device)
         visual = torch.stack([self.places[number] for number in group])
-        text = [self._text_places(image) for image in images]
+        text = [self._places(image, call.prompt.is_text[image.row].nonzero().squeeze(-1)) for image in images]
         longest = max(places.numel() for places in text)
         words = torch.stack([nn.functional.pad(places, (0, longest - places.numel())) for places in text])
         fields: dict[str, Tensor] = {}
@@ -251,9 +246,9 @@ class _View:
         if "text_hidden" in needs:
             fields["text_hidden"] = _take(hidden, words)
         if "normed" in needs:
-            fields["normed"] = self.descent.norm(_take(hidden, visual))
+            fields["normed"] = self.descent.decoder.norm(_take(hidden, visual))
         if "text_normed" in needs:
-            fields["text_normed"] = self.descent.norm(_take(hidden, words))
+            fields["text_normed"] = self.descent.decoder.norm(_take(hidden, words))
         seen = self.descent.probe.seen(self.stage.depth - 1)
         if seen is not None:
             last = self._last(rows, self.descent.behind[1])
@@ -266,7 +261,7 @@ class _View:
     def _look_ahead(self) -> Seen:
         """The next block's queries and keys, with its own rows of masks and rotary embeddings as they stand now."""
         descent, options = self.descent, self.options
-        if descent.timeline.group(self.number) is not None:
+        if descent.call.timeline.group(self.number) is not None:
             options = descent.narrow(self.number, options)
         return descent.probe.look_ahead(self.number, self.hidden, options)
 

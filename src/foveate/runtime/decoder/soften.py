@@ -5,7 +5,6 @@ Shapes: B rows, L sequence, N visual tokens of a picture, D width, A axes of pos
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from foveate.core import FoveateError, Grid
 from foveate.families import family_of
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded, runs_of
-from foveate.runtime.prefill import TOKEN_TYPES, renamed
+from foveate.runtime.arguments import TOKEN_TYPES, renamed
+from foveate.runtime.encoder.encode import encode
 
 Between = Callable[[int, Tensor, Tensor], "Tensor | None"]
 """(layer, hidden states (R, L, D), mask (R or 1, 1, L, L)) -> the mask that the layer is to use, or None for its own.
@@ -100,8 +100,7 @@ def look(
         rows = list(encoded.pooler_output)
         lengths = [one.shape[0] for one in rows]
         layouts = family.layouts(Encoded(model, tower, given, lengths, lambda: runs_of(ids, token)))
-        images, _ = place_images(ids, token, torch.cat(rows), layouts)
-        for image in images:
+        for image in place_images(ids, token, torch.cat(rows), layouts):
             visual[image.row, image.columns] = True
             grids[image.row].append(image.grid)
     types = {name: given[name] for name in TOKEN_TYPES if name in given}
@@ -116,11 +115,8 @@ def _encoded(model: Any, given: Mapping[str, Tensor], features: Tensor | None) -
         return BaseModelOutputWithPooling(pooler_output=list(features.to(model.dtype)))
     if given.get("pixel_values") is None:
         return None
-    encode = model.base_model.get_image_features
-    names = [name for name in inspect.signature(encode).parameters if name in given]
-    arguments = {**{name: given[name] for name in names}, "pixel_values": given["pixel_values"].to(model.dtype)}
     with torch.no_grad():
-        return encode(**arguments, return_dict=True)
+        return encode(model, {**given, "pixel_values": given["pixel_values"].to(model.dtype)})
 
 
 def _positions(model: Any, family: Family, ids: Tensor, mask: Tensor, given: Mapping[str, Tensor]) -> Tensor:

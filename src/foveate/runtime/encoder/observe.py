@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from foveate.choosing.packing import to_tokens
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.families import family_of
 from foveate.families.layouts import Layout, as_pictures, tiles_of
+from foveate.runtime.encoder.encode import encode
 from foveate.runtime.encoder.probe import Probe, missing_signals
 from foveate.runtime.encoder.tower import Brought, layouts_of
 
@@ -41,14 +41,11 @@ def observe(model: Any, pictures: Tensor | Mapping[str, Any], needs: Iterable[st
         raise FoveateError(f"{', '.join(missing)} cannot be read: {family.name} with {tower.type} does not have it")
     if getattr(model, "_foveate_handle", None) is not None:
         raise FoveateError("this model is being pruned, so its encoder cannot be observed; stop() the handle first")
-    encode = model.base_model.get_image_features
-    given = _named(pictures)
-    wanted = [name for name in inspect.signature(encode).parameters if name in given]
     probe = Probe(model, family, needs)
     probe.install()
     try:
         with torch.no_grad():
-            encode(**{name: _moved(given[name], model) for name in wanted})
+            encode(model, {name: _moved(value, model) for name, value in _named(pictures).items()})
         return probe.take()
     finally:
         probe.remove()

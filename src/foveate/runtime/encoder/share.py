@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.core import Block, FoveateError
 from foveate.families import family_of
+from foveate.runtime.encoder.encode import encoder_of
 from foveate.runtime.encoder.probe import Probe
 
 
@@ -38,20 +39,15 @@ def share_encoding(model: Any, needs: Iterable[str]) -> Iterator[None]:
     shared = Encoding(model, needs)
     shared.probe.install()
     for kind, encode in shared.encode.items():
-        setattr(model.base_model, _encoder_of(kind), encode)
+        setattr(model.base_model, encoder_of(kind), encode)
     model._foveate_encoding = shared
     try:
         yield
     finally:
         del model._foveate_encoding
         for kind in shared.encode:
-            delattr(model.base_model, _encoder_of(kind))
+            delattr(model.base_model, encoder_of(kind))
         shared.probe.remove()
-
-
-def _encoder_of(kind: str) -> str:
-    """Name of the method that encodes pictures ("image") or videos ("video")."""
-    return f"get_{kind}_features"
 
 
 @dataclass(eq=False)
@@ -76,7 +72,7 @@ class Encoding:
         self._blocks: dict[int | str, Block] | None = None  # of what was encoded since a handle last took it
         self._encoding = False
         kinds = ("image",) if family.videos is None else ("image", "video")
-        self.encode = {kind: self._remembering(getattr(model.base_model, _encoder_of(kind))) for kind in kinds}
+        self.encode = {kind: self._remembering(getattr(model.base_model, encoder_of(kind))) for kind in kinds}
 
     def _remembering(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         signature, latest = inspect.signature(stock), _Latest()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import Depth, Prompt, budget_of, choose
+from foveate.choosing.choose import Depth, Outcome, Prompt, budget_of, choose_inside
+from foveate.choosing.images import TileTokens
 from foveate.choosing.lanes import Lane, Lanes
 from foveate.choosing.packing import to_tokens
 from foveate.choosing.record import Stopwatch
@@ -104,10 +105,7 @@ class TowerStages(Uncopied):
         self.blocks = self.row.blocks_of(self.tower)
         self.read = self.family.read_block(self.model)
         self.put_back = self.family.puts_back(self.row)
-        depths = {
-            id(part): part.depths(self.read + 1 if isinstance(part, Merger) else len(self.blocks))
-            for part in self.parts
-        }
+        depths = {id(part): part.depths(self.read + 1 if part.merging else len(self.blocks)) for part in self.parts}
         self.stages = sorted(
             ((depth, number, part) for part in self.parts for number, depth in enumerate(depths[id(part)])),
             key=lambda stage: stage[0],
@@ -155,7 +153,7 @@ class TowerStages(Uncopied):
         return merging
 
     def _check(self, part: Method, depths: list[int]) -> None:
-        if isinstance(part, Merger):
+        if part.merging:
             behind = [block for block in tower_needs(part.needs) if block != LATEST]
             if behind:
                 raise FoveateError(
@@ -259,7 +257,7 @@ class TowerStages(Uncopied):
         elif self._short is not None:
             hidden, self._short = self._short, None
         for depth, stage, part in self.stages:
-            if depth == number and not isinstance(part, Merger):
+            if depth == number and not part.merging:
                 self._start(hidden)
                 hidden = self._act(depth, stage, part, hidden)
         if self.merging is not None and number < len(self.merging.blocks):
@@ -307,8 +305,8 @@ class TowerStages(Uncopied):
                 "belongs to several; use a method that drops tokens, such as dynamicvit"
             )
         merging.any = any(
-            any(merging.part.schedule(image.original, blocks, keep=budget_of(merging.part, image)))
-            for image in self._at.images
+            any(merging.part.schedule(tokens.original, blocks, keep=budget_of(merging.part, tokens)))
+            for tokens in self._at.tokens
         )
 
     def _accompanied(self, number: int, hidden: Tensor) -> Tensor:
@@ -346,42 +344,46 @@ class TowerStages(Uncopied):
         lanes = self._at.lanes
         rows = self._rows.split(hidden, lanes, self._lead)
         for lane, row in zip(lanes, rows, strict=True):
-            lane.read(row)
-        self._choose(depth, stage, part, hidden)
-        merged = isinstance(part, Merger)
-        if merged and stage == self.read:  # a companion that the method keeps is one of the tokens by now
+            lane.remember(row)
+        outcomes = self._choose(depth, stage, part, hidden, rows)
+        if part.merging and stage == self.read:  # a companion that the method keeps is one of the tokens by now
             hidden = torch.cat([hidden[..., : self.row.summary, :], hidden[..., self._lead :, :]], dim=-2)
             self._lead_with(self.row.summary)
         name = format_spec(part)
-        left = [lane.write(row, name) for lane, row in zip(lanes, rows, strict=True)]
+        left = [lane.write(row, outcomes.get(lane), name) for lane, row in zip(lanes, rows, strict=True)]
         end = self.read + 1 if self.put_back else len(self.blocks)  # blocks behind it run on all patches again
         for lane in lanes:
-            lane.note(depth + merged, depth, end)
+            lane.note(depth + part.merging, depth, end)
             if self.put_back:
                 for read in self.reads:
                     lane.outputs[read] = lane.whole
         self._settle(hidden)
         return self._rows.join(hidden, left, self._lead)
 
-    def _choose(self, depth: int, stage: int, part: Method, hidden: Tensor) -> None:
+    def _choose(
+        self, depth: int, stage: int, part: Method, hidden: Tensor, rows: Sequence[Tensor]
+    ) -> dict[Lane, Outcome[TileTokens]]:
+        """What the stage leaves of each tile that has tokens; `rows` are the patches (L, E) of each tile."""
         assert self._at is not None
-        images, left = self._at.images, self._at
-        blocks = {} if isinstance(part, Merger) else self._blocks_before(depth)
+        left = self._at
+        streams = [lane.of_tokens(row) for lane, row in zip(left.lanes, rows, strict=True) if lane.left is not None]
+        blocks = {} if part.merging else self._blocks_before(depth)
         shown: list[Block] = []
 
-        def show(rows: Sequence[int], wanted: set[str]) -> Block:
+        def show(numbers: Sequence[int], wanted: set[str]) -> Block:
             """Of the block at work, in which tokens merge."""
             assert self.merging is not None
             if not shown:
                 shown.append(self.merging.shown(hidden, self._lead, wanted))
-            return left.shown(shown[0], rows, whole={"hidden", "cross"}.__contains__)
+            return left.shown(shown[0], numbers, whole={"hidden", "cross"}.__contains__)
 
         stages = sum(one is part for _, _, one in self.stages)
         at = Depth(stage, None, self._memories.setdefault(id(part), {}), show, stages)
         nothing = torch.zeros(0, dtype=torch.bool)
         left.stopwatches.append(Stopwatch(hidden.device))
         with left.stopwatches[-1]:
-            choose([part], images, blocks, Prompt(lambda: nothing, nothing), None, at)
+            outcomes = choose_inside(part, left.tokens, streams, blocks, Prompt(lambda: nothing, nothing), at)
+        return dict(zip(left.visible, outcomes, strict=True))
 
     def _blocks_before(self, depth: int) -> dict[int | str, Block]:
         """What the probe has seen, with the block right before as the latest: of each tile, all its tokens."""

@@ -1,7 +1,8 @@
 """What this room takes from the others, in one place: the rest of it imports from here."""
 
-from foveate.choosing.choose import JOINT, Image, Prompt, choose
-from foveate.choosing.packing import Apart, to_tokens
+from foveate.choosing.choose import JOINT, Prompt, choose
+from foveate.choosing.images import Image
+from foveate.choosing.packing import to_tokens
 from foveate.core import Block, FoveateError, Method, did_you_mean
 from foveate.cost.plan import visual_per_layer
 from foveate.families.family import Family
@@ -20,7 +21,6 @@ from foveate.spec import parse_stages
 __all__ = [
     "FAMILIES",
     "JOINT",
-    "Apart",
     "Block",
     "Encoded",
     "Family",

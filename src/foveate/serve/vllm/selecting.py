@@ -7,7 +7,7 @@ decoder, W >= D of what the encoder hands over, where features for deeper blocks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def choose_rows(
     images = [_image(unit, row, decoder.width) for unit, row in zip(flat, rows, strict=True)]
     if any(item.asked.parts for item in items):
         blocks = to_tokens(seen, [unit.layout for unit in flat], packed)
-        _choose(owners, images, blocks, decoder)
+        images = _choose(owners, images, blocks, decoder)
     made = [
         _rows(item, unit, image, row, decoder)
         for item, unit, image, row in zip(owners, flat, images, rows, strict=True)
@@ -100,23 +100,25 @@ def _image(unit: Unit, rows: Tensor, width: int) -> Image:
     layout = unit.layout
     visual = layout.visual.to(rows.device)
     columns = torch.arange(visual.numel(), device=rows.device)
-    return Image(0, columns, rows[visual, :width], layout.grid, tile=layout.tile, patches=layout.lengths)
+    return Image.placed(0, columns, rows[visual, :width], layout.grid, tile=layout.tile, patches=layout.lengths)
 
 
 def _choose(
     items: Sequence[Item], images: Sequence[Image], blocks: Mapping[int | str, Block], decoder: Decoder
-) -> None:
+) -> list[Image]:
     """Ask the methods of each spec about all pictures that they are asked about, those of one size together."""
+    left = list(images)
     groups: dict[tuple[str, int], list[int]] = {}
     for number, (item, image) in enumerate(zip(items, images, strict=True)):
         groups.setdefault((item.asked.spec, image.original), []).append(number)
     for (_, tokens), numbers in groups.items():
         parts = fitted(items[numbers[0]].asked.parts, tokens)
-        mine = [images[number] for number in numbers]
-        for row, image in enumerate(mine):
-            image.row = row
+        mine = [replace(images[number], row=row) for row, number in enumerate(numbers)]
         prompt = _prompt([items[number].asked for number in numbers], mine, decoder)
-        choose(parts, mine, {name: _of(block, numbers) for name, block in blocks.items()}, prompt, decoder.project)
+        seen = {name: _of(block, numbers) for name, block in blocks.items()}
+        for number, image in zip(numbers, choose(parts, mine, seen, prompt, decoder.project), strict=True):
+            left[number] = image
+    return left
 
 
 def _of(block: Block, numbers: Sequence[int]) -> Block:
