@@ -154,6 +154,50 @@ def test_imports_go_one_way() -> None:
     assert [problem for module, text in modules.items() for problem in refusals(module, text)] == []
 
 
+def module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(("foveate", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def loads(texts: dict[Path, str]) -> dict[str, set[str]]:
+    """Module -> modules of the library that are loaded with it."""
+    names = {module_name(path): text for path, text in texts.items()}
+    found: dict[str, set[str]] = {}
+    for name, text in names.items():
+        targets = [item.target for item in imports_of(ast.parse(text)) if item.when == "load"]
+        owners = (target if target in names else target.rpartition(".")[0] for target in targets)
+        found[name] = {owner for owner in owners if owner in names} - {name}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that, by way of others, load themselves: what is left once all that loads nothing else is taken away."""
+    left = {name: set(others) for name, others in graph.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    wanted = set().union(*left.values()) if left else set()
+    return sorted(left.keys() & wanted)
+
+
+def test_no_module_loads_itself_by_way_of_others() -> None:
+    texts = {path.relative_to(SOURCE): path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
+    graph = loads(texts)
+    assert graph["foveate.choosing.choose"] >= {"foveate.choosing.images", "foveate.core", "foveate.spec"}
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    """Of modules that load each other; one that only loads them is not part of it, nor is one that waits for a call."""
+    texts = {
+        Path("ops/scores.py"): "from foveate.ops.subsets import top_k",
+        Path("ops/subsets.py"): "from foveate.ops import scores",
+        Path("core.py"): "def f():\n    import foveate.ops.scores",
+        Path("forms.py"): "import foveate.ops.scores, foveate.core",
+    }
+    assert circles(loads(texts)) == ["foveate.ops.scores", "foveate.ops.subsets"]
+
+
 LAZY = "def f():\n    "
 GUARDED = "try:\n    from foveate.prune import Handle\nexcept ImportError:\n    pass"
 
