@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,8 +67,13 @@ def run(tree: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_contributing_names_the_command() -> None:
-    assert "`.venv/bin/python tools/render_docs.py` writes" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+def test_contributing_names_the_commands() -> None:
+    said = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert "`.venv/bin/python tools/render_docs.py` writes" in said
+    command = re.search(r"`\.venv/bin/foveate (eval --append (\S+) --every (\S+) [^`]*)` measures", said)
+    assert command is not None
+    found = json.loads((ROOT / command[2]).read_text(encoding="utf-8"))
+    assert "/".join(map(str, found["every"])) == command[3], "the columns are those of the file"
 
 
 @pytest.mark.slow
@@ -80,6 +87,17 @@ def test_one_command_writes_whatever_names_a_method(tree: Path) -> None:
     accuracy = (tree / "docs" / "accuracy.md").read_text(encoding="utf-8")
     assert "| [`backwards`](methods/backwards.md) | - | - | - | - |" in accuracy
     run(tree, "tools/render_docs.py", "--check")  # a second time there is nothing to write
+
+
+@pytest.mark.slow
+def test_a_row_of_accuracies_is_added_for_it(tree: Path, tmp_path: Path) -> None:
+    """On five questions, in a file of their own: the command asks for what the file lacks, here one method."""
+    file = tmp_path / "rows.json"
+    run(tree, "-m", "foveate", "eval", "--model", "mini", "--tasks", "scenes", "--samples", "5", "--json", str(file))
+    run(tree, "-m", "foveate", "eval", "--append", str(file), "--prune", "backwards:keep=144")
+    rows = {row["method"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    assert list(rows) == ["none", "backwards:keep=144"]
+    assert rows["backwards:keep=144"]["tokens"] == 144 and rows["none"]["tokens"] == 576
 
 
 @pytest.mark.slow

@@ -225,10 +225,9 @@ def accuracy(found: dict[str, Any]) -> str:
         if row["method"].startswith("ceiling"):
             tokens = f"about {row['tokens']:.0f} tokens"
             lines.append(f"| those of the object asked about, {tokens} | {' | '.join([percent(row)] * len(budgets))} |")
-    missing = {(entry["method"], keep) for entry in found["unreached"] for keep in entry["keep"]}
     named = [row["name"] for row in ordered() if row["site"] != "cache"]
     for name in named:
-        cells = ["-" if (name, keep) in missing else measured(scores, name, keep) for keep in budgets]
+        cells = [measured(scores, name, keep) for keep in budgets]
         lines.append(f"| [`{name}`](methods/{name}.md) | {' | '.join(cells)} |")
     lines += ["", "What could not be reached:", ""]
     for entry in found["unreached"]:
@@ -239,7 +238,7 @@ def accuracy(found: dict[str, Any]) -> str:
 
 
 def measured(scores: dict[str, Any], name: str, keep: int) -> str:
-    """The accuracy of a method at a budget; `-` where it was not measured yet."""
+    """The accuracy of a method at a budget; `-` where it cannot be reached or was not measured yet."""
     try:
         row = scores.get(str(budgeted(name, keep)))
     except FoveateError:

@@ -53,6 +53,65 @@ def test_every_method_is_asked_at_every_budget(evaluate: Any, tmp_path: Path) ->
     assert all(row["tokens"] == 9 for row in stored["rows"] if row["method"] != "none")
 
 
+def test_rows_are_put_into_a_file(call: Any, evaluate: Any, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert evaluate("--samples", 3, "--seed", 2, "--prune", "random:keep=4", "--json", file).code == 0
+    before = json.loads(file.read_text())
+    assert len(before["data"]) == 64
+    more = ("eval", "--append", file, "--device", "cpu")
+    result = call(*more, "--prune", "uniform:keep=9")
+    assert (result.code, result.err) == (0, "")
+    assert [line.split()[0] for line in result.out.splitlines()[1:]] == ["none", "uniform:keep=9"]
+    after = json.loads(file.read_text())
+    assert after["rows"][:2] == before["rows"] and after["rows"][2]["tokens"] == 9 and len(after["rows"]) == 3
+    assert {name: after[name] for name in ("model", "task", "samples", "seed", "data")} == {
+        name: before[name] for name in ("model", "task", "samples", "seed", "data")
+    }
+    after["rows"][2]["accuracy"] = 2.0
+    file.write_text(json.dumps(after))
+    said = call(*more, "--prune", "uniform:keep=9").err
+    assert f"{file}: the row of uniform:keep=9 gave way to this one" in " ".join(said.split())
+    assert json.loads(file.read_text())["rows"][2]["accuracy"] <= 1
+
+
+def test_of_every_method_only_what_is_missing_is_measured(call: Any, evaluate: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert evaluate("--samples", 1, "--every", "9", "--json", file).code == 0
+    stored = json.loads(file.read_text())
+    rows = [row for row in stored["rows"] if row["method"] not in ("fopru:keep=9", "pool:keep=9")]
+    file.write_text(json.dumps({**stored, "rows": rows}))
+    result = call("eval", "--append", file, "--every", "9", "--device", "cpu")
+    assert [line.split()[0] for line in result.out.splitlines()[1:]] == ["none", "fopru:keep=9", "pool:keep=9"]
+    again = json.loads(file.read_text())
+    assert sorted(again["rows"], key=str) == sorted(stored["rows"], key=str)
+    assert again["unreached"] == stored["unreached"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--append", "{file}"], "--append adds rows, and no --prune, --every or --ceiling asks for one"),
+        (["--append", "{file}", "--seed", "4", "--prune", "pool"], "was measured with seed=0, not 4"),
+        (["--append", "{file}", "--model", "other", "--prune", "pool"], "was measured with model='no', not 'other'"),
+        (["--append", "{file}", "--every", "9"], "holds no column of 9 tokens"),
+        (["--append", "{file}", "--prune", "pool"], "its questions were drawn by another version"),
+        (["--append", "{file}", "--json", "{file}", "--prune", "pool"], "give one of them"),
+        (["--append", "gone.json", "--prune", "pool"], "gone.json cannot be read"),
+        (["--tasks", "scenes"], "--model is missing"),
+        (["--model", "mini"], "--tasks is missing; such as --tasks scenes"),
+    ],
+)
+def test_rows_that_do_not_belong_are_refused_before_a_model_is_loaded(
+    call: Any, tmp_path: Path, options: list[str], message: str
+) -> None:
+    file = tmp_path / "rows.json"
+    head = {"command": "", "model": "no", "task": "scenes", "samples": 1, "seed": 0, "data": "older"}
+    file.write_text(json.dumps({**head, "rows": [{"method": "none"}]}))
+    result = call("eval", *[option.format(file=file) for option in options])
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")],
-    tasks: Annotated[list[str], typer.Option("--tasks", metavar="TASK", help="scenes.")],
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="TASK", help="scenes.")] = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(metavar="SPEC", help="A rival; repeat it for more. The unpruned model comes first."),
@@ -29,9 +29,11 @@ def command(
         str | None,
         typer.Option(metavar="K/K/...", help="Every method at each of these budgets too, such as 144/64/32/16."),
     ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", help="Questions, each about a picture of its own.")] = 500,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Questions, each about a picture of its own.", show_default="500")
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="B", help="Questions answered at once.")] = 16,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of pictures and questions.")] = 0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of pictures and questions.", show_default="0")] = None,
     clip: Clip = None,
     ceiling: Annotated[
         bool,
@@ -40,42 +42,113 @@ def command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="F", help="Write the rows to this file too.")
     ] = None,
+    append: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F",
+            help="Put the rows into this file of --json instead; model, task, samples and seed are those of the file. "
+            "A --prune that is there is measured anew, of --every only what is missing.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost."""
     from foveate.cli.output import show, stderr, working
-    from foveate.paths import file_target
-    from foveate.runs import write_json
 
     with usage():
-        from foveate.evaluate import scenes_task, task_names
+        from foveate.evaluate import scenes_task
 
-        names = task_names(tasks)
-        if json_file is not None:
-            file_target(json_file, (".json",))
-        scenes_task.check(samples=samples, batch=batch, seed=seed)
+        wanted = {"model": model, "task": _task(tasks), "samples": samples, "seed": seed}
+        asked, found = _asked(wanted, json_file, append)
+        scenes_task.check(samples=asked["samples"], batch=batch, seed=asked["seed"])
         rivals = scenes_task.parse_rivals(prune or [])
         budgets = _budgets(every)
+        if append is not None:
+            _check_append(append, found, asked, budgets, bool(rivals.keys() - {"none"} or budgets or ceiling))
 
     from foveate.inference.loading import load
 
     console = stderr()
-    with working(f"loading {model}"):
-        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    unreached = _add_every(rivals, budgets, loaded, model)
-    asked = {"samples": samples, "seed": seed}
-    rows = _answered(loaded, rivals, console, **asked, batch=batch, ceiling=ceiling, clip=clip)
+    with working(f"loading {asked['model']}"):
+        loaded = load(asked["model"], device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
+    sizes = {name: asked[name] for name in ("samples", "seed")}
+    rows = _answered(loaded, rivals, console, **sizes, batch=batch, ceiling=ceiling, clip=clip)
     table = [row.to_dict() for row in rows]
-    show(_columns(), table, title=f"{model}: {samples} questions of {names[0]}, seed {seed}")
+    show(_columns(), table, title="{model}: {samples} questions of {task}, seed {seed}".format(**asked))
     for entry in unreached:
         budget = "/".join(map(str, entry["keep"]))
         console.print(f"{entry['method']} at {budget}: - ({entry['why']})", highlight=False, markup=False)
+    _write(json_file, append, asked, table, budgets, unreached)
+
+
+def _task(tasks: list[str] | None) -> str | None:
+    """The task that was named, or None."""
+    from foveate.evaluate import task_names
+
+    return None if tasks is None else task_names(tasks)[0]
+
+
+def _asked(
+    wanted: dict[str, Any], json_file: Path | None, append: Path | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Model, task, samples and seed, with what was left open filled in, and the file that rows are put into."""
+    from foveate.core import FoveateError
+    from foveate.evaluate import results
+    from foveate.paths import file_target
+
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if append is not None:
+        if json_file is not None:
+            raise FoveateError("--json writes a new file and --append adds to one; give one of them")
+        found = results.read(file_target(append, (".json",)))
+        results.check_same(append, found, given)
+        return {name: found[name] for name in wanted}, found
     if json_file is not None:
-        command = shlex.join(["foveate", *sys.argv[1:]])
-        more = {} if every is None else {"every": budgets, "unreached": unreached}
-        write_json(json_file, {"command": command, "model": model, "task": names[0], **asked, "rows": table, **more})
+        file_target(json_file, (".json",))
+    for option, name in (("--model", "model"), ("--tasks", "task")):
+        if name not in given:
+            raise FoveateError(f"{option} is missing; such as {option} {'mini' if name == 'model' else 'scenes'}")
+    return {"samples": 500, "seed": 0, **given}, None
+
+
+def _check_append(file: Path, found: Any, asked: dict[str, Any], budgets: list[int], some: bool) -> None:
+    """Refuse what cannot be added to a file, before a model is loaded."""
+    from foveate.core import FoveateError
+    from foveate.evaluate import results, scenes_task, task_names
+
+    if not some:
+        raise FoveateError("--append adds rows, and no --prune, --every or --ceiling asks for one")
+    task_names([asked["task"]])
+    results.check_budgets(file, found, budgets)
+    asked["data"] = scenes_task.digest(asked["samples"], seed=asked["seed"])
+    results.check_same(file, found, asked)
+
+
+def _write(
+    json_file: Path | None,
+    append: Path | None,
+    asked: dict[str, Any],
+    table: list[dict[str, Any]],
+    budgets: list[int],
+    unreached: list[dict[str, Any]],
+) -> None:
+    """Write the file that was asked for, or put the rows into it."""
+    from foveate.cli.output import stderr
+    from foveate.evaluate import results, scenes_task
+    from foveate.runs import write_json
+
+    command = shlex.join(["foveate", *sys.argv[1:]])
+    if append is not None:
+        replaced = results.append(append, table, asked=asked, command=command, budgets=budgets, unreached=unreached)
+        for name in replaced:
+            stderr().print(f"{append}: the row of {name} gave way to this one", highlight=False, markup=False)
+    if json_file is not None:
+        data = scenes_task.digest(asked["samples"], seed=asked["seed"])
+        more = {"every": budgets, "unreached": unreached} if budgets else {}
+        write_json(json_file, {"command": command, **asked, "data": data, "rows": table, **more})
 
 
 def _answered(loaded: Loaded, rivals: dict[str, Any], console: Any, *, samples: int, **settings: Any) -> list[Row]:
@@ -109,14 +182,17 @@ def _budgets(text: str | None) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model: str) -> list[dict[str, Any]]:
-    """Add every method that drops visual tokens at each budget to `rivals`.
+def _add_every(
+    rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model: str, found: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Add every method that drops visual tokens at each budget to `rivals`, but for rows that `found` has.
 
     Returned is what cannot be reached: method, the budgets for one reason, and that reason.
     """
     from foveate import methods, spec
     from foveate.core import FoveateError
     from foveate.evaluate.catalogue import at
+    from foveate.evaluate.results import rows_of
     from foveate.families import family_of
     from foveate.prune import check_prunable
 
@@ -135,7 +211,8 @@ def _add_every(rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model
             except FoveateError as error:
                 unreached.setdefault((name, str(error)), []).append(keep)
             else:
-                rivals[spec.format(made)] = (made,)
+                if found is None or spec.format(made) not in rows_of(found):
+                    rivals[spec.format(made)] = (made,)
     return [{"method": name, "keep": keeps, "why": why} for (name, why), keeps in unreached.items()]
 
 

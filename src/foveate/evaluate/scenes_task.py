@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -183,6 +184,15 @@ def draw_samples(count: int, *, seed: int) -> Iterator[Sample]:
             objects = range(int(scenes.count[row])) if asked.target is None else [asked.target]
             boxes = tuple(tuple(edge / generator.SIZE for edge in scenes.boxes[row, one].tolist()) for one in objects)
             yield Sample(scenes.image(row), asked.kind, asked.text, asked.answer, boxes)
+
+
+def digest(count: int, *, seed: int) -> str:
+    """What tells the questions of `draw_samples` from those that another version or another seed draws: 64 digits."""
+    found = hashlib.sha256()
+    for sample in draw_samples(count, seed=seed):
+        found.update(sample.image.tobytes())
+        found.update(repr((sample.kind, sample.question, sample.answer)).encode())
+    return found.hexdigest()
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
