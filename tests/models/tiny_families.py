@@ -153,6 +153,14 @@ KINDS: dict[str, Kind] = {
         packed.collate_patches,
         types=visual_types,
     ),
+    "glm-ocr": Kind(
+        "glm_ocr",
+        "GlmOcr",
+        partial(packed.glm4v, "GlmOcr", {}),
+        packed.patches,
+        packed.collate_patches,
+        types=visual_types,
+    ),
     "paddleocr-vl": Kind(
         "paddleocr_vl",
         "PaddleOCRVL",

@@ -44,6 +44,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "video_llama_3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
 }  # fmt: skip
 CLS = {"clip_vision_model": 1, "internvl_vision": 1}
 NAME = "tower_by_hand"

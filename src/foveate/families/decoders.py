@@ -35,6 +35,7 @@ DECODERS: Mapping[str, Mapping[str, int]] = {
     "qwen2_5_vl_text": {},
     "qwen3_vl_text": {},
     "glm4v_text": {},
+    "glm_ocr_text": {},
     "gemma4_text": {},
     "cohere2": {},
     "qwen3_vl_moe_text": {},

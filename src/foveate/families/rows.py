@@ -269,6 +269,13 @@ FAMILIES = (
         **_GLM,
     ),
     Family(
+        name="glm-ocr",
+        types=("glm_ocr",),
+        hub_ids=("zai-org/GLM-OCR",),
+        towers=("glm_ocr_vision",),
+        **{**_GLM, "shape": sizes.glm_ocr},
+    ),
+    Family(
         name="paddleocr-vl",
         types=("paddleocr_vl",),
         transformers="5.21",  # older ones take no features of an encoder that has run

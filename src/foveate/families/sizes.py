@@ -158,10 +158,22 @@ def qwen(top: Entries, decoder: DecoderShape, row: Tower) -> Sizes:
 def glm(top: Entries, decoder: DecoderShape, row: Tower) -> Sizes:
     """As Qwen's; the blocks' gated networks are as wide as what the tower hands on, and so is the projector's."""
     tower, projector = qwen(top, decoder, row)
-    vision = entries(top.get("vision_config") or {})
-    out, wide = (size(vision, name, "the glm4v vision config") for name in ("out_hidden_size", "intermediate_size"))
+    vision, where = entries(top.get("vision_config") or {}), f"the {row.type} config"
+    out, wide = size(vision, "out_hidden_size", where), size(vision, "intermediate_size", where)
+    return dataclasses.replace(tower, ffn=out), _gated_merger(tower, projector, out, wide)
+
+
+def glm_ocr(top: Entries, decoder: DecoderShape, row: Tower) -> Sizes:
+    """As GLM's; the blocks' networks are as wide as the config says, and the projector's as all colour channels."""
+    tower, projector = qwen(top, decoder, row)
+    out = size(entries(top.get("vision_config") or {}), "out_hidden_size", f"the {row.type} config")
+    return tower, _gated_merger(tower, projector, out, out * tower.channels)
+
+
+def _gated_merger(tower: TowerShape, projector: ProjectorShape, out: int, wide: int) -> ProjectorShape:
+    """A convolution that makes one token of its patches, a linear map, and a gated network of inner width `wide`."""
     linears = ((tower.width * projector.merge, out), (out, out), (out, wide), (out, wide), (wide, out))
-    return dataclasses.replace(tower, ffn=out), dataclasses.replace(projector, linears=linears)
+    return dataclasses.replace(projector, linears=linears)
 
 
 def _plain(top: Entries, row: Tower) -> TowerShape:

@@ -80,6 +80,7 @@ TOWERS = (
     Tower(
         "glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True
     ),
+    Tower("glm_ocr_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True),
     Tower("gemma4_vision", summary=0, blocks="encoder.layers", gated=True),
 )
 
