@@ -16,8 +16,8 @@ from torch.nn import functional
 from foveate.core import FoveateError
 from foveate.cost.flops import lvpruning_modules
 from foveate.cost.shapes import shape
-from foveate.modules import lvpruning
-from foveate.modules.lvpruning import DecisionModule, LVPruningConfig, build, find, for_model, load, save
+from foveate.modules import storage
+from foveate.modules.lvpruning import DecisionModule, LVPruningConfig, build, for_model, load, save
 
 WIDTH, HEADS = 16, 8
 
@@ -197,9 +197,10 @@ def test_shapes_that_cannot_be_are_refused(settings: dict[str, Any], message: st
         build(LVPruningConfig(**settings))
 
 
-def test_modules_are_found_beside_their_model(tmp_path: Path) -> None:
-    assert find("mini").endswith(str(Path("scenes") / "checkpoint" / lvpruning.FOLDER))
-    assert find("owner/name") == "owner/name"
-    assert find(tmp_path) == str(tmp_path)
-    save(build(LVPruningConfig(width=16)), tmp_path / lvpruning.FOLDER)
-    assert find(tmp_path) == str(tmp_path / lvpruning.FOLDER)
+@pytest.mark.parametrize("folder", ["lvpruning", "dynamicvit", "crossget"])
+def test_modules_are_found_beside_their_model(folder: str, tmp_path: Path) -> None:
+    assert storage.find("mini", folder).endswith(str(Path("scenes") / "checkpoint" / folder))
+    assert storage.find("owner/name", folder) == "owner/name"
+    assert storage.find(tmp_path, folder) == str(tmp_path)
+    save(build(LVPruningConfig(width=16)), tmp_path / folder)
+    assert storage.find(tmp_path, folder) == str(tmp_path / folder)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from models.training_rows import Dying, Few, Killed
 from models.untouched import untouched
 from safetensors.torch import load_file
 
@@ -26,9 +27,8 @@ from foveate.core import FoveateError
 from foveate.modules.lvpruning import for_model, load
 from foveate.runs import hold
 from foveate.train.checkpoints import last_checkpoint
-from foveate.train.conversations import Extent, Row
+from foveate.train.conversations import Row
 from foveate.train.held_out import Examiner, HeldOut
-from foveate.train.losses import IGNORED
 from foveate.train.lvpruning import Settings, train_lvpruning
 from foveate.train.softened import Softened
 
@@ -36,30 +36,6 @@ TESTS = Path(__file__).parents[1]
 SETTINGS = Settings(
     ratios=(0.5, 0.3, 0.1), rate=1e-3, batch=4, micro=2, steps=6, bf16=False, save_steps=2, log_steps=1, seed=3
 )
-
-
-class Few:
-    """A few rows of random words about random pictures; the last word is the answer."""
-
-    def __init__(self, count: int = 40, seed: int = 0, pause: float = 0.0) -> None:
-        self.count, self.seed, self.pause = count, seed, pause
-
-    def __len__(self) -> int:
-        return self.count
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"kind": "few", "count": self.count, "seed": self.seed}
-
-    def extent(self) -> Extent:
-        return Extent(visual=tiny.TOKENS, text=12)
-
-    def __getitem__(self, number: int) -> Row:
-        time.sleep(self.pause)
-        given = tiny.inputs(tiny.model(), f"2i{3 + number % 3}", seed=self.seed * 1000 + number)
-        ids = given["input_ids"][0]
-        labels = torch.full_like(ids, IGNORED)
-        labels[-1] = ids[-1]
-        return Row(ids, labels, {"pixel_values": given["pixel_values"]})
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -131,24 +107,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(finished: tuple[Path, list[dict[
         train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
     train_lvpruning(tiny.model(), Few(), out, SETTINGS, name="tiny", resume=True)
     assert same(out, finished[0])
-
-
-class Killed(Exception):
-    """Stands for the power that fails."""
-
-
-class Dying(Few):
-    """Rows of which only so many can be read."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.left = most
-
-    def __getitem__(self, number: int) -> Row:
-        self.left -= 1
-        if self.left < 0:
-            raise Killed
-        return super().__getitem__(number)
 
 
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli import train_lvpruning
+from foveate.cli import train_crossget, train_dynamicvit, train_lvpruning
 from foveate.cli.errors import in_options
 from foveate.core import usage
 
@@ -76,6 +76,8 @@ def mini(
 
 
 app.command("lvpruning")(train_lvpruning.command)
+app.command("dynamicvit")(train_dynamicvit.command)
+app.command("crossget")(train_crossget.command)
 
 
 def _figure(value: Any) -> str:

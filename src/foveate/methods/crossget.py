@@ -26,8 +26,9 @@ class CrossGET(TrainedMethod, Merger):
     soft matching), weighted by importance (cross-guided matching and ensemble).
 
     This is the LLaVA part of the authors' code, which prunes in CLIP alone and there merges 13 patches in each of 23
-    blocks. The vectors are trained together with the language model; without trained ones they are zero, as before
-    training, and the cross token stays a copy of CLS that counts twice. As in the code it reaches the decoder: as an
+    blocks. The paper trains the vectors together with the language model, `foveate train crossget` beside a frozen
+    one; without trained ones they are zero, as before training, and the cross token stays a copy of CLS that counts
+    twice. As in the code it reaches the decoder: as an
     extra token that counts in `keep`, at the largest index that the last merge sets free. Where all patches stay there
     is none. Equal similarities, which two nearest neighbours always have, rank the lower index first.
 
@@ -36,7 +37,8 @@ class CrossGET(TrainedMethod, Merger):
         r: in its place, patches that each block merges away (more than half of them counts as half), or one number per
             block; 13 unless `keep` is given.
         proportional: log(size) is added to a token's attention logits.
-        path: folder or hub id of trained cross tokens; in a spec it is written `from=`.
+        path: folder or hub id of trained cross tokens, "mini" for those of the model that ships with Foveate; in a spec
+            it is written `from=`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.17455"
@@ -67,6 +69,13 @@ class CrossGET(TrainedMethod, Merger):
             FoveateError: none can be loaded from there.
         """
         return cls(keep=keep, r=r, proportional=proportional, path=str(path))._ready()
+
+    @classmethod
+    def of(cls, tokens: Any, keep: Keep | None = None, r: int | tuple[int, ...] | None = None) -> CrossGET:
+        """CrossGET with cross tokens that are in memory, such as those in training."""
+        made = cls(keep=keep, r=r, path="memory")
+        object.__setattr__(made, "modules", tokens)
+        return made
 
     @classmethod
     def example(cls, config: Any = None) -> CrossGET:

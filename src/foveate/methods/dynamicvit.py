@@ -26,15 +26,15 @@ class DynamicViT(TrainedStages):
 
     Before some blocks a small network sees each patch left beside the mean of all (equations 1 to 3) and gives
     log-probabilities of keeping and of dropping it (equation 4); the patches most likely to be kept go on, CLS always.
-    The paper trains them together with a classifier; they keep their places here where the authors' code hands them on
-    in the order of their scores.
+    The paper trains them together with a classifier, `foveate train dynamicvit` beside a frozen model. Patches keep
+    their places here where the authors' code hands them on in the order of their scores.
 
     Args:
         layers: encoder blocks that run before each stage; by default those that the predictors were trained for, and
             without any 3, 6 and 9 of 12, scaled to the encoder.
         keep: for each stage patches per image, or a share of its ORIGINAL ones, rounded down as in the code, 1 or more.
-        path: folder or hub id of trained predictors, "random" for untrained ones. In a spec it is written `from=`. None
-            plans and counts but cannot choose.
+        path: folder or hub id of trained predictors; "mini" for those of the model that ships with Foveate, "random"
+            for untrained ones. In a spec it is written `from=`. None plans and counts but cannot choose.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.02034"
@@ -43,8 +43,9 @@ class DynamicViT(TrainedStages):
     paper_layers: ClassVar[tuple[int, ...]] = LAYERS
     words: ClassVar[Words] = Words("predictors", read="patches", of="encoder", trained_for="encoder")
     missing: ClassVar[str] = (
-        "DynamicViT chooses by trained predictors and was given none; write dynamicvit:from=FOLDER, or "
-        "DynamicViT.from_pretrained(FOLDER); dynamicvit:from=random measures speed alone"
+        "DynamicViT chooses by trained predictors and was given none; write dynamicvit:from=FOLDER (from=mini for "
+        "those of the model that ships with Foveate) or DynamicViT.from_pretrained(FOLDER); `foveate train dynamicvit` "
+        "makes them"
     )
 
     layers: tuple[int, ...] | None = None

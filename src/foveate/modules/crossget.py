@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from foveate.modules import storage
 
+FOLDER = "crossget"
+"""Where cross tokens that ship beside a model lie in its folder."""
+
 WHAT = "cross tokens of CrossGET"
 
 
@@ -70,12 +73,12 @@ class CrossGETTokens(PreTrainedModel):
 
 
 def load(path: str | Path) -> CrossGETTokens:
-    """Trained cross tokens from a folder or hub id; safetensors only.
+    """Trained cross tokens from a folder, a hub id, or `mini`; safetensors only.
 
     Raises:
         FoveateError: nothing is there, it holds something else, or it is damaged or incomplete.
     """
-    return storage.read(CrossGETTokens, path, WHAT)
+    return storage.read(CrossGETTokens, storage.find(path, FOLDER), WHAT)
 
 
 def save(tokens: CrossGETTokens, folder: str | Path) -> Path:

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from foveate.core import FoveateError
 from foveate.modules import storage
 
+FOLDER = "dynamicvit"
+"""Where predictors that ship beside a model lie in its folder."""
+
 WHAT = "predictors of DynamicViT"
 
 
@@ -118,12 +121,12 @@ def build(config: DynamicViTConfig, seed: int = 0) -> DynamicViTPredictors:
 
 
 def load(path: str | Path) -> DynamicViTPredictors:
-    """Trained predictors from a folder or hub id, in float32; safetensors only.
+    """Trained predictors from a folder, a hub id, or `mini`, in float32; safetensors only.
 
     Raises:
         FoveateError: nothing is there, it holds something else, or it is damaged or incomplete.
     """
-    return storage.read(DynamicViTPredictors, path, WHAT).float()
+    return storage.read(DynamicViTPredictors, storage.find(path, FOLDER), WHAT).float()
 
 
 def save(predictors: DynamicViTPredictors, folder: str | Path) -> Path:

@@ -6,7 +6,6 @@ Shapes: B rows, N visual tokens, T text tokens, C the decoder's width, H heads.
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel
 
 from foveate.core import FoveateError, short
 from foveate.modules import storage
-from foveate.paths import checked
 
 MODEL_TYPE = "foveate_lvpruning"
 WHAT = "decision modules"
@@ -256,26 +254,13 @@ def build(config: LVPruningConfig, seed: int = 0) -> LVPruningModules:
     return storage.seeded(LVPruningModules, config, seed)
 
 
-def find(path: str | Path) -> str:
-    """The folder or hub id of modules: `mini` names those that ship with Foveate's own model.
-
-    A folder of a model that holds modules in `lvpruning/` stands for these.
-    """
-    if str(path) == "mini":
-        return str(resources.files("foveate") / "scenes" / "checkpoint" / FOLDER)
-    folder = checked(path)
-    if (folder / FOLDER / "config.json").is_file():
-        return str(folder / FOLDER)
-    return str(folder) if folder.is_dir() else str(path)
-
-
 def load(path: str | Path) -> LVPruningModules:
     """Trained modules from a folder, a hub id, or `mini`; safetensors only.
 
     Raises:
         FoveateError: nothing is there, it holds something else, or it is damaged or incomplete.
     """
-    return storage.read(LVPruningModules, find(path), WHAT)
+    return storage.read(LVPruningModules, storage.find(path, FOLDER), WHAT)
 
 
 def save(modules: LVPruningModules, folder: str | Path, card: str = "") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +73,19 @@ def read(kind: type[Modules], path: str | Path, what: str) -> Modules:
     except Exception as error:
         raise _unloadable(what, path, error) from error
     return modules.eval().requires_grad_(False)
+
+
+def find(path: str | Path, folder: str) -> str:
+    """The folder or hub id of modules: `mini` names those that ship with Foveate's own model.
+
+    A folder of a model that holds modules in `folder` stands for these.
+    """
+    if str(path) == "mini":
+        return str(resources.files("foveate") / "scenes" / "checkpoint" / folder)
+    given = checked(path)
+    if (given / folder / CONFIG).is_file():
+        return str(given / folder)
+    return str(given) if given.is_dir() else str(path)
 
 
 def _configured(kind: type[Any], stored: dict[str, Any], where: str) -> Any:

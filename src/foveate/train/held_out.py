@@ -77,7 +77,7 @@ def _answered(
     more = {name: value for name, value in given.items() if name not in ("wanted", "even")}
     rows = softened.whole(ids, mask, labels, features, None, more)
     passing = Pass(softened.text(rows), rows.seen.visual)
-    stages = Stages(passing, rows.ranks, shares_of(budget, rows.whole))
+    stages = Stages(passing.present, rows.ranks, shares_of(budget, rows.whole))
 
     def choose(stage: int, visual: Tensor, text: Tensor, read: Tensor) -> Tensor:
         left = stages.left()

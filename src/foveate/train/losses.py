@@ -1,4 +1,4 @@
-"""The losses of LVPruning: the answers, the shares that were asked for, and hints that the paper does without."""
+"""The losses of learned methods: the answers, the shares asked for, likeness to a teacher, and hints of scenes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), wanted.to(logits.device).flatten(), ignore_index=IGNORED
     )
+
+
+def likeness_loss(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of what is said of the labelled tokens from what a teacher says, mean over tokens.
+
+    Args:
+        logits, teacher: (B, L, V) of the last places of the sequence.
+        labels: (B, L) or longer, aligned at the end.
+    """
+    told = labels[:, labels.shape[1] - logits.shape[1] + 1 :] != IGNORED
+    said, wanted = (one[:, :-1][told].float().log_softmax(dim=-1) for one in (logits, teacher))
+    return functional.kl_div(said, wanted, reduction="batchmean", log_target=True)
+
+
+def token_loss(tokens: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+    """Mean squared difference of kept tokens (B, N, D) from what a teacher makes of them; kept is (B, N) 0 or 1."""
+    weight = kept.detach()[..., None]
+    squared = (tokens.float() - teacher.float()).square() * weight
+    return squared.sum() / (weight.sum() * tokens.shape[-1]).clamp(min=1)
 
 
 def ratio_loss(

@@ -30,6 +30,15 @@ def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
 
 
+def limited(decisions: Tensor, limit: float | None) -> Tensor:
+    """The same decisions (B, N), whose gradients are cut at the limit; None cuts none."""
+    if limit is None or not decisions.requires_grad:
+        return decisions
+    shown = decisions.clone()
+    shown.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+    return shown
+
+
 def columns(decisions: Tensor, places: Tensor, present: Tensor, length: int) -> Tensor:
     """One value for each key of the sequence: 1 for text, the decision for a visual token (eq. 7 without diagonal).
 

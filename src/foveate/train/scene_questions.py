@@ -41,6 +41,7 @@ class SceneQuestions(Dataset[Row]):
         seed: of pictures and questions.
         mix: how often each kind of question is asked.
         split: of the pictures; "test" for rows that are never trained on.
+        pixels: rows hold the pictures themselves, for what acts inside the encoder.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class SceneQuestions(Dataset[Row]):
         seed: int = 0,
         mix: Mapping[str, float] = packing.MIX,
         split: generator.Split = "train",
+        pixels: bool = False,
     ) -> None:
         for name, value in (("samples", samples), ("pool", pool)):
             if value < 1:
@@ -67,8 +69,9 @@ class SceneQuestions(Dataset[Row]):
             raise FoveateError(f"scenes are {generator.SIZE} x {generator.SIZE} pixels, the model sees {side} x {side}")
         self.base, self.processor, self.samples = base, processor, samples
         self.pool, self.seed, self.mix, self.split = min(pool, samples), seed, dict(mix), split
+        self.pixels = pixels
         self.image_token = family.image_token_id(base.config)
-        self._chunks: dict[int, tuple[generator.Scenes, Tensor]] = {}
+        self._chunks: dict[int, tuple[generator.Scenes, Tensor | None]] = {}
 
     def __len__(self) -> int:
         return self.samples
@@ -88,8 +91,8 @@ class SceneQuestions(Dataset[Row]):
         draw = random.Random(f"{self.seed} {number}")
         asked = packing.choose(questions.questions(scenes, row, draw), 10**6, draw, self.mix)[0]
         ids, labels = tokens(self.processor, ((asked.text, asked.answer),))
-        ids, labels = expand(ids, labels, self.image_token, features.shape[1])
         boxes = scenes.patches()[row]
+        ids, labels = expand(ids, labels, self.image_token, boxes.shape[1])
         wanted = torch.zeros(boxes.shape[1], dtype=torch.int8)
         if asked.target is not None:
             wanted[boxes.any(dim=0)] = -1
@@ -97,12 +100,18 @@ class SceneQuestions(Dataset[Row]):
         elif asked.kind in ("count", "describe"):
             wanted[boxes.any(dim=0)] = 1
         even, kind = torch.tensor([EVEN.get(asked.kind, (0.0, 0.0))]), asked.kind
-        return Row(ids, labels, features=features[row : row + 1], wanted=wanted[None], even=even, kind=kind)
+        told: dict[str, Any] = {"wanted": wanted[None], "even": even, "kind": kind}
+        if features is None:
+            return Row(ids, labels, {"pixel_values": mini.normalise(scenes.pixels[row : row + 1])}, **told)
+        return Row(ids, labels, features=features[row : row + 1], **told)
 
-    def _chunk(self, number: int) -> tuple[generator.Scenes, Tensor]:
-        """Scenes without their pixels, and their visual tokens (pictures, N, D)."""
+    def _chunk(self, number: int) -> tuple[generator.Scenes, Tensor | None]:
+        """Scenes without their pixels, and their visual tokens (pictures, N, D); or with them, and None."""
         if number not in self._chunks:
             scenes = generator.generate(_CHUNK, seed=(self.seed * 1_000_003 + number) % 2**31, split=self.split)
+            if self.pixels:
+                self._chunks[number] = scenes, None
+                return self._chunks[number]
             pixels = mini.normalise(scenes.pixels).to(self.base.device, self.base.dtype)
             with torch.no_grad():
                 features = torch.stack(list(self.base.get_image_features(pixels, return_dict=True).pooler_output))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.core import FoveateError, Keep
 from foveate.families import family_of
@@ -20,8 +20,9 @@ from foveate.modules.lvpruning import LVPruningModules
 from foveate.ops.subsets import even_order
 from foveate.runtime.decoder.soften import Seen, check_softens, look, soften
 from foveate.train.budgets import shared
+from foveate.train.learner import Learner
 from foveate.train.losses import IGNORED, RatioLoss, causal_loss, even_loss, hint_loss, kept_shares, ratio_loss
-from foveate.train.masks import columns, decide, gumbel, soft_mask
+from foveate.train.masks import columns, decide, gumbel, limited, soft_mask
 
 TIGHT = 1 / 16
 """Of the visual tokens: budgets up to this share are tight, and rows may want less of them spread evenly."""
@@ -30,8 +31,8 @@ Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(stage, visual (B, N, D), text (B, T, D), text mask (B, T)) -> decisions (B, N)."""
 
 
-class Softened(nn.Module):
-    """The modules in training. The model is no part of this module's tree: nothing here trains, saves or shards it.
+class Softened(Learner):
+    """LVPruning's modules in training.
 
     Args:
         base: a loaded vision-language model; it is frozen and put into eval mode.
@@ -59,9 +60,6 @@ class Softened(nn.Module):
         FoveateError: modules of another model, or a model that takes no soft masks.
     """
 
-    # By its open signature the Trainer would take it for a loss that is divided by the parts of a step already.
-    accepts_loss_kwargs = False
-
     def __init__(
         self,
         base: Any,
@@ -80,24 +78,15 @@ class Softened(nn.Module):
         answers: bool = False,
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
         modules.check(base.config)
         check_trains(base, checkpointing)
-        self.gates = modules
-        self._base = [base.eval().requires_grad_(False)]  # in a list, so that it is no submodule
-        self.ratios, self.ratio_kind, self.temperature = tuple(ratios), ratio_kind, temperature
+        super().__init__(base, modules, tuple(ratios), family_of(base).image_token_id(base.config))
+        self.ratio_kind, self.temperature = ratio_kind, temperature
         self.weights = Weights(causal_weight, ratio_weight, hint_weight, even_weight)
         self.told, self.alone = told, told and not causal_weight
         self.limit, self.share, self.answers = limit, share, answers
-        self.image_token = family_of(base).image_token_id(base.config)
-        self.generator: torch.Generator | None = None  # of the noise; None is torch's own
         if checkpointing:
             checkpoint_layers(base)
-
-    @property
-    def base(self) -> Any:
-        """The frozen model."""
-        return self._base[0]
 
     def forward(
         self,
@@ -126,10 +115,10 @@ class Softened(nn.Module):
         rows = self.whole(input_ids, attention_mask, labels, features, wanted, given)
         rows = thinned(rows, self.share, self.generator) if self.share < 1 else rows
         passing = Pass(self.text(rows), rows.seen.visual)
-        stages = Stages(passing, rows.ranks, shares_of(self.ratios, rows.whole))
+        stages = Stages(passing.present, rows.ranks, shares_of(self.ratios, rows.whole))
 
         def choose(stage: int, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            return self._limited(self._choose(stage, visual, text, mask, stages))
+            return limited(self._choose(stage, visual, text, mask, stages), self.limit)
 
         logits = passing.run(self.base, self.gates.config.layers, choose, rows, not self.alone)
         parts = {} if logits is None else {"causal": causal_loss(logits, rows.labels)}
@@ -164,7 +153,7 @@ class Softened(nn.Module):
         gap, left = scores[..., 0] - scores[..., 1], stages.left()
         odds = self.gates.even_odds(stage, text, mask, stages.shares[stage])
         if self.told:
-            count = stages.shares[stage] * stages.passing.present.sum(dim=1)
+            count = stages.shares[stage] * stages.present.sum(dim=1)
             noise = None if self.alone else gumbel(scores, self.generator).diff(dim=-1)[..., 0]
             made = shared(gap, odds, stages.ranks, left, count, noise, self.temperature)
         else:
@@ -175,14 +164,6 @@ class Softened(nn.Module):
     def fitted(self, *values: Tensor) -> list[Tensor]:
         """Hidden states as the modules take them: nothing else casts those of a base in fewer bits."""
         return [one if torch.is_autocast_enabled(one.device.type) else one.to(self.gates.dtype) for one in values]
-
-    def _limited(self, decisions: Tensor) -> Tensor:
-        """The same decisions, whose gradients are cut at the limit."""
-        if self.limit is None or not decisions.requires_grad:
-            return decisions
-        shown, limit = decisions.clone(), self.limit
-        shown.register_hook(lambda gradient: gradient.clamp(-limit, limit))
-        return shown
 
     def text(self, rows: Rows) -> Tensor:
         """(B, L) which tokens the modules read."""
@@ -267,12 +248,13 @@ class Stages:
     """What the modules have said so far in one pass.
 
     Args:
+        present: (B, N) bool, which of the N are tokens of their row.
         ranks: (B, N) each token's place in an even order.
         shares: (S, B) to keep.
     """
 
-    def __init__(self, passing: Pass, ranks: Tensor, shares: Tensor) -> None:
-        self.passing, self.ranks, self.shares = passing, ranks, shares
+    def __init__(self, present: Tensor, ranks: Tensor, shares: Tensor) -> None:
+        self.present, self.ranks, self.shares = present, ranks, shares
         self.decisions: list[Tensor] = []  # (B, N) of each stage, those of earlier ones multiplied in
         self.gaps: list[Tensor] = []  # (B, N) by how much keeping outweighs removing
         self.could: list[Tensor] = []  # (B, N) bool, the tokens that a stage could choose from
@@ -281,8 +263,8 @@ class Stages:
     def left(self) -> Tensor:
         """(B, N) bool, what the stages so far have left."""
         if not self.decisions:
-            return self.passing.present
-        return self.passing.present & (self.decisions[-1].detach() > 0.5)
+            return self.present
+        return self.present & (self.decisions[-1].detach() > 0.5)
 
     def decided(self, made: Tensor, gap: Tensor, odds: Tensor | None, left: Tensor) -> Tensor:
         """Add a stage; its decisions with those of earlier stages multiplied in (eq. 10)."""
@@ -317,7 +299,7 @@ class Pass:
         def between(number: int, hidden: Tensor, original: Tensor) -> Tensor | None:
             if number in stages:
                 visual, text = _take(hidden, self.places), _take(hidden, self.text_places)
-                self._decided(choose(stages[number], visual, text, self.text_mask))
+                self.decide(choose(stages[number], visual, text, self.text_mask))
                 if not answer and number == max(stages):
                     raise _AllChosen
             return self.mask(original)
@@ -334,7 +316,8 @@ class Pass:
             return logits
         return None
 
-    def _decided(self, decisions: Tensor) -> None:
+    def decide(self, decisions: Tensor) -> None:
+        """Let later layers see tokens by these decisions (B, N)."""
         self._keys = columns(decisions, self.places, self.present, self.length)
         self._masks = {}
 
