@@ -11,36 +11,16 @@ import torch
 from models import tiny
 from models.untouched import untouched
 from references import agreement, reference
+from references.contract import ATTENTION, RUNNABLE, SITUATIONS, at
 from torch import Tensor
 
 import foveate
 from foveate import families, methods
 from foveate.core import Method, Selection, Signals
-from foveate.runtime import support
 from foveate.runtime.seams import CACHE
 from foveate.trace import Call
 
 STEPS = 8
-ATTENTION = ("sdpa", "eager")
-SITUATIONS = {
-    "single": ("3i4",),
-    "padded": ("3i4", "2i9"),
-    "two images": ("2i1i5",),
-    "no image in one row": ("3i4", "6"),
-}
-
-
-def at(*sites: str) -> list[str]:
-    """Methods that act at these sites only."""
-    found = []
-    for name in methods.names():
-        acts = {part.site for part in methods.get(name).example().parts()}
-        if acts <= set(sites):
-            found.append(name)
-    return found
-
-
-RUNNABLE = at(*support.SITES)
 each_method = pytest.mark.parametrize("name", RUNNABLE)
 # The reference deletes columns before the decoder and inside it.
 each_with_reference = pytest.mark.parametrize("name", [name for name in RUNNABLE if name in at("input", "layer")])
@@ -49,7 +29,7 @@ each_with_budget = pytest.mark.parametrize(
 )
 # On the cache nothing leaves before the first token of the answer.
 each_evictor = pytest.mark.parametrize("name", [name for name in RUNNABLE if name in at("cache")])
-# The whole product runs on one family; test_family_contracts.py takes samples of it on every other.
+# The whole product runs on one family; families/test_contracts.py takes samples of it on every other.
 each_family = pytest.mark.parametrize("family", tiny.FAMILIES[:1])
 each_attention = pytest.mark.parametrize("attn", ATTENTION)
 

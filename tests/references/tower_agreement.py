@@ -10,17 +10,15 @@ import pytest
 import torch
 from models import tiny, tiny_families
 from models.untouched import untouched
-from references import family_reference, tower_by_hand
+from references import documented, family_reference, tower_by_hand
 from references.tower_by_hand import ByHand, Piece
 from torch import Tensor
 
 from foveate.core import Grid, Method, Selection, Signals, Site
 from foveate.families import family_of
-from foveate.families.rows import FAMILIES as ROWS_OF_FAMILIES
 from foveate.trace import Call
 
-OPEN = {family.name for family in ROWS_OF_FAMILIES if family.inside is None}
-FAMILIES = tuple(name for name in tiny_families.KINDS if name.partition("/")[0] in OPEN)
+FAMILIES = tuple(name for name in tiny_families.KINDS if documented.served("tome", name))
 ATTENTION = ("sdpa", "eager")
 ROWS = ("3i4", "2i1i5", "6")
 # Of LLaVA-OneVision's pictures the first is scaled down, so that its tokens share patches.
