@@ -47,7 +47,7 @@ AT_LOAD["foveate"] = set()
 
 # Room -> rooms that its functions may import besides, when they are called.
 WHEN_CALLED = {
-    "core": {"spec"},
+    "core": {"spec", "ops"},
     "forms": {"ops"},
     "registry": {"methods"},
     "methods": {"modules"},

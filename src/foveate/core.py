@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from foveate.ops.device import Complaints
+
 
 Keep: TypeAlias = int | float
 
@@ -315,8 +317,16 @@ class Selection:
     ordered: bool = True
     groups: list[Tensor] | None = None  # B tensors (N,) int64, -1..K_b - 1
 
-    def check(self, original: int, batch: int, method: str) -> None:
-        """Refuse a selection that breaks the contract, naming the method and the image.
+    def check(self, original: int, batch: int, method: str, complaints: Complaints | None = None) -> Selection:
+        """Refuse a selection that breaks the contract, naming the method and the image; what it says, on the host.
+
+        Whatever the number of images, this waits for the device once.
+
+        Args:
+            complaints: what the method noted while it chose.
+
+        Returns:
+            The same selection with indices, groups and masks on the host, where the device was another.
 
         Raises:
             FoveateError: wrong number of rows, indices out of range, repeated, out of order, features that do not match
@@ -328,45 +338,76 @@ class Selection:
         for name, rows in given:
             if rows is not None and len(rows) != batch:
                 raise FoveateError(f"{method} gave {name} for {len(rows)} images but was asked for {batch}")
-        for image, kept in enumerate(self.indices):
-            problem = self._problem(image, kept, original)
-            if problem:
-                raise FoveateError(f"{method}, image {image}: {problem}")
+        _refuse(method, (self._problem_of_form(image, kept) for image, kept in enumerate(self.indices)))
+        read, finite = self._read(complaints)
+        problems = (read._problem(image, kept, original, finite) for image, kept in enumerate(read.indices))
+        _refuse(method, problems)
+        return read
 
-    def _problem(self, image: int, kept: Tensor, original: int) -> str | None:
+    def _read(self, complaints: Complaints | None) -> tuple[Selection, list[bool]]:
+        """This on the host, and of each image whether all its features are finite."""
+        from foveate.ops.device import on_host
+
+        noted = [] if complaints is None else complaints.counts()
+        finite = [rows.isfinite().all() for rows in self.features or ()]
+        extra, groups, count = self.extra or [], self.groups or [], len(self.indices)
+        read = on_host([*noted, *self.indices, *extra, *groups, *finite])
+        if complaints is not None:
+            complaints.refuse(read[: len(noted)])
+        read = read[len(noted) :]
+        kept, read = read[:count], read[count:]
+        masks, read = read[: len(extra)], read[len(extra) :]
+        into, flags = read[: len(groups)], read[len(groups) :]
+        made = dataclasses.replace(
+            self,
+            indices=kept,
+            extra=None if self.extra is None else masks,
+            groups=None if self.groups is None else into,
+        )
+        return made, [bool(flag) for flag in flags]
+
+    def _problem_of_form(self, image: int, kept: Tensor) -> str | None:
+        """What is wrong with shapes and dtypes."""
         if kept.ndim != 1 or str(kept.dtype) != "torch.int64":
             return f"kept indices are {kept.dtype} of shape {tuple(kept.shape)}; they must be torch.int64 of shape (K,)"
         if kept.numel() == 0:
             return "no token was kept; at least 1 must stay"
-        low, high = kept.min().item(), kept.max().item()
-        if low < 0 or high >= original:
-            return f"kept index {low if low < 0 else high} is outside 0..{original - 1}"
-        if kept.unique().numel() != kept.numel():
-            return f"{kept.numel()} tokens were kept but only {kept.unique().numel()} of them are distinct"
-        if self.ordered and not bool((kept[1:] > kept[:-1]).all()):
-            return "kept indices do not ascend; a method that wants another order says ordered=False"
         if self.features is not None:
             rows = self.features[image]
             if rows.ndim != 2:
                 return f"features of shape {tuple(rows.shape)}; they must be (K, D)"
             if rows.shape[0] != kept.numel():
                 return f"{rows.shape[0]} feature rows for {kept.numel()} kept tokens"
-            if not bool(rows.isfinite().all()):
-                return "features hold NaN or infinity"
         if self.extra is not None and self.extra[image].shape != kept.shape:
             return f"the mask of extra tokens has {self.extra[image].numel()} entries for {kept.numel()} kept tokens"
-        if self.groups is not None:
-            return _problem_of_groups(self.groups[image], kept.numel())
+        groups = None if self.groups is None else self.groups[image]
+        if groups is not None and (groups.ndim != 1 or str(groups.dtype) != "torch.int64"):
+            return f"groups are {groups.dtype} of shape {tuple(groups.shape)}; they must be torch.int64 of shape (N,)"
+        return None
+
+    def _problem(self, image: int, kept: Tensor, original: int, finite: list[bool]) -> str | None:
+        """What is wrong with the values, which are on the host."""
+        numbers = kept.tolist()
+        low, high = min(numbers), max(numbers)
+        if low < 0 or high >= original:
+            return f"kept index {low if low < 0 else high} is outside 0..{original - 1}"
+        if len(set(numbers)) != len(numbers):
+            return f"{len(numbers)} tokens were kept but only {len(set(numbers))} of them are distinct"
+        if self.ordered and any(later <= earlier for earlier, later in pairwise(numbers)):
+            return "kept indices do not ascend; a method that wants another order says ordered=False"
+        if self.features is not None and not finite[image]:
+            return "features hold NaN or infinity"
+        if self.groups is not None and self.groups[image].numel():
+            low, high = int(self.groups[image].min()), int(self.groups[image].max())
+            if low < -1 or high >= len(numbers):
+                return f"group {low if low < -1 else high} is outside -1..{len(numbers) - 1}"
         return None
 
 
-def _problem_of_groups(groups: Tensor, kept: int) -> str | None:
-    if groups.ndim != 1 or str(groups.dtype) != "torch.int64":
-        return f"groups are {groups.dtype} of shape {tuple(groups.shape)}; they must be torch.int64 of shape (N,)"
-    low, high = groups.min().item(), groups.max().item()
-    if low < -1 or high >= kept:
-        return f"group {low if low < -1 else high} is outside -1..{kept - 1}"
-    return None
+def _refuse(method: str, problems: Iterable[str | None]) -> None:
+    for image, problem in enumerate(problems):
+        if problem:
+            raise FoveateError(f"{method}, image {image}: {problem}")
 
 
 @dataclass(frozen=True, eq=False)

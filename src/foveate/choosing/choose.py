@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.choosing.images import Image, TileTokens, Tokens
 from foveate.core import Block, FoveateError, Method, Selection, Signals, described, names_of
+from foveate.ops.device import Complaints, noting, on_device
 from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 from foveate.trace import StageRecord
@@ -53,9 +54,9 @@ class Prompt:
     """What the methods may read of the text. B rows of S columns."""
 
     embeddings: Callable[[], Tensor]  # (B, S, D)
-    is_text: Tensor  # (B, S) neither visual nor padding
+    is_text: Tensor  # (B, S) neither visual nor padding; on the host
     joint_space: JointSpace | None = None  # where a method compares question and picture
-    ids: Tensor | None = None  # (B, S)
+    ids: Tensor | None = None  # (B, S) on the host
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +92,9 @@ def choose(
         blocks: what the probe saw, B = the images in order, N = their original tokens.
         project: maps encoded tokens (K, E) to decoder tokens (K, D); None where the projector is not pointwise.
     """
-    left, sources = list(images), _Sources(blocks, prompt, None)
-    for part in parts:
+    left = list(images)
+    for part in parts if images else ():
+        sources = _Sources(blocks, prompt, None, left[0].features.device)
         answers = _ask(part, left, sources)
         left = [_shortened(part, answer, image, project) for answer, image in zip(answers, left, strict=True)]
     return left
@@ -112,7 +114,8 @@ def choose_inside(
         streams: (K, E) of each, the hidden states of its tokens.
         blocks: as `choose` has them.
     """
-    answers = _ask(part, images, _Sources(blocks, prompt, at))
+    device = streams[0].device if streams else torch.device("cpu")
+    answers = _ask(part, images, _Sources(blocks, prompt, at, device))
     return [
         _shortened_inside(part, answer, image, stream, prompt, at)
         for answer, image, stream in zip(answers, images, streams, strict=True)
@@ -126,13 +129,14 @@ class _Sources:
     blocks: Mapping[int | str, Block]
     prompt: Prompt
     at: Depth | None
+    device: torch.device  # that has the tokens
 
 
 @dataclass(frozen=True, eq=False)
 class _Answer:
     """What a method decided for one image; see Selection."""
 
-    kept: Tensor
+    kept: Tensor  # on the host, as masks and groups are
     features: Tensor | None
     extra: Tensor | None
     groups: Tensor | None
@@ -225,13 +229,13 @@ def _select(
     lacking = [] if part.site == "tower" else signals.lacking(part.needs)
     if lacking:
         raise FoveateError(f"{name} reads {', '.join(lacking)}, which this call does not show; use another method")
+    complaints = Complaints()
     # A caller's autocast is for the model: scores and greedy loops need the float32 that they ask for.
-    with torch.autocast(signals.index.device.type, enabled=False):
+    with torch.autocast(signals.index.device.type, enabled=False), noting(complaints):
         selection = part.select(signals)
     if not isinstance(selection, Selection):
         raise FoveateError(f"{name} answered with {type(selection).__name__} where a Selection is needed")
-    selection.check(signals.original, len(group), name)
-    return selection
+    return selection.check(signals.original, len(group), name, complaints)
 
 
 def _signals(
@@ -239,8 +243,7 @@ def _signals(
 ) -> Signals:
     index = torch.stack([tokens.index for tokens in group])
     images = [tokens for tokens in group if isinstance(tokens, Image)]
-    first = group[0]
-    rows = torch.tensor(numbers, device=index.device)
+    first, rows, device = group[0], torch.tensor(numbers), sources.device
     more: dict[str, Any] = {}
     if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
         more = _text(sources.prompt, images)
@@ -248,13 +251,13 @@ def _signals(
     if any(need in JOINT for need in part.needs):
         more.update(_joint(sources.prompt, images, blocks["read"]))
     if sources.at is not None:
-        more.update(_signals_inside(part, group, numbers, blocks, sources.at))
+        more.update(_signals_inside(part, group, numbers, blocks, sources))
     return Signals(
         original=first.original,
-        index=index,
+        index=on_device(index, device),
         keep=keep,
         grid=first.grid if first.whole else None,
-        tile=None if first.tile is None else torch.stack([_tile(tokens) for tokens in group]),
+        tile=None if first.tile is None else on_device(torch.stack([_tile(tokens) for tokens in group]), device),
         features=torch.stack([image.features for image in images]) if "features" in part.needs else None,
         tower=blocks,
         **more,
@@ -262,9 +265,11 @@ def _signals(
 
 
 def _signals_inside(
-    part: Method, group: Sequence[Tokens], numbers: Sequence[int], blocks: dict[int | str, Block], at: Depth
+    part: Method, group: Sequence[Tokens], numbers: Sequence[int], blocks: dict[int | str, Block], sources: _Sources
 ) -> dict[str, Any]:
     """What a stage inside decoder or encoder sees besides; the block in which tokens merge joins `blocks`."""
+    at = sources.at
+    assert at is not None
     wanted = {need.partition(".")[2] for need in part.needs if need.startswith("decoder.")}
     decoder = at.block(numbers, wanted) if wanted else None
     memory = at.memory.setdefault(tuple(numbers), {})
@@ -272,28 +277,35 @@ def _signals_inside(
     if part.merging:
         wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
         blocks["latest"] = at.block(numbers, wanted)
-        found["size"] = torch.stack([_size(tokens) for tokens in group if isinstance(tokens, TileTokens)])
+        sizes = torch.stack([_size(tokens) for tokens in group if isinstance(tokens, TileTokens)])
+        found["size"] = on_device(sizes, sources.device)
     return found
 
 
 def _tile(tokens: Tokens) -> Tensor:
     """(K,) tile of each token that is left."""
     assert tokens.tile is not None
-    return tokens.tile.to(tokens.index.device)[tokens.index]
+    return tokens.tile[tokens.index]
 
 
 def _size(tokens: TileTokens) -> Tensor:
     """(K,) patches in each token."""
-    return torch.ones(tokens.index.shape, device=tokens.index.device) if tokens.size is None else tokens.size
+    return torch.ones(tokens.index.shape) if tokens.size is None else tokens.size
 
 
 def narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
-    """The block's values for some images, and of those the tokens that are still there."""
+    """The block's values for some images, and of those the tokens that are still there.
+
+    Args:
+        rows: (B,) of the images; on the host.
+        index: (B, K) original indices of their tokens; on the host.
+    """
     fields = {}
+    moved = not bool((index[:, 1:] > index[:, :-1]).all())
     for name, value in vars(block).items():
         if value is None:
             continue
-        rows, index = rows.to(value.device), index.to(value.device)
+        rows, index = on_device(rows, value.device), on_device(index, value.device)
         value = value[rows]
         axis = TOKEN_AXIS.get(name)
         if axis is not None and index.shape[1] != value.shape[axis]:
@@ -301,7 +313,7 @@ def narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
             shape[0], shape[axis] = index.shape
             expanded = index.view(shape).expand(*value.shape[:axis], index.shape[1], *value.shape[axis + 1 :])
             value = value.gather(axis, expanded)
-        elif axis is not None and not bool((index[:, 1:] > index[:, :-1]).all()):
+        elif axis is not None and moved:
             value = torch.stack([row.index_select(axis - 1, order) for row, order in zip(value, index, strict=True)])
         fields[name] = value
     return Block(**fields)
@@ -310,17 +322,15 @@ def narrow(block: Block, rows: Tensor, index: Tensor) -> Block:
 def _text(prompt: Prompt, group: Sequence[Image]) -> dict[str, Tensor]:
     """Embeddings of each image's row without visual tokens and padding, right-padded to (B, T)."""
     embeddings = prompt.embeddings()
-    columns = [prompt.is_text[image.row].nonzero().squeeze(-1) for image in group]
-    longest = max(one.numel() for one in columns)
-    text = embeddings.new_zeros(len(group), longest, embeddings.shape[-1])
-    mask = torch.zeros(len(group), longest, dtype=torch.bool, device=text.device)
-    after = torch.zeros_like(mask)
-    for place, (image, places) in enumerate(zip(group, columns, strict=True)):
-        count = places.numel()
-        text[place, :count] = embeddings[image.row, places]
-        mask[place, :count] = True
-        after[place, :count] = places > image.columns[-1]
-    return {"text": text, "text_mask": mask, "after_image": after}
+    found = [prompt.is_text[image.row].nonzero().squeeze(-1) for image in group]
+    columns = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+    mask, rows = columns >= 0, torch.tensor([image.row for image in group])
+    after = columns > torch.stack([image.columns[-1] for image in group])[:, None]
+    device = embeddings.device
+    text = embeddings[on_device(rows, device)[:, None], on_device(columns.clamp(min=0), device)]
+    there = on_device(mask, device)
+    text = text.masked_fill(~there[..., None], 0.0)
+    return {"text": text, "text_mask": there, "after_image": on_device(after, device)}
 
 
 def _joint(prompt: Prompt, group: Sequence[Image], read: Block) -> dict[str, Tensor]:
@@ -328,7 +338,8 @@ def _joint(prompt: Prompt, group: Sequence[Image], read: Block) -> dict[str, Ten
     assert prompt.joint_space is not None and prompt.ids is not None and read.hidden is not None
     written = prompt.joint_space.text(prompt.ids, prompt.is_text, group)
     image = prompt.joint_space.image(read.hidden)
-    return {"image_clip": image, "text_clip": written.text, "word_clip": written.words, "word_mask": written.mask}
+    words = {"text_clip": written.text, "word_clip": written.words, "word_mask": written.mask}
+    return {"image_clip": image, **{name: value.to(image.device) for name, value in words.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,9 +348,9 @@ def _joint(prompt: Prompt, group: Sequence[Image], read: Block) -> dict[str, Ten
 
 def _shortened(part: Method, answer: _Answer, image: Image, project: Callable[[Tensor], Tensor] | None) -> Image:
     """What of an image goes into the decoder."""
-    name, kept = format_spec(part), answer.kept.to(image.index.device)
+    name, kept = format_spec(part), answer.kept
     if answer.features is None:
-        features = image.features[_positions(name, kept, image)]
+        features = image.features[on_device(_positions(name, kept, image), image.features.device)]
     else:
         features = answer.features
         if answer.encoded:
@@ -357,21 +368,21 @@ def _shortened_inside(
     part: Method, answer: _Answer, tokens: T, stream: Tensor, prompt: Prompt, at: Depth
 ) -> Outcome[T]:
     """Inside encoder or decoder: every kept token is one of the block's, with its own hidden state or a new one."""
-    name, kept = format_spec(part), answer.kept.to(tokens.index.device)
+    name, kept = format_spec(part), answer.kept
     if answer.encoded:
         raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
-    extra = None if answer.groups is None or answer.extra is None else answer.extra.to(kept.device)
+    extra = None if answer.groups is None else answer.extra
     positions = _positions(name, kept, tokens, extra)
     changed: dict[str, Any] = {}
     flops = 0
     if isinstance(tokens, Image):
-        changed["features"] = tokens.features[positions]
+        changed["features"] = tokens.features[on_device(positions, tokens.features.device)]
         flops = part.flops(tokens.index.numel(), int(prompt.is_text[tokens.row].sum()))
     if isinstance(tokens, TileTokens):
         changed.update(_regrouped(name, answer.groups, positions, tokens))
     changed.update(_noted(part, name, answer, kept, tokens, at, flops))
     if answer.features is None:
-        return Outcome(replace(tokens, **changed), stream[positions], merged=False)
+        return Outcome(replace(tokens, **changed), stream[on_device(positions, stream.device)], merged=False)
     return Outcome(replace(tokens, **changed), answer.features.to(stream.dtype), merged=True)
 
 
@@ -389,12 +400,11 @@ def _noted(
     if part.merging and at is not None and at.stage and stages and stages[-1].method == name:
         before, stages = stages[-1].before, stages[:-1]  # the merges of all blocks count as one stage
     layer = None if at is None else at.layer
-    kept_cpu = kept.detach().cpu()
-    stage = StageRecord(name, part.site, layer, before, kept.numel(), kept_cpu, answer.extra, flops)
+    stage = StageRecord(name, part.site, layer, before, kept.numel(), kept, answer.extra, flops)
     return {
         "index": kept,
         "extra": answer.extra,
-        "whole": tokens.whole and kept.numel() == tokens.original and answer.ordered,
+        "whole": tokens.whole and kept.numel() == tokens.original and bool((kept[1:] > kept[:-1]).all()),
         "adapted": tokens.adapted or part.adaptive,
         "stages": (*stages, stage),
     }
@@ -402,8 +412,8 @@ def _noted(
 
 def _positions(name: str, kept: Tensor, tokens: Tokens, extra: Tensor | None = None) -> Tensor:
     """Where the kept original indices stand among the tokens that are left; 0 for `extra` ones, which stand nowhere."""
-    place = torch.full((tokens.original,), -1, device=kept.device)
-    place[tokens.index] = torch.arange(tokens.index.numel(), device=kept.device)
+    place = torch.full((tokens.original,), -1)
+    place[tokens.index] = torch.arange(tokens.index.numel())
     positions = place[kept]
     if extra is not None:
         positions = positions.masked_fill(extra, 0)
@@ -420,10 +430,10 @@ def _regrouped(name: str, groups: Tensor | None, positions: Tensor, tokens: Tile
     present, left, size = tokens.index.numel(), positions.numel(), tokens.size
     if groups is None:
         size = None if size is None else size[positions]
-        went = torch.full((present,), -1, device=positions.device)
-        went[positions] = torch.arange(left, device=positions.device)
+        went = torch.full((present,), -1)
+        went[positions] = torch.arange(left)
     else:
-        went = groups.to(positions.device)
+        went = groups
         if went.numel() != present:
             raise FoveateError(f"{name} says where {went.numel()} tokens went, but {present} were there")
         if left < present or size is not None:

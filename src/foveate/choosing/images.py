@@ -1,4 +1,7 @@
-"""Visual tokens on their way: of a picture at its placeholders, or of one tile inside the encoder."""
+"""Visual tokens on their way: of a picture at its placeholders, or of one tile inside the encoder.
+
+Indices are on the host, where prompts are planned; features and hidden states are on a device.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Grid
+from foveate.ops.device import on_device
 from foveate.trace import StageRecord
 
 
@@ -84,11 +88,10 @@ class Image(Tokens):
         apart: Apart | None = None,
     ) -> Image:
         """A picture of which nothing has left."""
-        index = torch.arange(columns.numel(), device=features.device)
         return cls(
             original=columns.numel(),
             grid=grid,
-            index=index,
+            index=torch.arange(columns.numel()),
             tile=tile,
             row=row,
             columns=columns,
@@ -102,7 +105,8 @@ class Image(Tokens):
         if self.apart is None:
             return features
         columns = torch.cat([self.columns[self.index].sort().values, self.apart.columns])
-        return torch.cat([features, self.apart.features.to(features)])[columns.argsort()]
+        order = on_device(columns.argsort(), features.device)
+        return torch.cat([features, self.apart.features.to(features)])[order]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,6 +1,7 @@
 """The tiles of one encoding on their way through the encoder: which patches are left of each, and for which tokens.
 
 Shapes: n tokens of a tile, K of them left, G patches behind each; P patches of the tile, L of them left, E width.
+Numbers of patches and tokens are on the host, hidden states on a device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from foveate.choosing.images import Image, TileTokens
 from foveate.choosing.record import Stopwatch
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout, Tile, as_pictures
+from foveate.ops.device import on_device
 from foveate.trace import StageRecord
 
 
@@ -35,14 +37,13 @@ class Lane:
 
     def __init__(self, tile: Tile, row: Tensor, blocks: int, put_back: bool) -> None:
         """`row`: (P, E), its patches before any stage."""
-        device = row.device
-        self.tile, self.beside = tile, 0
-        self.patches = tile.patches.to(device)
-        self.present = self.whole = torch.arange(tile.length, device=device)
-        self.rest = tile.rest.to(device)  # these run along, or of a tile that has none but these, one of them
+        self.tile, self.beside, self.device = tile, 0, row.device
+        self.patches = tile.patches
+        self.present = self.whole = torch.arange(tile.length)
+        self.rest = tile.rest  # these run along, or of a tile that has none but these, one of them
         self.left: TileTokens | None = None
         if tile.tokens.numel():
-            every = torch.arange(tile.tokens.numel(), device=device)
+            every = torch.arange(tile.tokens.numel())
             group = every if put_back else None
             self.left = TileTokens(original=every.numel(), grid=tile.grid, index=every, share=tile.share, group=group)
         self.last = row if put_back else None
@@ -54,17 +55,21 @@ class Lane:
         """(K, G) places of the tokens' patches among those that are left."""
         assert self.left is not None
         if self.tile.plain:
-            return torch.arange(self.present.numel(), device=self.present.device)[:, None]
+            return torch.arange(self.present.numel())[:, None]
         return self._places[self.patches[self.left.index]]
 
     @property
     def _places(self) -> Tensor:
-        places = torch.full((self.tile.length,), -1, device=self.present.device)
-        return places.index_copy(0, self.present, torch.arange(self.present.numel(), device=self.present.device))
+        places = torch.full((self.tile.length,), -1)
+        return places.index_copy(0, self.present, torch.arange(self.present.numel()))
+
+    def _on(self, numbers: Tensor) -> Tensor:
+        """Numbers of patches where the hidden states are."""
+        return on_device(numbers, self.device)
 
     def of_tokens(self, row: Tensor) -> Tensor:
         """(L, E) of the patches -> (K, G * E) of the tokens, each with its patches behind each other."""
-        return row if self.tile.plain else row[self.where].flatten(1)
+        return row if self.tile.plain else row[self._on(self.where)].flatten(1)
 
     def write(self, row: Tensor, outcome: Outcome[TileTokens] | None, name: str) -> Tensor:
         """What runs on of (L, E), now that a stage has acted on the tokens.
@@ -91,15 +96,15 @@ class Lane:
             return stream
         if self.tile.weights is not None:  # a patch may be behind several tokens, none of which is changed
             present = torch.cat([self.rest, self.patches[self.left.index].flatten()]).unique()
-            row, self.present = row[self._places[present]], present
+            row, self.present = row[self._on(self._places[present])], present
             return row
         tokens = stream.unflatten(1, (self.patches.shape[1], -1)).flatten(0, 1)
         present = torch.cat([self.rest, self.patches[self.left.index].flatten()])
-        rows = torch.cat([row[self._places[self.rest]], tokens])
+        rows = torch.cat([row[self._on(self._places[self.rest])], tokens])
         # As they stood before: windows, and positions that are gathered along, count on it.
         order = present.argsort()
         self.present = present[order]
-        return rows[order]
+        return rows[self._on(order)]
 
     def note(self, start: int, depth: int, end: int) -> None:
         """A stage has acted at block `depth`: from block `start` on attention runs on what is left, up to `end`."""
@@ -114,18 +119,18 @@ class Lane:
             return
         last, left = self.last, self.left
         if left is not None and left.size is not None and left.group is not None:
-            tokens = row[self.where][left.group.clamp(min=0)]  # (n, G, E)
-            there = (left.group >= 0)[:, None, None]
-            last = last.index_copy(0, self.patches.flatten(), tokens.where(there, last[self.patches]).flatten(0, 1))
-        self.last = last.index_copy(0, self.present, row)
+            tokens = row[self._on(self.where[left.group.clamp(min=0)])]  # (n, G, E)
+            there, patches = self._on(left.group >= 0)[:, None, None], self._on(self.patches)
+            last = last.index_copy(0, patches.flatten(), tokens.where(there, last[patches]).flatten(0, 1))
+        self.last = last.index_copy(0, self._on(self.present), row)
 
     def sizes(self) -> Tensor | None:
-        """(L,) how many patches each stands for; None while each is one."""
+        """(L,) how many patches each stands for, where the hidden states are; None while each is one."""
         if self.left is None or self.left.size is None:
             return None
-        ones = torch.ones(self.present.numel(), device=self.present.device)
-        where = self.where
-        return ones.index_copy(0, where.flatten(), self.left.size[:, None].expand(where.shape).flatten())
+        ones, where = torch.ones(self.present.numel()), self.where
+        sizes = ones.index_copy(0, where.flatten(), self.left.size[:, None].expand(where.shape).flatten())
+        return self._on(sizes)
 
     def full(self, values: Tensor, number: int, axis: int, output: bool) -> Tensor:
         """What block `number` showed of the patches that it had, (..., L, ...) or longer, each at its place among P.
@@ -138,12 +143,12 @@ class Lane:
         if own is not None and (number < own or (number == own and not output)):
             assert self.left is not None and self.left.extra is not None
             taken = torch.isin(present, self.patches[self.left.index[self.left.extra]])
-            values = values.index_fill(axis, taken.nonzero().flatten(), 0)
+            values = values.index_fill(axis, self._on(taken.nonzero().flatten()), 0)
         if present.numel() == self.tile.length and bool((present[1:] > present[:-1]).all()):
             return values
         shape = list(values.shape)
         shape[axis] = self.tile.length
-        return values.new_zeros(shape).index_copy(axis, present, values)
+        return values.new_zeros(shape).index_copy(axis, self._on(present), values)
 
 
 @dataclass(eq=False)
@@ -233,7 +238,7 @@ def _of_tokens(values: Tensor, lane: Lane, axis: int, whole: bool) -> Tensor:
     if lane.tile.plain:
         return values
     where = lane.where
-    found = values.index_select(axis, where.flatten()).unflatten(axis, (-1, where.shape[1]))
+    found = values.index_select(axis, on_device(where.flatten(), values.device)).unflatten(axis, (-1, where.shape[1]))
     return found.flatten(axis + 1, axis + 2) if whole else found.mean(dim=axis + 1)
 
 
@@ -245,13 +250,12 @@ def settled(image: Image, lanes: Sequence[Lane], put_back: bool) -> Image:
     """
     visible = [(lane, lane.left) for lane in lanes if lane.left is not None]
     inside = [left for _, left in visible]
-    device = image.index.device  # a device map may have the encoder elsewhere
-    index = torch.cat([lane.tile.tokens.to(device)[left.index.to(device)] for lane, left in visible])
-    order = index.argsort() if len(inside) > 1 else torch.arange(index.numel(), device=device)
+    index = torch.cat([lane.tile.tokens[left.index] for lane, left in visible])
+    order = index.argsort() if len(inside) > 1 else torch.arange(index.numel())
     index, extra = index[order], image.extra
     if any(left.extra is not None for left in inside):
         each = [torch.zeros_like(left.index, dtype=torch.bool) if left.extra is None else left.extra for left in inside]
-        extra = torch.cat(each).to(device)[order]
+        extra = torch.cat(each)[order]
     stages = zip(*(left.stages for left in inside), strict=True)
     return dataclasses.replace(
         image,
@@ -273,7 +277,7 @@ def _of_all(records: Sequence[StageRecord], lanes: Sequence[Lane]) -> StageRecor
         return records[0]
     kept = torch.cat([lane.tile.tokens[record.kept] for lane, record in zip(lanes, records, strict=True)])
     kept, order = kept.sort()
-    extra = [record.extra.cpu() for record in records if record.extra is not None]
+    extra = [record.extra for record in records if record.extra is not None]
     return dataclasses.replace(
         records[0],
         before=sum(record.before for record in records),

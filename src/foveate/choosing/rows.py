@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.choosing.lanes import Lane
 from foveate.core import FoveateError
+from foveate.ops.device import on_device
 
 
 @dataclass(eq=False)
@@ -54,7 +55,7 @@ class Batched:
         if min(counts) == longest and not weighed:
             return
         places = torch.arange(longest + lead, device=device)
-        open_ = places < torch.tensor(counts, device=device)[:, None] + lead
+        open_ = places < on_device(torch.tensor(counts), device)[:, None] + lead
         if "flash" in kind:
             self.mask = open_
             return
@@ -113,7 +114,8 @@ class Packed:
         for lane in lanes:
             firsts.append(firsts[-1] + lane.tile.length)
         self._patches = firsts[-1]
-        self._left = torch.cat([lane.present + first for lane, first in zip(lanes, firsts, strict=False)])
+        left = torch.cat([lane.present + first for lane, first in zip(lanes, firsts, strict=False)])
+        self._left = on_device(left, like.device)
         self._made.clear()
         sizes = [lane.sizes() for lane in lanes] if weighed else []
         self.bias = None

@@ -16,19 +16,31 @@ from foveate.choosing.images import Apart, Image
 from foveate.choosing.widen import speakers
 from foveate.core import FoveateError, Grid
 from foveate.families.layouts import Layout
+from foveate.ops.device import on_device
 
 Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which column of the caller's prompt each shortened column is."""
+    """Which column of the caller's prompt each shortened column is; made on the host, and carried to a device."""
 
     index: Tensor  # (B, S') columns; 0 in re-padding
     filled: Tensor  # (B, S') bool, False in re-padding
     valid: Tensor  # (B, S') bool, False in re-padding and in the caller's own padding
     columns: int  # S
-    whole: bool = False  # nothing has left or changed places
+    untouched: bool = False  # nothing has left or changed places
+    made: Plan | None = None  # the same on the host; None where this is that one
+
+    @property
+    def host(self) -> Plan:
+        """The same on the host."""
+        return self if self.made is None else self.made
+
+    def on(self, device: torch.device) -> Plan:
+        """The same on a device."""
+        index, filled, valid = (on_device(part, device) for part in (self.index, self.filled, self.valid))
+        return Plan(index, filled, valid, self.columns, self.untouched, self.host)
 
     def gather(self, values: Tensor, fill: int) -> Tensor:
         """(..., B, S) -> (..., B, S'); `fill` where there is no column."""
@@ -40,17 +52,18 @@ class Plan:
         if times == 1:
             return self
         index, filled, valid = (part.repeat_interleave(times, dim=0) for part in (self.index, self.filled, self.valid))
-        return Plan(index, filled, valid, self.columns, self.whole)
+        made = None if self.made is None else self.made.repeat(times)
+        return Plan(index, filled, valid, self.columns, self.untouched, made)
 
     @property
     def speaking(self) -> Tensor | None:
         """(B, S) who speaks in each of the caller's columns; None where each speaks for itself."""
-        return None if self.whole else speakers(self.index, self.filled, self.columns)
+        return None if self.untouched else speakers(self.index, self.filled, self.columns)
 
     @property
     def unheard(self) -> Tensor:
         """(B, S) bool, columns that nobody predicts: those of tokens that left, and the first one behind padding."""
-        if self.whole:
+        if self.untouched:
             return torch.zeros_like(self.valid)
         gone = self.valid.new_ones(self.index.shape[0], self.columns + 1)
         gone = gone.scatter(1, self.index.where(self.filled, self.columns), False)[:, :-1]
@@ -69,6 +82,7 @@ def find_images(
     """Match encoded images, in order, with their placeholders in a (B, S) batch of prompts.
 
     Args:
+        ids: on the host, so that nothing waits for a device.
         features: one (N, D) tensor per image, in the order of the prompts.
         counts: N of each image where tokens have left inside the encoder; None where each has as many as features.
         grid: raster shape of an image's tokens; dropped for images that have another number of tokens.
@@ -88,6 +102,7 @@ def place_images(ids: Tensor, token: int, features: Tensor, layouts: Sequence[La
     """Pictures of any layout at their placeholders.
 
     Args:
+        ids: on the host, so that nothing waits for a device.
         features: (M of all pictures, D), in the order of the prompts.
 
     Raises:
@@ -106,10 +121,10 @@ def place_images(ids: Tensor, token: int, features: Tensor, layouts: Sequence[La
         start += layout.placeholders
         apart = None
         if layout.visual.numel() < layout.placeholders:
-            visual = layout.visual.to(columns.device)
-            other = torch.ones_like(columns, dtype=torch.bool).index_fill(0, visual, False)
-            apart = Apart(columns[other], rows[other.to(rows.device)])
-            columns, rows = columns[visual], rows[visual.to(rows.device)]
+            visual = layout.visual.cpu()
+            other = torch.ones_like(columns, dtype=torch.bool).index_fill(0, visual, False).nonzero().squeeze(-1)
+            apart = Apart(columns[other], rows[on_device(other, rows.device)])
+            columns, rows = columns[visual], rows[on_device(visual, rows.device)]
         image = Image.placed(row, columns, rows, layout.grid, tile=layout.tile, patches=layout.lengths, apart=apart)
         images.append(image)
     return images
@@ -117,7 +132,7 @@ def place_images(ids: Tensor, token: int, features: Tensor, layouts: Sequence[La
 
 def _columns(ids: Tensor, token: int, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
     """Row and columns (M,) of each image's placeholders."""
-    places = (ids == token).nonzero()  # (placeholders, 2), row by row
+    places = (ids == token).cpu().nonzero()  # (placeholders, 2), row by row
     tokens = sum(counts)
     if places.shape[0] != tokens:
         raise FoveateError(
@@ -144,16 +159,16 @@ def plan(mask: Tensor, images: Sequence[Image], side: Side) -> Plan:
     prompt stays as it is, padding included.
 
     Args:
-        mask: (B, S) bool, False in padding.
+        mask: (B, S) bool, False in padding; on the host.
     """
     batch, length = mask.shape
-    columns = torch.arange(length, device=mask.device)
+    columns = torch.arange(length)
     if all(_untouched(image) for image in images):
-        return Plan(columns.expand(batch, -1), torch.ones_like(mask), mask, length, whole=True)
+        return Plan(columns.expand(batch, -1), torch.ones_like(mask), mask, length, untouched=True)
     rows = [_row(columns, mask[number], [i for i in images if i.row == number]) for number in range(batch)]
     longest = max(row.numel() for row in rows)
-    index = torch.zeros(batch, longest, dtype=torch.int64, device=mask.device)
-    filled = torch.zeros(batch, longest, dtype=torch.bool, device=mask.device)
+    index = torch.zeros(batch, longest, dtype=torch.int64)
+    filled = torch.zeros(batch, longest, dtype=torch.bool)
     for number, row in enumerate(rows):
         where = slice(longest - row.numel(), None) if side == "left" else slice(0, row.numel())
         index[number, where] = row

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from foveate.core import FoveateError
+from foveate.ops.device import on_device
+
+T = TypeVar("T")
 
 
 class Owner(Protocol):
@@ -30,11 +33,13 @@ class Group:
     kept: Tensor  # (R, n) layer-0 entry of each of this group's entries
     valid: Tensor  # (R, n) bool, False in padding and re-padding
     reach: int
+    whole: bool | None = None  # no padding among them; found out where it is not said, which waits for the device
     static: Tensor | None = None  # (R, width) layer-0 entry behind each slot of a static cache
     blocked: Tensor | None = None  # (R, width) bool, slots that hold padding
 
     def __post_init__(self) -> None:
-        self.whole = bool(self.valid.all())
+        if self.whole is None:
+            self.whole = bool(self.valid.all())
 
     def columns(self, length: int) -> Tensor:
         """(R, ...) layer-0 entry of each entry when layer 0 holds `length`."""
@@ -87,26 +92,31 @@ class Held:
     ages: Tensor  # (R, Hkv, L) layer-0 entry of each slot, ascending
     valid: Tensor  # (R, L) bool, False in padding and re-padding
     scores: Tensor | None  # (R, Hkv, L) attention received so far
-    prompt: Tensor  # (R,) entries that the prompt left
+    counts: list[int]  # of each row, entries that are no padding
+    prompts: list[int]  # of each row, those of them that the prompt left
 
-    def __post_init__(self) -> None:
-        self.whole = bool(self.valid.all())
+    @property
+    def whole(self) -> bool:
+        """No slot is padding."""
+        return min(self.counts) == self.ages.shape[2]
 
     def cut(self, slots: int) -> None:
         """Only the last `slots` are left."""
         if slots < self.ages.shape[2]:
+            whole = self.whole
             self.ages, self.valid = self.ages[:, :, -slots:], self.valid[:, -slots:]
             self.scores = None if self.scores is None else self.scores[:, :, -slots:]
-            self.whole = bool(self.valid.all())
+            self.counts = [slots] * len(self.counts) if whole else self.valid.sum(dim=1).tolist()
 
-    def take(self, slots: Tensor, filled: Tensor) -> None:
-        """Keep (R, Hkv, K) slots, of which (R, K) are no re-padding."""
-        self.ages, self.valid, self.whole = self.ages.gather(2, slots), filled, bool(filled.all())
+    def take(self, slots: Tensor, filled: Tensor, counts: list[int]) -> None:
+        """Keep (R, Hkv, K) slots, of which (R, K), so many of each row, are no re-padding."""
+        self.ages, self.valid, self.counts = self.ages.gather(2, slots), filled, counts
         self.scores = None if self.scores is None else self.scores.gather(2, slots)
 
     def select_rows(self, rows: Tensor) -> None:
         """Follow a re-ordering, repetition or selection of the cache's rows."""
-        self.ages, self.valid, self.prompt = self.ages[rows], self.valid[rows], self.prompt[rows]
+        self.ages, self.valid = self.ages[rows], self.valid[rows]
+        self.counts, self.prompts = _of_rows(self.counts, rows), _of_rows(self.prompts, rows)
         self.scores = None if self.scores is None else self.scores[rows]
 
 
@@ -123,7 +133,8 @@ class Timeline:
     next_position: Tensor  # (B,) position id of the token after the prompt
     lag: Tensor | None  # (..., B) by axis, what generate() adds to its positions where a prompt ends in dropped tokens
     owner: Owner
-    pictured: Tensor  # (B,) bool, on the CPU: rows that have had a picture; the others are left as they are
+    pictured: list[bool]  # of each row, whether it has had a picture; the others are left as they are
+    padded: bool = True  # there may be padding among the entries of the latest prompt
     groups: list[Group] = field(default_factory=list)  # of deep layers, by their first layer
     evicting: bool = False  # entries leave the cache, so that its tensors no longer say how long it is
     held: dict[int, Held] = field(default_factory=dict)  # by layer, once entries may have left it
@@ -174,9 +185,10 @@ class Timeline:
 
     def select_rows(self, rows: Tensor) -> None:
         """Follow a re-ordering, repetition or selection of the cache's rows."""
-        rows = rows.to(self.kept.device)
+        self.pictured = _of_rows(self.pictured, rows)
+        rows = on_device(rows, self.kept.device)
         self.kept, self.valid = self.kept[rows], self.valid[rows]
-        self.next_position, self.pictured = self.next_position[rows], self.pictured[rows.cpu()]
+        self.next_position = self.next_position[rows]
         self.lag = None if self.lag is None else self.lag[..., rows]
         for group in self.groups:
             group.select_rows(rows)
@@ -206,6 +218,13 @@ class Timeline:
         self.kept, self.valid = self.kept[:, :entries], self.valid[:, :entries]
         self.length -= removed
         self.next_position = self.next_position - removed
+
+
+def _of_rows(values: list[T], rows: Tensor) -> list[T]:
+    """The values of some rows; where all are equal it does not matter of which, and nothing waits for the device."""
+    if all(value == values[0] for value in values):
+        return values[:1] * rows.numel()
+    return [values[row] for row in rows.tolist()]
 
 
 def group_of(groups: Sequence[Group], number: int) -> Group | None:

@@ -266,6 +266,7 @@ def tiled_runs(side: int, encoded: Encoded) -> list[Layout]:
 
 def runs_of(ids: Tensor, token: int) -> list[int]:
     """Lengths of the runs of `token` in the rows of (B, S) prompts, row by row."""
-    steps = torch.nn.functional.pad((ids == token).int(), (1, 1)).diff(dim=1)
+    visual = (ids == token).cpu()  # the one wait for the device
+    steps = torch.nn.functional.pad(visual.int(), (1, 1)).diff(dim=1)
     lengths: list[int] = ((steps == -1).nonzero()[:, 1] - (steps == 1).nonzero()[:, 1]).tolist()
     return lengths

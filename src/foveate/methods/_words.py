@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from foveate.core import FoveateError, Signals
+from foveate.ops.device import refuse_any
 
 WordSpace: TypeAlias = Literal["clip", "decoder"]
 """Where tokens meet words: in CLIP's joint space, or among the embeddings that the decoder gets."""
@@ -58,10 +59,10 @@ def words_after(signals: Signals, what: str) -> Tensor:
     """
     assert signals.text_mask is not None and signals.after_image is not None
     mask = signals.text_mask & signals.after_image
-    silent = (~mask.any(dim=-1)).nonzero().flatten().tolist()
-    if silent:
-        raise FoveateError(
-            f"{what}, but image {silent[0]} is followed by none; put the question after the image, or use a method "
-            "that does not read the text"
+    for image, silent in enumerate(~mask.any(dim=-1)):
+        refuse_any(
+            silent.sum(),
+            f"{what}, but image {image} is followed by none; put the question after the image, or use a method that "
+            "does not read the text",
         )
     return mask

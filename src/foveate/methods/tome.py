@@ -42,7 +42,7 @@ class ToMe(Merger):
         r, last = self.merges(signals), signals.stage + 1 == signals.stages
         if r == 0:
             rows = [row.sort().values for row in signals.index] if last else list(signals.index)
-            return Selection(rows, ordered=all(bool((row[1:] > row[:-1]).all()) for row in rows))
+            return Selection(rows, ordered=last)
         block = signals.tower["latest"]
         assert block.hidden is not None and block.keys is not None and signals.size is not None
         metric = block.keys.float().mean(dim=1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import FoveateError
+from foveate.ops.device import refuse_any
 
 BLOCK = 384
 """Rows of a table of cosines that are computed at once, against the columns up to their own only."""
@@ -154,14 +155,10 @@ def _closed(values: Tensor, free: Tensor | None) -> Tensor:
 
 
 def _check_finite(*scores: Tensor | None) -> None:
-    """One wait for the device, whatever is given."""
-    given = [one for one in scores if one is not None]
-    if given and not bool(torch.stack([one.isfinite().all() for one in given]).all()):
-        for one in given:
-            if bad := int((~one.isfinite()).sum()):
-                raise FoveateError(
-                    f"{bad} of {one.numel()} scores are NaN or infinite; finite scores are needed to choose"
-                )
+    for values in scores:
+        if values is not None:
+            bad = (~values.isfinite()).sum()
+            refuse_any(bad, f"{{}} of {values.numel()} scores are NaN or infinite; finite scores are needed to choose")
 
 
 def _unit(values: Tensor) -> Tensor:
@@ -172,9 +169,8 @@ def _unit(values: Tensor) -> Tensor:
     """
     values = values.detach().float()
     length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    if not bool(length.isfinite().all()):
-        bad = int((~length.isfinite()).sum())
-        raise FoveateError(f"{bad} of {length.numel()} vectors hold NaN or infinity; finite ones are needed to compare")
+    bad = (~length.isfinite()).sum()
+    refuse_any(bad, f"{{}} of {length.numel()} vectors hold NaN or infinity; finite ones are needed to compare")
     directions: Tensor = values / length.clamp_min(torch.finfo(torch.float32).tiny)
     return directions
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError
+from foveate.ops.device import refuse_any
 from foveate.ops.subsets import descending
 
 
@@ -163,8 +163,8 @@ def complete_matching(metric: Tensor, importance: Tensor, r: int, rank: Tensor |
     similarity = _others(metric)
     rank = similarity_rank(metric) if rank is None else rank
     looked_at = similarity.masked_fill(rank[:, None, :] <= rank[:, :, None], -torch.inf)
-    if not bool(importance.isfinite().all()):
-        raise FoveateError("the importance of a token is NaN or infinite; finite values are needed to choose")
+    bad = (~importance.isfinite()).sum()
+    refuse_any(bad, "the importance of a token is NaN or infinite; finite values are needed to choose")
     score = importance.float() - looked_at.amax(dim=-1)
     source = score.sort(dim=-1, stable=True).indices[:, :r]
     to_sources = torch.zeros_like(score, dtype=torch.bool).scatter_(1, source, True)[:, None, :]

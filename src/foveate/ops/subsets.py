@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import FoveateError, Grid
+from foveate.ops.device import refuse_any
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -21,9 +22,8 @@ def descending(scores: Tensor) -> Tensor:
     Raises:
         FoveateError: a score is NaN or infinite, so that "the highest" has no meaning.
     """
-    if not bool(scores.isfinite().all()):
-        bad = int((~scores.isfinite()).sum())
-        raise FoveateError(f"{bad} of {scores.numel()} scores are NaN or infinite; finite scores are needed to choose")
+    bad = (~scores.isfinite()).sum()
+    refuse_any(bad, f"{{}} of {scores.numel()} scores are NaN or infinite; finite scores are needed to choose")
     return scores.sort(dim=-1, descending=True, stable=True).indices
 
 

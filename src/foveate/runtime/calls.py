@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import FoveateError
+from foveate.ops.device import Complaints
 from foveate.runtime.decoder.cache import miscounted
 from foveate.runtime.decoder.evict import Evictor
 from foveate.runtime.decoder.layers import Descent, Stage
@@ -122,6 +123,8 @@ class Calls(Uncopied):
                 raise FoveateError(
                     "another thread is using this pruned model; one call at a time, or one model per thread"
                 )
+            if not self._works and self.evictor is not None:
+                self.evictor.complaints = Complaints()
             aside = [(one, dict(vars(one))) for one in self._observers()] if self._works else []
             outer = (self.run, self.direct, self.descent, self._noted, self._awaited)
             work = _Work(frame, outer, aside)
@@ -155,9 +158,20 @@ class Calls(Uncopied):
         finally:
             self.finish()
 
+    def check(self) -> None:
+        """Refuse what a method on the cache has done wrong since it was last asked, which waits for the device.
+
+        Raises:
+            FoveateError: it keeps what is not there, or its scores are no numbers.
+        """
+        if self.evictor is not None:
+            self.evictor.check()
+
     def _leave(self, done: bool) -> None:
         try:
             self.settle(done)
+            if done:
+                self.check()
         finally:
             self._go_back()
 
@@ -262,7 +276,12 @@ class Calls(Uncopied):
         if shortened is None or shortened.record is None or shortened.settled:
             return
         shortened.settled = True
-        problem = None
+        problem, refusal = None, None
+        if done and self.evictor is not None:
+            try:
+                self.evictor.check()
+            except FoveateError as error:
+                done, refusal = False, error
         if done and shortened.cache is not None:
             problem = miscounted(shortened.cache, shortened.entries + shortened.fed)
         before, history = self._noted, self.trace.history
@@ -274,6 +293,8 @@ class Calls(Uncopied):
             history[:] = [self._noted if call is before else call for call in history]
         if problem is not None:
             raise unfit(problem)
+        if refusal is not None:
+            raise refusal
 
     def finish(self) -> None:
         """A prefill is over, well or not: nothing of it stays."""

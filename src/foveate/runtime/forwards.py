@@ -180,7 +180,7 @@ class Forwards(Uncopied):
 
     def _add_deep_features(self, stock: Callable[..., Tensor], hidden: Tensor, visual: Tensor, features: Tensor) -> Any:
         """Visual features that join the stream behind a block, where tokens have left before it."""
-        if self.calls.descent is None or self.calls.descent.rows is None:
+        if self.calls.descent is None or self.calls.descent.left is None:
             return stock(hidden, visual, features)
         return self.calls.descent.add(hidden, visual, features)
 

@@ -95,7 +95,9 @@ class Generating(Uncopied):
             self._prefill.expect(given.get("input_ids", given.get("inputs")), given, run.contains_past)
             if given.get("streamer") is not None:
                 given["streamer"] = Streamer(given["streamer"], View(run, self.calls))
-            return self._restore_prompt(self._stock["generate"](**given), run)
+            answer = self._stock["generate"](**given)
+            self.calls.check()
+            return self._restore_prompt(answer, run)
         finally:
             self.calls.leave(work)
 
@@ -172,7 +174,7 @@ class Generating(Uncopied):
         run.prompt, run.mask, run.repeats = input_ids, options.get("attention_mask"), expand_size
         shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given)
         run.shortened = shortened
-        if not bool(shortened.timeline.pictured.any()) and _pieces(self._config(run.given), run.given):
+        if not any(shortened.timeline.pictured) and _pieces(self._config(run.given), run.given):
             shortened.timeline.evicting = False  # words alone are left as they are, however they come
         input_ids, options = stock(expand_size, is_encoder_decoder, shortened.ids, **shortened.options)
         if shortened.encoded is not None:
@@ -217,7 +219,7 @@ class Generating(Uncopied):
             elif model_kwargs.get("attention_mask") is None:
                 # Without cache and mask, gaps in the positions would be read as packed sequences.
                 model_kwargs["attention_mask"] = shortened.plan.repeat(shortened.repeats).valid.long()
-            if held is None and bool(shortened.timeline.pictured.any()):
+            if held is None and any(shortened.timeline.pictured):
                 shortened.notes += self._prefill.without_cache()
         return result
 

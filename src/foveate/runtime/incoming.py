@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.choosing.timeline import Timeline
 from foveate.core import FoveateError
 from foveate.families.family import Family
+from foveate.ops.device import on_host
 from foveate.runtime.decoder.cache import timeline_of
 from foveate.runtime.placeholders import Placeholders
 
@@ -24,6 +25,9 @@ class Incoming:
 
     ids: Tensor  # (B, S)
     mask: Tensor  # (B, S) bool
+    host_ids: Tensor  # the same on the host, where the prompt is planned
+    host_mask: Tensor
+    past: list[int]  # of each row, the tokens in the cache that are no padding
     positions: Tensor  # (..., B, S)
     past_mask: Tensor | None  # (B, E) bool: the caller's mask on what the cache holds
     timeline: Timeline | None
@@ -87,9 +91,13 @@ class Reader:
             if timeline.kept.shape[0] != ids.shape[0]:
                 raise FoveateError(f"the cache holds {timeline.kept.shape[0]} rows, the prompt has {ids.shape[0]}")
             past_mask = mask.gather(1, timeline.places(entries)) & timeline.valid_places(entries)
-        axes = self._axes(options.get("position_ids"), new, mask[:, reached:], timeline, entries, given)
-        positions = self._positions(options.get("position_ids"), new, timeline, entries) if axes is None else axes
-        return Incoming(new, mask[:, reached:], positions, past_mask, timeline, entries)
+        past = new.new_zeros(ids.shape[0]) if past_mask is None else past_mask.sum(dim=1)
+        mask = mask[:, reached:]
+        host_ids, host_mask, counts = on_host([new, mask, past])
+        stated, pictures = options.get("position_ids"), bool(self._placeholders.are(host_ids).any())
+        axes = self._axes(stated, new, mask, timeline, entries, given, pictures)
+        positions = self._positions(stated, new, timeline, entries) if axes is None else axes
+        return Incoming(new, mask, host_ids, host_mask, counts.tolist(), positions, past_mask, timeline, entries)
 
     def _axes(
         self,
@@ -99,6 +107,7 @@ class Reader:
         timeline: Timeline | None,
         entries: int,
         given: dict[str, Any],
+        pictures: bool,
     ) -> Tensor | None:
         """(3, B, S) positions of a family that counts on several axes; None for others.
 
@@ -111,7 +120,7 @@ class Reader:
         if timeline is None and stated is not None and stated.ndim == 3:
             return stated[-3:, :, -length:].expand(3, batch, -1).to(new.device)
         start = new.new_zeros(batch) if timeline is None else timeline.positions(entries, 1)[:, 0]
-        if bool(self._placeholders.are(new).any()):
+        if pictures:
             return self._family.positions(self._model, new, mask, given, start)
         along = mask.long().cumsum(dim=1) - 1 if timeline is None else torch.arange(length, device=new.device)
         return (start[:, None] + along).clamp(min=0).expand(3, batch, -1)

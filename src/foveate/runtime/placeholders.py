@@ -41,7 +41,7 @@ class Placeholders:
     def none_in(self, ids: object, given: Mapping[str, Any]) -> bool:
         """Whether neither a prompt nor the cache that it follows has any picture, so that all runs as it is."""
         timeline = timeline_of(given.get(CACHE))
-        if timeline is not None and bool(timeline.pictured.any()):
+        if timeline is not None and any(timeline.pictured):
             return False
         if bring_pixels(given):
             return False  # without waiting for the device

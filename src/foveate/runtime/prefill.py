@@ -24,6 +24,7 @@ from foveate.core import Block, FoveateError, Method
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded as Pictures
 from foveate.families.layouts import runs_of
+from foveate.ops.device import on_device
 from foveate.runtime.arguments import TOKEN_TYPES, kind_of, text_config
 from foveate.runtime.decoder.cache import TimelineCache, attach, check_usable, timeline_of
 from foveate.runtime.encoder.encode import encode, without_pictures
@@ -106,11 +107,11 @@ class Prefill:
         if new.timeline is not None and contains_past:
             kept_ids = torch.cat([ids.gather(1, new.timeline.places(new.entries)), kept_ids], dim=1)
         valid = shortened.plan.valid
-        padded = options.get("attention_mask") is not None and not bool(options["attention_mask"].all())
+        padded = options.get("attention_mask") is not None and not bool(new.host_mask.all())
         mask: Tensor | None = valid.long()
         if new.past_mask is not None:
             mask = torch.cat([new.past_mask, valid], dim=1).long()
-        elif bool(valid.all()) and (padded or options.get("attention_mask") is None):
+        elif bool(shortened.plan.host.valid.all()) and (padded or options.get("attention_mask") is None):
             mask = None
         shortened.options = {
             **options,
@@ -143,7 +144,7 @@ class Prefill:
         self.expect(ids, given, contains_past=False)
         encoded = encode(self.model, options, kind)
         options = without_pictures(self.model, options, kind)
-        side = padding_side(new.mask)
+        side = padding_side(new.host_mask)
         shortened = self._shorten(new, kind, encoded, side, 1, given)
         valid = shortened.plan.valid if new.past_mask is None else torch.cat([new.past_mask, shortened.plan.valid], 1)
         options.update(self._aligned(options, shortened.plan, new))
@@ -209,21 +210,21 @@ class Prefill:
     def _shorten(
         self, new: Incoming, kind: str, encoded: Any, side: Side, repeats: int, given: dict[str, Any]
     ) -> Shortened:
-        images, blocks, stopwatches = self._images(new.ids, kind, encoded, given)
-        masked = int((self.placeholders.are(new.ids) & ~new.mask).sum())
+        images, blocks, stopwatches = self._images(new, kind, encoded, given)
+        visual = self.placeholders.are(new.host_ids)
+        masked = int((visual & ~new.host_mask).sum())
         if masked:
             raise FoveateError(f"attention_mask hides {masked} visual placeholders; only padding may be masked")
         for name, block in blocks.items():
             for value in vars(block).values():
                 if value is not None and value.shape[0] != len(images):
                     raise FoveateError(f"encoder block {name} saw {value.shape[0]} pictures, the prompt {len(images)}")
-        is_text = new.mask & ~self.placeholders.are(new.ids)
+        is_text = new.host_mask & ~visual
         stopwatch = Stopwatch(new.ids.device)
         with stopwatch:
-            embed = lambda: self.model.get_input_embeddings()(new.ids.where(is_text, 0))  # noqa: E731 - rarely asked
-            prompt = Prompt(embed, is_text, self.joint_space, new.ids)
+            prompt = Prompt(lambda: self._embedded(new), is_text, self.joint_space, new.host_ids)
             images = choose(self.parts, images, blocks, prompt, self._projector())
-        made = plan(new.mask, images, side)
+        made = plan(new.host_mask, images, side).on(new.ids.device)
         timeline = self._timeline(new, made, repeats, [image.row for image in images])
         shortened = Shortened(
             ids=new.ids,
@@ -241,18 +242,17 @@ class Prefill:
         )
         # Text alone is noted where it begins; what follows it is a step of decoding, for all that can be told.
         if images or new.timeline is None:
-            past = [0] * new.ids.shape[0] if new.past_mask is None else new.past_mask.sum(dim=1).tolist()
             shortened.record = partial(
                 record,
                 self.model,
                 self.shape,
-                index=made.original + torch.where(made.valid, new.reached, 0),
+                index=made.host.original + torch.where(made.host.valid, new.reached, 0),
                 prompt_length=new.ids.shape[1],
                 text=[
                     words + sum(one.apart.columns.numel() for one in images if one.row == row and one.apart)
                     for row, words in enumerate(is_text.sum(dim=1).tolist())
                 ],
-                past=past,
+                past=new.past,
                 timeline=timeline,
                 past_entries=new.entries,
                 repeats=repeats,
@@ -263,16 +263,17 @@ class Prefill:
         return shortened
 
     def _images(
-        self, ids: Tensor, kind: str, encoded: Any, given: dict[str, Any]
+        self, new: Incoming, kind: str, encoded: Any, given: dict[str, Any]
     ) -> tuple[list[Image], dict[int | str, Block], list[Stopwatch]]:
         """The call's images at their placeholders, what the probe saw of them, and what times stages in the encoder."""
+        ids, device = new.host_ids, new.ids.device
         # A device map may have the encoder elsewhere than the decoder's first block.
-        features = [] if encoded is None else [one.to(ids.device) for one in encoded.pooler_output]
+        features = [] if encoded is None else [one.to(device) for one in encoded.pooler_output]
         grid = self.family.grid(self.model.config)
         left = self.stages.take()
         stopwatches = [] if left is None else left.stopwatches
         seen = self.probe.take(None if left is None else left.full)
-        blocks = {name: _moved(block, ids.device) for name, block in seen.items()}
+        blocks = {name: _moved(block, device) for name, block in seen.items()}
         if left is None and not features:
             return find_images(ids, self.placeholders.image, features, grid), blocks, stopwatches
         if left is not None and not left.put_back:
@@ -292,27 +293,28 @@ class Prefill:
         if left is not None:
             pairs = zip(images, left.pictures(), strict=True)
             images = [settled(image, of_image, put_back=True) for image, of_image in pairs]
-            images = [replace(image, features=image.features[image.index]) for image in images]
+            images = [replace(image, features=image.features[on_device(image.index, device)]) for image in images]
         return images, to_tokens(blocks, layouts, row.packed), stopwatches
 
     def _timeline(self, new: Incoming, made: Plan, repeats: int, rows: list[int]) -> Timeline:
         kept, valid = made.index + new.reached, made.valid
-        pictured = torch.zeros(new.ids.shape[0], dtype=torch.bool)
-        pictured[rows] = True
+        before = [False] * new.ids.shape[0] if new.timeline is None else new.timeline.pictured
+        pictured = [had or row in rows for row, had in enumerate(before)]
         if new.timeline is not None:
-            pictured = pictured | new.timeline.pictured
             kept = torch.cat([new.timeline.places(new.entries), kept], dim=1)
             valid = torch.cat([new.past_mask, valid], dim=1)  # type: ignore[list-item]
-        lag = new.following - (made.gather(new.positions, 0)[..., -1] + 1)
+        last = torch.arange(new.ids.shape[1]).where(new.host_mask, 0).amax(dim=1)
+        lags = bool((made.host.index[:, -1] != last).any())
         timeline = Timeline(
             kept=kept,
             valid=valid,
             length=new.reached + new.ids.shape[1],
             next_position=new.next_position,
-            lag=lag if bool(lag.any()) else None,
+            lag=new.following - (made.gather(new.positions, 0)[..., -1] + 1) if lags else None,
             owner=self.owner,
             groups=[] if new.timeline is None else list(new.timeline.groups),
             pictured=pictured,
+            padded=not bool(made.host.valid.all()),
             evicting=self.evicting and (new.timeline is None or new.timeline.evicting),
             held={} if new.timeline is None else new.timeline.held,
             before=new.entries,
@@ -332,6 +334,12 @@ class Prefill:
                 past = types.new_zeros(types.shape[0], new.entries if self.family.typed_past else 0)
                 aligned[name] = torch.cat([past, types], dim=1)
         return aligned
+
+    def _embedded(self, new: Incoming) -> Tensor:
+        """(B, S, D) of the prompt's words; what stands elsewhere counts for nothing."""
+        is_text = new.mask & ~self.placeholders.are(new.ids)
+        embedded: Tensor = self.model.get_input_embeddings()(new.ids.where(is_text, 0))
+        return embedded
 
     def _projector(self) -> Any:
         if not self.family.pointwise:

@@ -17,6 +17,7 @@ from foveate.choosing.images import Image
 from foveate.choosing.record import Stopwatch
 from foveate.choosing.shorten import Plan
 from foveate.choosing.timeline import Group, Timeline
+from foveate.ops.device import on_device
 from foveate.trace import Call
 
 
@@ -73,8 +74,10 @@ class Shortened:
         lengths = [image.original for image in self.images]
         found = []
         for image, mine in zip(self.images, flat.split(lengths), strict=True):
-            kept = mine[image.index]
-            found.append(kept if image.extra is None else kept.masked_fill(image.extra[:, None].to(kept.device), 0.0))
+            kept = mine[on_device(image.index, mine.device)]
+            if image.extra is not None:
+                kept = kept.masked_fill(on_device(image.extra, kept.device)[:, None], 0.0)
+            found.append(kept)
         return found
 
     def _repeated(self, features: Sequence[Tensor], times: int, like: Any) -> Any:

@@ -170,7 +170,7 @@ def _entries(layer: Any, evicted: bool) -> Any:
 def attach(cache: Cache, timeline: Timeline) -> None:
     """Make an empty stock cache carry `timeline`, in place, so that the caller's own variable is the pruned cache."""
     if not isinstance(cache, _Timelined):
-        if timeline.evicting and isinstance(cache, StaticCache) and not bool(timeline.pictured.any()):
+        if timeline.evicting and isinstance(cache, StaticCache) and not any(timeline.pictured):
             timeline.evicting = False  # nothing leaves before a picture comes
         if timeline.evicting and isinstance(cache, StaticCache):
             raise FoveateError("a static cache cannot shrink, so nothing can be evicted from it; use a dynamic cache")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveate.choosing.timeline import Held, Timeline
 from foveate.core import CacheBlock, FoveateError, Method, Signals
+from foveate.ops.device import Complaints, noting, on_device, on_host
 from foveate.ops.scores import causal_received
 from foveate.runtime.decoder.layers import Descent, window_of
 from foveate.runtime.decoder.probe import DecoderProbe
@@ -38,9 +39,12 @@ class Evictor:
     part: Method
     layers: Sequence[Any]
     descent: Descent | None = None  # of the prefill in progress, where layers see different tokens
+    complaints: Complaints = field(default_factory=Complaints)  # what it did wrong, not yet read from the device
     _heard: dict[int, _Heard] = field(default_factory=dict)
     _listening: bool = False  # in this call, whose cache is to lose entries
-    _counted: Tensor | None = None  # (R, Q) bool, queries of this call that are no padding
+    _counted: Tensor | None = None  # (R, Q) bool, queries of this call that are no padding; None where all are
+    _padded: tuple[int, list[int]] | None = None  # a call's, by the entries before it
+    _counts: list[int] = field(default_factory=list)  # of each row, how many they are
 
     def listen(self, probe: DecoderProbe) -> None:
         """Hear every layer's queries and keys."""
@@ -49,7 +53,15 @@ class Evictor:
 
     def forget(self) -> None:
         """A call is over."""
-        self._heard, self.descent, self._listening = {}, None, False
+        self._heard, self.descent, self._listening, self._padded = {}, None, False, None
+
+    def check(self) -> None:
+        """Refuse what the method has done wrong since this was last asked; where it acted, this waits for the device.
+
+        Raises:
+            FoveateError: it keeps what is not there, or its scores are no numbers.
+        """
+        self.complaints.refuse(on_host(self.complaints.counts()))
 
     # -- before a layer -------------------------------------------------------------------------------------------
 
@@ -88,10 +100,23 @@ class Evictor:
         """Timeline places (R, Q) of the call's tokens in this layer, and which of them are no padding."""
         rows = timeline.kept.shape[0]
         if self.descent is not None:
-            new, valid = self.descent.new()
-            return new + timeline.before, valid
+            new = self.descent.present()
+            return new.rows + timeline.before, new.valid
         places = torch.arange(timeline.before, timeline.seen, device=timeline.kept.device).expand(rows, -1)
         return places, timeline.valid_places(timeline.seen)[:, timeline.before :]
+
+    def _fresh_counts(self, timeline: Timeline) -> list[int]:
+        """Of each row, how many of the call's tokens in this layer are no padding."""
+        if self.descent is not None:
+            counts: list[int] = self.descent.present().host_valid.sum(dim=1).tolist()
+            return counts
+        new = timeline.seen - timeline.before
+        if not timeline.padded or timeline.before >= timeline.entries:  # what is generated is none
+            return [new] * timeline.kept.shape[0]
+        if self._padded is None or self._padded[0] != timeline.before:  # all layers see the same
+            counts = timeline.valid_places(timeline.seen)[:, timeline.before :].sum(dim=1).tolist()
+            self._padded = timeline.before, counts
+        return self._padded[1]
 
     # -- while a layer runs ---------------------------------------------------------------------------------------
 
@@ -106,7 +131,7 @@ class Evictor:
             if self._counted is not None:
                 order = torch.argsort(self._counted.long(), dim=1, stable=True)[:, None, :, None]
                 heard.queries = queries.gather(2, order.expand(-1, queries.shape[1], -1, queries.shape[-1]))
-                heard.asking = self._counted.sum(dim=1).tolist()
+                heard.asking = self._counts
         if "cache.scores" in self.part.needs:
             if softcap:
                 raise FoveateError(f"{format_spec(self.part)} cannot score a decoder that caps its attention logits")
@@ -117,8 +142,9 @@ class Evictor:
     def before_layer(self, number: int, timeline: Timeline, descent: Descent | None) -> None:
         """Note which tokens come, and which of them are padding, whose attention does not count."""
         self.descent, self._listening = descent, True
-        valid = self._fresh(timeline)[1] if timeline.seen - timeline.before > 1 else None
-        self._counted = None if valid is None or bool(valid.all()) else valid
+        self._counts = self._fresh_counts(timeline)
+        new, valid = timeline.seen - timeline.before, self._fresh(timeline)[1]
+        self._counted = None if new == 1 or min(self._counts) == valid.shape[1] else valid
 
     @torch.no_grad()
     def after_layer(self, number: int, timeline: Timeline, layer: Any) -> None:
@@ -134,9 +160,9 @@ class Evictor:
         timeline.held[number] = held
         prompt = earlier is None or timeline.seen - timeline.before > 1
         if prompt:
-            held.prompt = held.valid.sum(dim=1)
+            held.prompts = list(held.counts)
         if prompt or getattr(self.part, "when", "decode") == "decode":
-            self._evict(layer, held, heard, timeline.pictured.tolist())
+            self._evict(layer, held, heard, timeline.pictured)
 
     def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard) -> Held:
         places, valid = self._fresh(timeline)
@@ -145,18 +171,19 @@ class Evictor:
         ages = places[:, None].expand(-1, heads, -1)
         scores = heard.received
         if earlier is None:
-            return Held(ages, valid, scores, valid.sum(dim=1))
+            return Held(ages, valid, scores, list(self._counts), list(self._counts))
         if scores is not None and earlier.scores is not None:
             scores = scores + torch.nn.functional.pad(earlier.scores, (0, scores.shape[2] - earlier.scores.shape[2]))
         ages, valid = torch.cat([earlier.ages, ages], dim=2), torch.cat([earlier.valid, valid], dim=1)
-        return Held(ages, valid, scores, earlier.prompt)
+        counts = [old + new for old, new in zip(earlier.counts, self._counts, strict=True)]
+        return Held(ages, valid, scores, counts, earlier.prompts)
 
     def _evict(self, layer: Any, held: Held, heard: _Heard, pictured: list[bool]) -> None:
         if not any(pictured):
             return
         if not held.whole:
             self._compact(layer, held)
-        counts, prompts = held.valid.sum(dim=1).tolist(), held.prompt.tolist()
+        counts, prompts = held.counts, held.prompts
         asking = heard.asking or [0 if heard.queries is None else heard.queries.shape[2]] * len(counts)
         groups: dict[tuple[int, int, int], list[int]] = {}
         for row, key in enumerate(zip(counts, prompts, asking, strict=True)):
@@ -175,24 +202,25 @@ class Evictor:
         slots = [
             torch.nn.functional.pad(chosen[row], (longest - chosen[row].shape[-1], 0)) for row in range(len(chosen))
         ]
-        kept = torch.tensor([chosen[row].shape[-1] for row in range(len(chosen))], device=held.valid.device)
-        filled = torch.arange(longest, device=kept.device) >= longest - kept[:, None]
-        self._take(layer, held, torch.stack(slots), filled)
+        kept = [chosen[row].shape[-1] for row in range(len(chosen))]
+        filled = torch.arange(longest) >= longest - torch.tensor(kept)[:, None]
+        self._take(layer, held, torch.stack(slots), on_device(filled, held.valid.device), kept)
 
     def _select(
         self, layer: Any, held: Held, heard: _Heard, rows: list[int], count: int, prompt: int, asking: int
     ) -> Tensor:
         """(B, Hkv, K) slots that stay in rows that hold `count` entries each, all at the end of their row."""
         total = held.ages.shape[2]
-        ages = held.ages[rows, :, total - count :]
+        of = slice(None) if len(rows) == held.ages.shape[0] else on_device(torch.tensor(rows), held.ages.device)
+        ages = held.ages[of, :, total - count :]
         window = None
         if heard.queries is not None:  # a later prompt may be shorter than the window
             first = heard.queries.shape[2] - min(asking, getattr(self.part, "window", 1))
-            window = heard.queries[rows, :, first:]
+            window = heard.queries[of, :, first:]
         block = CacheBlock(
-            scores=None if held.scores is None else held.scores[rows, :, total - count :],
+            scores=None if held.scores is None else held.scores[of, :, total - count :],
             age=ages,
-            keys=layer.keys[rows, :, total - count :] if "cache.keys" in self.part.needs else None,
+            keys=layer.keys[of, :, total - count :] if "cache.keys" in self.part.needs else None,
             window_queries=window,
             prompt_length=prompt,
         )
@@ -201,24 +229,26 @@ class Evictor:
         lacking = signals.lacking(self.part.needs)
         if lacking:
             raise FoveateError(f"{format_spec(self.part)} reads {', '.join(lacking)}, which no layer's cache shows")
-        selection: Any = self.part.select(signals)
+        with noting(self.complaints):
+            selection: Any = self.part.select(signals)
         wanted = selection.positions.sort(dim=-1).values
         slots = torch.searchsorted(ages.contiguous(), wanted.contiguous()).clamp(max=count - 1)
-        if not torch.equal(ages.gather(2, slots), wanted) or bool((wanted[..., 1:] == wanted[..., :-1]).any()):
-            raise FoveateError(f"{format_spec(self.part)} keeps a cache entry that is not there, or one twice")
+        wrong = (ages.gather(2, slots) != wanted).sum() + (wanted[..., 1:] == wanted[..., :-1]).sum()
+        words = f"{format_spec(self.part)} keeps a cache entry that is not there, or one twice"
+        self.complaints.add(wrong, words)  # a token is not worth a wait for the device: `check` comes later
         return slots + (total - count)
 
     def _compact(self, layer: Any, held: Held) -> None:
         """Padding out, entries to the right, so that every row's own entries stand at its end."""
         order = torch.argsort(held.valid.long(), dim=1, stable=True)
-        longest = int(held.valid.sum(dim=1).max())
+        longest = max(held.counts)
         order = order[:, order.shape[1] - longest :]
         filled = held.valid.gather(1, order)
-        self._take(layer, held, order[:, None].expand(-1, held.ages.shape[1], -1), filled)
+        self._take(layer, held, order[:, None].expand(-1, held.ages.shape[1], -1), filled, held.counts)
 
-    def _take(self, layer: Any, held: Held, slots: Tensor, filled: Tensor) -> None:
+    def _take(self, layer: Any, held: Held, slots: Tensor, filled: Tensor, counts: list[int]) -> None:
         """Keep (R, Hkv, K) slots of everything that has one entry per slot."""
         wide = slots[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
         layer.keys = layer.keys.gather(2, wide)
         layer.values = layer.values.gather(2, slots[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
-        held.take(slots, filled)
+        held.take(slots, filled, counts)

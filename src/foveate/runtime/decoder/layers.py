@@ -20,6 +20,7 @@ from foveate.choosing.record import Stopwatch
 from foveate.choosing.timeline import Group, Timeline, group_of
 from foveate.choosing.widen import speakers
 from foveate.core import Block, FoveateError, Method
+from foveate.ops.device import on_device
 from foveate.runtime.decoder.probe import DecoderProbe, Seen
 from foveate.runtime.seams import CACHE
 from foveate.runtime.shortened import Shortened
@@ -45,6 +46,21 @@ def stages_of(parts: Sequence[Method], layers: int) -> list[Stage]:
     return sorted(stages, key=lambda stage: stage.depth)
 
 
+@dataclass(frozen=True, eq=False)
+class Left:
+    """New tokens of layer 0 that are still there, and which are no padding: (R, n) on the device and on the host."""
+
+    rows: Tensor
+    valid: Tensor
+    host_rows: Tensor
+    host_valid: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """None of them is padding."""
+        return bool(self.host_valid.all())
+
+
 @dataclass(eq=False)
 class Descent:
     """One prefill on its way down the decoder, with the stages that are still to come.
@@ -60,45 +76,46 @@ class Descent:
     probe: DecoderProbe
     memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = field(default_factory=dict)
     speaking: list[Tensor | None] = field(default_factory=list)  # of each layer: who speaks in the places of layer 0
-    rows: Tensor | None = None  # (R, n) new tokens of layer 0 that are still there; None while all are
-    valid: Tensor | None = None  # (R, n)
-    prompt_valid: Tensor = field(init=False)  # (R, S')
-    behind: tuple[Tensor | None, Tensor | None] = (None, None)  # rows and valid as the block behind ran on them
+    left: Left | None = None  # new tokens of layer 0 that are still there; None while all are
+    prompt: Left = field(init=False)  # all of them
+    behind: Left | None = None  # as the block behind ran on them
     _shared: dict[Any, Any] = field(default_factory=dict)  # what layers of one group share
 
     def __post_init__(self) -> None:
-        self.prompt_valid = self.call.plan.repeat(self.call.repeats).valid
+        plan = self.call.plan.repeat(self.call.repeats)
+        columns = torch.arange(plan.valid.shape[1]).expand(plan.valid.shape)
+        self.prompt = Left(on_device(columns, plan.valid.device), plan.valid, columns, plan.host.valid)
         # Where an earlier prompt changed what the cache holds, this one's groups must change as well.
         self.probe.open(self._cached)
         self._boundaries = {stage.depth for stage in self.stages} | {group.first for group in self.call.earlier}
 
     def before_layer(self, number: int, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What layer `number` gets to see in place of what the model hands it. (R, n, D) in, (R, n', D) out."""
-        self.behind = (self.rows, self.valid)
+        self.behind = self.left
         while self.stages and self.stages[0].depth == number:
             if self.call.earlier:  # a stage may look ahead, by what this layer held before and what has come this far
                 self._note_group(number)
             self.call.stopwatches.append(Stopwatch(hidden.device))
             with self.call.stopwatches[-1]:
                 hidden = self._run(self.stages.pop(0), number, hidden, options)
-            if self.rows is not None:
+            if self.left is not None:
                 self._note_group(number)
         if number in self._boundaries and self.call.earlier:
             self._note_group(number)
         if self.call.timeline.group(number) is not None:
             options = self.narrow(number, options)
-        if self.rows is not None and self.valid is not None and self.rows is not self.behind[0]:
-            self.speaking.append(speakers(self.rows, self.valid, self.prompt_valid.shape[1]))
+        if self.left is not None and self.left is not self.behind:
+            self.speaking.append(speakers(self.left.rows, self.left.valid, self.prompt.rows.shape[1]))
         else:
             self.speaking.append(self.speaking[-1] if self.speaking else None)
         return hidden, options
 
     def add(self, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Features (V, D) of the visual tokens of layer 0, which (R, S') marks, added to those that are still there."""
-        assert self.rows is not None and self.valid is not None
+        assert self.left is not None
         whole = hidden.new_zeros(*visual.shape, hidden.shape[-1])
         whole[visual.to(hidden.device)] = features.to(hidden)
-        return hidden + _take(whole, self.rows) * self.valid[..., None]
+        return hidden + _take(whole, self.left.rows) * self.left.valid[..., None]
 
     # -- choosing -------------------------------------------------------------------------------------------------
 
@@ -106,7 +123,9 @@ class Descent:
         view = _View(self, stage, number, hidden, options)
         self.probe.close(stage.depth - 1)
         rows = [self.call.rows_of(image) for image in self.call.images]
-        streams = [hidden[row.start, place] for row, place in zip(rows, view.places, strict=True)]
+        streams = [
+            hidden[row.start, on_device(place, hidden.device)] for row, place in zip(rows, view.places, strict=True)
+        ]
         memory = self.memories.setdefault(id(stage.part), {})
         at = Depth(stage.number, stage.depth, memory, view.block)
         outcomes = choose_inside(stage.part, self.call.images, streams, {}, self.call.prompt, at)
@@ -126,10 +145,10 @@ class Descent:
 
         Args:
             rows: of each image.
-            places: (N,) of its tokens in these rows, before the stage.
+            places: (N,) of its tokens in these rows, before the stage; on the host.
             before: (N,) their original indices.
         """
-        stays = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        stays = torch.ones(hidden.shape[:2], dtype=torch.bool)
         if any(outcome.merged for outcome in outcomes):
             hidden = hidden.clone()
         for outcome, row, place, index in zip(outcomes, rows, places, before, strict=True):
@@ -137,36 +156,30 @@ class Descent:
             stays[row, place[~torch.isin(index, kept)]] = False
             if outcome.merged:
                 at = place[_inverse(index, torch.ones_like(index, dtype=torch.bool))[kept]]
-                hidden[row, at] = outcome.stream
+                hidden[row, on_device(at, hidden.device)] = outcome.stream
         if bool(stays.all()):
             return hidden
         # Padding leaves as well: a short row must not keep the batch as long as it was.
-        stays &= self.valid if self.valid is not None else self.prompt_valid
+        before_it = self.present()
+        stays &= before_it.host_valid
         chosen, filled = _right_aligned(stays)
-        old_rows = self.rows if self.rows is not None else torch.arange(hidden.shape[1], device=hidden.device)
-        old_rows = old_rows.expand(hidden.shape[0], -1)
-        old_valid = self.valid if self.valid is not None else self.prompt_valid
-        self.rows = old_rows.gather(1, chosen)
-        self.valid = old_valid.gather(1, chosen) & filled
-        return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+        rows_left, valid = before_it.host_rows.gather(1, chosen), before_it.host_valid.gather(1, chosen) & filled
+        device = hidden.device
+        self.left = Left(on_device(rows_left, device), on_device(valid, device), rows_left, valid)
+        return _take(hidden, on_device(chosen, device))
 
     def _note_group(self, number: int) -> None:
         """Write what layers from `number` on will hold into the timeline, where later calls read it."""
         columns, valid = self._past(group_of(self.call.earlier, number))
-        new, new_valid = self.new()
-        reach = self.call.entries + self.call.plan.index.shape[1]
-        group = Group(
-            number, torch.cat([columns, new + self.call.entries], dim=1), torch.cat([valid, new_valid], dim=1), reach
-        )
+        new, reach = self.present(), self.call.entries + self.call.plan.index.shape[1]
+        kept, valid = torch.cat([columns, new.rows + self.call.entries], dim=1), torch.cat([valid, new.valid], dim=1)
+        # Of what is cached the device alone knows.
+        group = Group(number, kept, valid, reach, whole=None if self.call.entries else new.whole)
         self.call.timeline.groups = [*(one for one in self.call.timeline.groups if one.first < number), group]
 
-    def new(self) -> tuple[Tensor, Tensor]:
-        """(R, n) new tokens of layer 0 that are still there, and which of them are no padding."""
-        if self.rows is not None and self.valid is not None:
-            return self.rows, self.valid
-        return torch.arange(self.prompt_valid.shape[1], device=self.prompt_valid.device).expand(
-            self.prompt_valid.shape
-        ), self.prompt_valid
+    def present(self) -> Left:
+        """New tokens of layer 0 that are still there."""
+        return self.prompt if self.left is None else self.left
 
     def _cached(self, number: int) -> int:
         """Entries of earlier prompts that layer `number` still holds."""
@@ -176,8 +189,7 @@ class Descent:
 
     def _past(self, group: Group | None) -> tuple[Tensor, Tensor]:
         """Columns (R, E') and validity of what this layer's cache held before the prompt."""
-        device = self.prompt_valid.device
-        rows = self.prompt_valid.shape[0]
+        device, rows = self.prompt.valid.device, self.prompt.valid.shape[0]
         if group is not None:
             return group.columns(self.call.entries), group.valid_columns(self.call.entries)
         columns = torch.arange(self.call.entries, device=device).expand(rows, -1)
@@ -191,8 +203,8 @@ class Descent:
         assert group is not None
         options = dict(options)
         rotary, mask = options.get("position_embeddings"), options.get("attention_mask")
-        rows, window = self.new()[0], window_of(self.decoder.layers[number])
-        if rotary is not None and self.rows is not None:
+        rows, window = self.present().rows, window_of(self.decoder.layers[number])
+        if rotary is not None and self.left is not None:
             options["position_embeddings"] = self._once(
                 ("rotary", id(rotary), id(group)), (rotary, group), lambda: _gather_rotary(rotary, rows)
             )
@@ -221,24 +233,24 @@ class _View:
         self.places = [self._places(image, image.columns[image.index]) for image in descent.call.images]
 
     def _places(self, image: Image, columns: Tensor) -> Tensor:
-        """Where columns of the caller's prompt, in the image's row, stand in the current rows."""
-        descent, plan = self.descent, self.descent.call.plan
+        """Where columns of the caller's prompt, in the image's row, stand in the current rows; on the host."""
+        descent, plan = self.descent, self.descent.call.plan.host
         at_layer_0 = _inverse(plan.index[image.row], plan.filled[image.row])[columns]
-        if descent.rows is None:
+        if descent.left is None:
             return at_layer_0
         row = descent.call.rows_of(image).start
-        assert descent.valid is not None
-        return _inverse(descent.rows[row], descent.valid[row])[at_layer_0]
+        return _inverse(descent.left.host_rows[row], descent.left.host_valid[row])[at_layer_0]
 
     def block(self, group: Sequence[int], needs: set[str]) -> Block:
         """Decoder signals of some images that have the same number of present tokens."""
         call = self.descent.call
         images = [call.images[number] for number in group]
-        rows = torch.tensor([call.rows_of(image).start for image in images], device=self.hidden.device)
-        visual = torch.stack([self.places[number] for number in group])
+        device = self.hidden.device
+        host_rows = torch.tensor([call.rows_of(image).start for image in images])
+        host_visual = torch.stack([self.places[number] for number in group])
         text = [self._places(image, call.prompt.is_text[image.row].nonzero().squeeze(-1)) for image in images]
-        longest = max(places.numel() for places in text)
-        words = torch.stack([nn.functional.pad(places, (0, longest - places.numel())) for places in text])
+        host_words = nn.utils.rnn.pad_sequence(text, batch_first=True)
+        rows, visual, words = (on_device(places, device) for places in (host_rows, host_visual, host_words))
         fields: dict[str, Tensor] = {}
         hidden = self.hidden[rows]
         if "hidden" in needs:
@@ -251,10 +263,13 @@ class _View:
             fields["text_normed"] = self.descent.decoder.norm(_take(hidden, words))
         seen = self.descent.probe.seen(self.stage.depth - 1)
         if seen is not None:
-            last = self._last(rows, self.descent.behind[1])
-            fields.update(seen.signals(needs, rows, self._as_seen(rows, visual), self._as_seen(rows, words), last))
+            last = self._last(rows, self.descent.behind)
+            visual_then, words_then = (
+                on_device(self._as_seen(host_rows, places), device) for places in (host_visual, host_words)
+            )
+            fields.update(seen.signals(needs, rows, visual_then, words_then, last))
         if "next_query" in needs:
-            last = self._last(rows, self.descent.valid)
+            last = self._last(rows, self.descent.left)
             fields["next_query"] = self._look_ahead().signals({"last_query"}, rows, visual, words, last)["last_query"]
         return Block(**fields)
 
@@ -267,20 +282,20 @@ class _View:
 
     def _as_seen(self, rows: Tensor, places: Tensor) -> Tensor:
         """(B, P) places in the current rows, as places in the rows of the block behind: a stage of this depth may
-        have shortened them since."""
-        descent = self.descent
-        before, valid = descent.behind
-        if descent.rows is None or descent.rows is before:
+        have shortened them since. All of it on the host."""
+        left, before = self.descent.left, self.descent.behind
+        if left is None or left is before:
             return places
-        columns = descent.rows[rows].gather(1, places)
-        if before is None or valid is None:
+        columns = left.host_rows[rows].gather(1, places)
+        if before is None:
             return columns
-        found = [_inverse(before[row], valid[row])[one] for row, one in zip(rows, columns, strict=True)]
+        of_rows = zip(rows.tolist(), columns, strict=True)
+        found = [_inverse(before.host_rows[row], before.host_valid[row])[one] for row, one in of_rows]
         return torch.stack(found).clamp(min=0)  # what fills up short texts may stand for nothing
 
-    def _last(self, rows: Tensor, valid: Tensor | None) -> Tensor:
+    def _last(self, rows: Tensor, left: Left | None) -> Tensor:
         """(B,) place of the last token of each row that is no padding."""
-        valid = self.descent.prompt_valid if valid is None else valid
+        valid = (self.descent.prompt if left is None else left).valid
         places = torch.arange(valid.shape[1], device=valid.device)
         return places.where(valid[rows], -1).amax(dim=1)
 
@@ -338,8 +353,8 @@ def narrow_mask(
         cut = max(0, before - (window - 1))
         columns, valid = columns[:, cut:], valid[:, cut:]
     if mask is None:
-        whole = bool(valid.all()) and cut == 0 and width is None
-        return None if whole else _causal(group, rows, past, columns, valid, window, width)
+        open_ = group.whole and cut == 0 and width is None
+        return None if open_ else _causal(group, rows, past, columns, valid, window, width)
     if mask.ndim == 2:
         return mask.gather(1, columns) * valid.to(mask.dtype)
     offset = max(past - window + 1, 0) if window is not None and width is None else 0
@@ -436,18 +451,18 @@ def fit_static_layer(cache: Any, number: int, removed: int) -> int | None:
 
 
 def _right_aligned(stays: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, L) bool -> (R, n) positions of the True ones, the last one last, and which of them are no re-padding."""
+    """(R, L) bool -> (R, n) positions of the True ones, the last one last, and which are no re-padding; on the host."""
     counts = stays.sum(dim=1)
     longest = int(counts.max())
     order = torch.argsort(stays.long(), dim=1, stable=True)[:, stays.shape[1] - longest :]
-    filled = torch.arange(longest, device=stays.device) >= (longest - counts)[:, None]
+    filled = torch.arange(longest) >= (longest - counts)[:, None]
     return order, filled
 
 
 def _inverse(index: Tensor, filled: Tensor) -> Tensor:
-    """Where each value of `index` stands, as a table; -1 for values that do not occur."""
-    table = torch.full((int(index.max()) + 1,), -1, device=index.device)
-    table[index[filled]] = torch.arange(index.numel(), device=index.device)[filled]
+    """Where each value of `index` stands, as a table; -1 for values that do not occur. On the host."""
+    table = torch.full((int(index.max()) + 1,), -1)
+    table[index[filled]] = torch.arange(index.numel())[filled]
     return table
 
 

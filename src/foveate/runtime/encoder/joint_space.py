@@ -101,7 +101,7 @@ class JointSpace:
         words = [torch.nn.functional.pad(one.words, (0, 0, 0, more)) for one, more in zip(written, pad, strict=True)]
         masks = [torch.nn.functional.pad(one.mask, (0, more)) for one, more in zip(written, pad, strict=True)]
         text = torch.cat([one.text for one in written])
-        return Written(text.to(ids.device), torch.cat(words).to(ids.device), torch.cat(masks).to(ids.device))
+        return Written(text, torch.cat(words), torch.cat(masks))
 
     @torch.no_grad()
     def _write(self, question: str) -> Written:

@@ -13,6 +13,7 @@ from foveate.choosing.packing import to_tokens
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.families import family_of
 from foveate.families.layouts import Layout, as_pictures, tiles_of
+from foveate.ops.device import on_device
 from foveate.runtime.encoder.encode import encode
 from foveate.runtime.encoder.probe import Probe, missing_signals
 from foveate.runtime.encoder.tower import Brought, layouts_of
@@ -82,11 +83,11 @@ def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -
 def _signals(blocks: Mapping[int | str, Block], layout: Layout, numbers: list[int], device: torch.device) -> Signals:
     """Of pictures that lie alike, padding off."""
     tokens = layout.visual.numel()
-    index = torch.arange(tokens, device=device).expand(len(numbers), -1)
-    rows = torch.tensor(numbers, device=device)
+    index = torch.arange(tokens).expand(len(numbers), -1)
+    rows = torch.tensor(numbers)
     return Signals(
         original=tokens,
-        index=index,
+        index=on_device(index, device),
         grid=layout.grid,
         tile=None if layout.tile is None else layout.tile.to(device).expand(len(numbers), -1),
         tower={name: narrow(block, rows, index) for name, block in blocks.items()},

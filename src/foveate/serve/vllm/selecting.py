@@ -99,7 +99,7 @@ def _image(unit: Unit, rows: Tensor, width: int) -> Image:
     """A unit on its own: its N visual tokens are all of its row."""
     layout = unit.layout
     visual = layout.visual.to(rows.device)
-    columns = torch.arange(visual.numel(), device=rows.device)
+    columns = torch.arange(visual.numel())
     return Image.placed(0, columns, rows[visual, :width], layout.grid, tile=layout.tile, patches=layout.lengths)
 
 
@@ -134,15 +134,16 @@ def _prompt(asked: Sequence[Asked], images: Sequence[Image], decoder: Decoder) -
     """One row for each picture: its tokens, then the words of the question about it."""
     device = images[0].features.device
     tokens, longest = images[0].original, max(len(one.words) for one in asked)
-    ids = torch.zeros(len(asked), tokens + longest, dtype=torch.int64, device=device)
+    ids = torch.zeros(len(asked), tokens + longest, dtype=torch.int64)
     is_text = torch.zeros_like(ids, dtype=torch.bool)
     for row, one in enumerate(asked):
         end = tokens + len(one.words)
-        ids[row, tokens:end] = torch.tensor(one.words, dtype=torch.int64, device=device)
+        ids[row, tokens:end] = torch.tensor(one.words, dtype=torch.int64)
         is_text[row, tokens:end] = True
     if decoder.joint_space is not None:
         decoder.joint_space.questions = Questions(None, [one.question or "" for one in asked])
-    return Prompt(lambda: decoder.embed(ids.flatten()).unflatten(0, ids.shape), is_text, decoder.joint_space, ids)
+    embed = lambda: decoder.embed(ids.flatten().to(device)).unflatten(0, ids.shape)  # noqa: E731 - rarely asked
+    return Prompt(embed, is_text, decoder.joint_space, ids)
 
 
 def _rows(item: Item, unit: Unit, image: Image, rows: Tensor, decoder: Decoder) -> tuple[Tensor, Tensor]:
@@ -151,11 +152,11 @@ def _rows(item: Item, unit: Unit, image: Image, rows: Tensor, decoder: Decoder) 
     Where a method wants another order than the picture's, its tokens come in that order, each at its own position.
     """
     layout, device = unit.layout, rows.device
-    index = image.index.cpu()
+    index = image.index
     kept = unit.places[layout.visual][index]
     apart = torch.ones(layout.placeholders, dtype=torch.bool).index_fill(0, layout.visual, False)
     beside = unit.places[apart]
-    deep = rows[layout.visual.to(device), decoder.width :][image.index]
+    deep = rows[layout.visual.to(device), decoder.width :][image.index.to(device)]
     if image.extra is not None:
         deep = deep.masked_fill(image.extra[:, None].to(device), 0.0)  # it stands for no patch
     parts = [torch.cat([image.features, deep], dim=1), rows[apart.to(device)]]

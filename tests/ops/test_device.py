@@ -1,0 +1,69 @@
+"""What is counted on the device and read later: nothing gets lost on the way, and the first fault is the one raised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.core import FoveateError
+from foveate.ops.device import Complaints, noting, on_host, refuse_any
+from foveate.ops.subsets import top_k
+
+NAN = torch.tensor([[1.0, float("nan"), float("inf")]])
+
+
+def read(complaints: Complaints) -> None:
+    complaints.refuse(on_host(complaints.counts()))
+
+
+def test_values_of_several_kinds_are_read_as_they_are() -> None:
+    given = [
+        torch.tensor([[3, -1]]),
+        torch.tensor([True, False]),
+        torch.tensor(7, dtype=torch.int32),
+        torch.ones(0).long(),
+    ]
+    for found, value in zip(on_host(given), given, strict=True):
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value)
+    assert on_host([]) == []
+
+
+def test_a_fault_is_refused_at_once_where_nobody_notes_it() -> None:
+    refuse_any(torch.tensor(0), "{} of them")
+    with pytest.raises(FoveateError, match=r"^2 of 3 scores are NaN or infinite; "):
+        top_k(NAN, 1)
+
+
+def test_a_noted_fault_is_refused_when_it_is_read_and_only_once() -> None:
+    complaints = Complaints()
+    with noting(complaints):
+        top_k(torch.ones(1, 3), 1)
+        assert top_k(NAN, 2).shape == (1, 2)
+        top_k(NAN, 1)
+    with pytest.raises(FoveateError, match=r"^4 of 3 scores"):
+        read(complaints)
+    read(complaints)
+
+
+def test_the_first_of_several_faults_is_raised() -> None:
+    complaints = Complaints()
+    with noting(complaints):
+        refuse_any(torch.tensor(0), "none of these: {}")
+        refuse_any(torch.tensor(1), "{} first")
+        refuse_any(torch.tensor(1), "{} second")
+    with pytest.raises(FoveateError, match=r"^1 first$"):
+        read(complaints)
+
+
+def test_a_fault_comes_before_what_it_leads_to() -> None:
+    def fail(scores: Tensor) -> None:
+        with noting(Complaints()):
+            top_k(scores, 1)
+            raise IndexError("of what was chosen by it")
+
+    with pytest.raises(FoveateError, match=r"^2 of 3 scores"):
+        fail(NAN)
+    with pytest.raises(IndexError, match="chosen"):
+        fail(torch.ones(1, 3))

@@ -1,0 +1,81 @@
+"""How often pruning waits for the device: a few times a prefill, whatever comes in, and never for a token."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from models import tiny
+
+import foveate
+from foveate.ops.subsets import top_k
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "waits.py"
+MOST = 5
+
+
+@pytest.fixture(scope="module")
+def waits() -> Iterator[ModuleType]:
+    found = importlib.util.spec_from_file_location("waits", BENCHMARK)
+    assert found is not None and found.loader is not None
+    module = sys.modules["waits"] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    yield module
+    del sys.modules["waits"]
+
+
+def test_what_counts_as_a_wait(waits: ModuleType) -> None:
+    """By hand: two scalars, a list, a mask as an index and numbers put on a device; what the host has is free."""
+    values = torch.arange(4)
+    with waits.counted() as counted:
+        host = values.cpu()
+        bool((values > 1).any()), values.max().item(), values.tolist(), values[values > 1]
+        torch.tensor([1], device=values.device)
+        bool((host > 1).any()), host.tolist(), host[host > 1].unique(), host.nonzero()
+        torch.tensor([1]), torch.arange(3).tolist()
+        torch.where(values > 1, values, 0), values.gather(0, values).sort(), values[values]
+    assert (counted.total, counted.others) == (0, 6)
+
+
+def test_a_wait_belongs_to_whoever_asks_for_it(waits: ModuleType) -> None:
+    scores = torch.rand(2, 5)
+    with waits.counted() as counted:
+        top_k(scores, 2)
+    (line,) = counted.ours
+    assert (counted.total, counted.others) == (1, 0)
+    assert line.startswith("foveate.ops.device:") and line.endswith(" cpu")
+
+
+SPECS = {
+    "fopru:keep=3": MOST,
+    "divprune:keep=3": MOST,
+    "fastv:keep=3,layer=1": MOST,
+    "h2o:heavy=3,recent=3": MOST,
+    "snapkv:capacity=12,window=2": MOST,
+}
+
+
+@pytest.mark.parametrize("rows", [("3i4",), ("3i4", "2i1i5", "1i1i1i2")], ids=["one picture", "a padded batch"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: str, rows: tuple[str, ...]) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *rows)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with foveate.prune(model, spec) as trace:
+        counts = []
+        for tokens in (1, 3, 6):
+            with waits.counted() as counted:
+                model.generate(**given, **options, max_new_tokens=tokens)
+            counts.append(counted)
+    assert all(
+        call.length < call.prompt_length or spec.startswith(("fastv", "h2o", "snapkv")) for call in trace.history
+    )
+    assert 0 < counts[0].total <= SPECS[spec], counts[0].ours
+    # What a method on the cache did wrong is asked once, when the answer is complete.
+    assert counts[1].total - counts[0].total <= 1, counts[1].ours
+    assert counts[2].total == counts[1].total, counts[2].ours
