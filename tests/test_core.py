@@ -419,7 +419,15 @@ def test_every_tensor_of_a_kind_but_those_that_come_always_is_described(kind: ty
     assert set(described(kind)) == fields
     for name, what in described(kind).items():
         assert what.axes.startswith("B") and set(what.axes) <= set("BNTLHDW"), name
-        assert what.rooms and set(what.rooms) <= {"encoder", "decoder", "latest", "prompt", "joint", "cache"}, name
+        assert what.rooms and set(what.rooms) <= {
+            "picture",
+            "encoder",
+            "decoder",
+            "latest",
+            "prompt",
+            "joint",
+            "cache",
+        }, name
         assert what.words or what.axes == "BT", name
 
 

@@ -83,6 +83,20 @@ takes several encoders, the column is about its usual one.
 
 {methods}
 
+## Before the encoder
+
+A method before the encoder (`pixelprune`) sees the pixels of each token, and what it drops enters no block of the
+encoder, nor the decoder, on every family but Gemma 4:
+
+- The patches that stay have the embeddings and rotary angles of their own places and attend to each other and to CLS;
+  windows, masks and bounds shrink with them. The embedding of a patch that leaves is computed and taken out before the
+  first block. Tiles, frames and projectors that need whole pictures are as inside the encoder; a picture's tiles and
+  the frames of a video are each looked at by themselves.
+- Pixels are those that the encoder is given, in [0, 1] again by the mean and deviation in the files beside the
+  checkpoint (`preprocessor_config.json`), else by those that encoders of its kind are trained with. Of the two frames
+  that a still picture is given as, the first is looked at. Whole greys of 8 bits come back exactly, so that a threshold
+  of four greys means four; in bfloat16 the brightest differ from the original by one.
+
 ## Inside the encoder
 
 A method that acts inside the encoder (`tome`, `crossget`, `dynamicvit`, `image_text_interaction`) drops and merges

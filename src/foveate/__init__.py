@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from foveate.methods.image_text_interaction import ImageTextInteraction as ImageTextInteraction
     from foveate.methods.lvpruning import LVPruning as LVPruning
     from foveate.methods.mmtok import MMTok as MMTok
+    from foveate.methods.pixelprune import PixelPrune as PixelPrune
     from foveate.methods.pool import Pool as Pool
     from foveate.methods.prumerge import PruMerge as PruMerge
     from foveate.methods.prumerge_plus import PruMergePlus as PruMergePlus

@@ -29,7 +29,7 @@ Keep: TypeAlias = int | float
 Grid: TypeAlias = tuple[int, int]
 
 
-Site: TypeAlias = Literal["tower", "input", "layer", "cache"]
+Site: TypeAlias = Literal["pixels", "tower", "input", "layer", "cache"]
 
 
 class FoveateError(ValueError):
@@ -141,8 +141,8 @@ class Described:
     Attributes:
         axes: one letter each: B images, N visual tokens, T text tokens, L cache entries, H heads, D width, W window.
         words: for readers; empty for a mask, which says what of another signal counts.
-        rooms: where it can be had: "encoder" and "decoder" (fields of a Block), "latest" (the encoder block in which a
-            stage acts), "prompt", "joint" (CLIP's joint space), "cache".
+        rooms: where it can be had: "picture" (before the encoder), "encoder" and "decoder" (fields of a Block),
+            "latest" (the encoder block in which a stage acts), "prompt", "joint" (CLIP's joint space), "cache".
         of: the token beside the patches that it belongs to, "cls" or "companion"; empty for none.
         attention: how much of a map of attention it takes: "sums" of all of it, a "row", "rows", or nothing.
     """
@@ -220,6 +220,8 @@ class Signals:
     `original` is the number of tokens an image had before any stage, `stage` which stage of its part a method is
     asked for, `memory` is carried between the stages of one part within one prefill.
 
+    At sites `pixels` and `tower` the images are the tiles of the pictures, or the frames of a video, each by itself.
+
     At site `tower`, block "latest" is the one that has run last. For a `Merger` that is the block in which it acts: its
     attention has run, and `hidden` and `cls` are the stream between attention and MLP.
     """
@@ -233,6 +235,8 @@ class Signals:
     grid: Grid | None = None  # raster shape (h, w); None once tokens have left
     tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
     size: Tensor | None = None  # (B, N) how many original tokens each stands for
+    # (B, N, P) in [0, 1], before the encoder: all patches of a token side by side, the frames of a still picture once
+    pixels: Tensor | None = _signal("BND", "the pixels", "picture")
     # (B, N, D) after the projector; (B, T, D) input embeddings of the prompt's text, (B, T) bool which of them count
     features: Tensor | None = _signal("BND", "the visual tokens after the projector", "prompt")
     text: Tensor | None = _signal("BTD", "the prompt's word embeddings", "prompt")

@@ -71,6 +71,11 @@ class ImageRecord:
         return self.stages[-1].after if self.stages else self.original
 
     @property
+    def encoded(self) -> int:
+        """Tokens whose patches entered the encoder."""
+        return next((stage.after for stage in reversed(self.stages) if stage.site == "pixels"), self.original)
+
+    @property
     def kept(self) -> Tensor:
         """(K,) original indices left after the last stage."""
         if self.stages:
@@ -117,6 +122,7 @@ class Call:
                 "row": image.row,
                 "original": image.original,
                 "grid": image.grid,
+                "encoder_tokens": image.encoded,
                 "stages": [
                     {
                         "method": stage.method,
@@ -153,6 +159,9 @@ class Call:
         tokens = f"{counts[0]} tokens" if len(set(counts)) == 1 else "; ".join(counts) + " tokens"
         if len(counts) > 1 and len(set(counts)) == 1:
             tokens += f" in each of {len(counts)} images"
+        if any(stage.site == "pixels" for image in self.images for stage in image.stages):
+            whole, given = sum(one.original for one in self.images), sum(one.encoded for one in self.images)
+            tokens += f" | encoder tokens {whole} -> {given}"
         flops, full = self.budget.prefill_flops, self.unpruned.prefill_flops
         saved = f" ({flops / full:.0%})" if full else ""
         return (

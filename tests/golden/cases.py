@@ -13,6 +13,7 @@ from typing import Any
 
 from golden import attention as golden_attention
 from golden import merging as golden_merging
+from golden import pixels as golden_pixels
 from golden import sets as golden_sets
 from golden import staged as golden_staged
 from golden import tower as golden_tower
@@ -20,7 +21,14 @@ from golden.files import FOLDER, Builder, Case, arrays_of, index_of
 
 from foveate import methods
 
-GROUPS: tuple[ModuleType, ...] = (golden_attention, golden_merging, golden_sets, golden_staged, golden_tower)
+GROUPS: tuple[ModuleType, ...] = (
+    golden_attention,
+    golden_merging,
+    golden_pixels,
+    golden_sets,
+    golden_staged,
+    golden_tower,
+)
 """Each has PATHS, BUILDERS and CHECKS of its methods."""
 
 PATHS: dict[str, dict[str, str]] = {name: paths for group in GROUPS for name, paths in group.PATHS.items()}

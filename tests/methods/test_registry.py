@@ -94,7 +94,7 @@ def test_a_method_names_its_paper(name: str) -> None:
 def test_a_method_needs_signals_that_exist(name: str) -> None:
     block = {field.name for field in dataclasses.fields(synthetic.Block)}
     for part in methods.get(name).example().parts():
-        assert part.site in {"tower", "input", "layer", "cache"}
+        assert part.site in {"pixels", "tower", "input", "layer", "cache"}
         assert isinstance(part.needs, tuple) and len(set(part.needs)) == len(part.needs)
         for need in part.needs:
             room, _, field = need.partition(".")

@@ -95,3 +95,18 @@ def inputs(model: Any, rows: Sequence[str], padding: str, generator: torch.Gener
         ids[place, where] = one
         mask[place, where] = 1
     return call(model, ids, mask if batch_mask else None, pictures)
+
+
+def repeating(given: Call) -> Call:
+    """The same call with pictures of which a part is of one colour, so that tokens repeat."""
+
+    def plain(picture: Picture) -> Picture:
+        pixels = picture.pixels.clone()
+        if pixels.ndim == 2:  # the patches of a picture, a row each
+            pixels[pixels.shape[0] // 3 :] = 0.3
+        else:
+            pixels[..., pixels.shape[-2] // 2 :, :] = 0.3
+        return dataclasses.replace(picture, pixels=pixels)
+
+    pictures = [[plain(picture) for picture in row] for row in given.pictures]
+    return call(given.model, given["input_ids"], given.get("attention_mask"), pictures)

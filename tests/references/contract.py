@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny, tiny_families
+from models import tiny, tiny_calls, tiny_families
 from models.untouched import untouched
 from references import agreement, documented, family_reference, tower_by_hand
 from torch import Tensor
@@ -179,6 +179,7 @@ def equals_the_reference(
     situation = list(SITUATIONS)[zlib.crc32(f"{name} {family} {attn}".encode()) % len(SITUATIONS)]
     given = tiny.inputs(model, *SITUATIONS[situation])
     sites = {part.site for part in method.parts()}
+    given = tiny_calls.repeating(given) if "pixels" in sites else given
     seen = asked(method)
     unpruned = generate(model, given) if "cache" in sites else None
     try:
@@ -190,7 +191,7 @@ def equals_the_reference(
             raise
         return
     check_counts(model, given, method, trace.latest)
-    if "tower" in sites:
+    if sites & {"pixels", "tower"}:
         if name != "crossget":  # the encoder's tests follow its cross token
             monkeypatch.setattr(
                 family_reference, "pictures", tower_by_hand.replayed(model, given, method, trace.latest)

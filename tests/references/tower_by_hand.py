@@ -379,7 +379,8 @@ def replayed(model: Any, given: Any, method: Method, call: Call) -> Callable[...
     pictures = [picture for row in given.pictures for picture in row]
     images = {id(picture): image for picture, image in zip(pictures, call.images, strict=True)}
     stock, blocks = family_reference.pictures, family_of(model).read_block(model) + 1
-    part = next(part for part in method.parts() if part.site == "tower")
+    ahead = ("pixels", "tower")
+    part = next(part for part in method.parts() if part.site in ahead)
 
     def encode(model: Any, given: Any) -> list[family_reference.Seen]:
         seen = stock(model, given)
@@ -389,7 +390,8 @@ def replayed(model: Any, given: Any, method: Method, call: Call) -> Callable[...
 
         def drops(pieces: list[Piece]) -> list[tuple[int, Choice]]:
             depths = [] if isinstance(part, Merger) else part.depths(len(parts_of(model)[1]))
-            kept = [[set(stage.kept.tolist()) for stage in image.stages if stage.site == "tower"] for image in mine]
+            depths = (0,) if part.site == "pixels" else depths
+            kept = [[set(stage.kept.tolist()) for stage in image.stages if stage.site in ahead] for image in mine]
             return [
                 (depth, lambda piece, _, stage=stage: [one for one in piece.there if one in kept[piece.picture][stage]])
                 for stage, depth in enumerate(depths)

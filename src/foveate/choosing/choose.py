@@ -68,6 +68,7 @@ class Depth:
     memory: dict[tuple[int, ...], dict[str, Any]]  # by the images that are asked about together
     block: Callable[[Sequence[int], set[str]], Block]  # images and wanted fields -> what the block at hand shows
     stages: int = 1
+    pixels: Callable[[Sequence[int]], Sequence[Tensor]] | None = None  # before the encoder: images -> (K, P) of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +275,8 @@ def _signals_inside(
     decoder = at.block(numbers, wanted) if wanted else None
     memory = at.memory.setdefault(tuple(numbers), {})
     found: dict[str, Any] = {"decoder": decoder, "stage": at.stage, "stages": at.stages, "memory": memory}
+    if "pixels" in part.needs and at.pixels is not None:
+        found["pixels"] = torch.stack(list(at.pixels(numbers)))
     if part.merging:
         wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
         blocks["latest"] = at.block(numbers, wanted)

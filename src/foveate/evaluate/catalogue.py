@@ -10,6 +10,7 @@ from foveate import methods
 from foveate.core import FoveateError, Keep, Method
 
 ACTS = {
+    "pixels": "before the encoder",
     "tower": "inside the encoder",
     "input": "before the decoder",
     "layer": "inside the decoder",

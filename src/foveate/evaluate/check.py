@@ -181,7 +181,7 @@ def _half(model: Any, inputs: Mapping[str, Any], method: Method, plain: Run) -> 
         return all(image.after == asked for image in images), f"{left} tokens, {asked} asked for"
 
     # What can be done inside the encoder depends on these very pictures.
-    refused = f"{method} says why it cannot run" if method.site == "tower" else None
+    refused = f"{method} says why it cannot run" if method.site in ("pixels", "tower") else None
     yield stated(f"{method} keeps exactly its count", counted, refused)
     if len(runs) < 2:
         return

@@ -121,7 +121,8 @@ def evaluate(
     rows = [Row(name) for name in named] + ([Row(CEILING)] if ceiling else [])
     handles = {name: prune(model, stages, processor=processor, clip=clip) for name, stages in named.items() if stages}
     # Whatever acts behind the encoder looks at the same encoding; the others make their own.
-    together = [row for row in rows if all(part.site != "tower" for part in _parts(named.get(row.method, ())))]
+    ahead = ("pixels", "tower")
+    together = [row for row in rows if all(part.site not in ahead for part in _parts(named.get(row.method, ())))]
     needs = {need for row in together for part in _parts(named.get(row.method, ())) for need in part.needs}
     for group in _batches(samples, batch, seed):
         asked = [sample.question for sample in group]

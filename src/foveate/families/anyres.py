@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core import Grid
 from foveate.families.layouts import Encoded, Layout, patches_per_side
 
 
@@ -60,7 +61,14 @@ def _anyres(model: Any, size: list[int], tiles: int, side: int, first: int) -> L
         grid=(side, side) if tiles == 1 else None,
         tile=main // per_tile if tiles > 1 else None,
         summary=first,
+        grids=tuple(_raster(packed[visual[main // per_tile == number]]) for number in range(tiles)),
     )
+
+
+def _raster(where: Tensor) -> Grid | None:
+    """(h, w) that tokens at these coordinates (n, 2), row by row, fill; None for none."""
+    height, width = (int(axis.round(decimals=2).unique().numel()) for axis in where.T)
+    return (height, width) if height * width == where.shape[0] > 0 else None
 
 
 def _packed_coordinates(model: Any, size: list[int], tiles: int, across: int, side: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from foveate.core import Grid
 from foveate.families.anyres import _taps
 from foveate.families.layouts import Encoded, Layout, merged
 from foveate.families.towers import patches_per_side
@@ -18,7 +19,7 @@ def pooled_frames(side: int, encoded: Encoded) -> list[Layout]:
     # A stride that does not divide the raster leaves its last rows and columns out.
     whole = merged(height // side * side, width // side * side, side)
     y, x = whole // (width // side * side), whole % (width // side * side)
-    return _frames(y * width + x, None, height * width, encoded, newline=False)
+    return _frames(y * width + x, None, height * width, (height // side, width // side), encoded, newline=False)
 
 
 def halved_frames(encoded: Encoded) -> list[Layout]:
@@ -28,10 +29,12 @@ def halved_frames(encoded: Encoded) -> list[Layout]:
     half = [math.ceil(height / 2), math.ceil(width / 2)]
     where = torch.nn.functional.interpolate(raster[None], size=half, mode="bilinear")[0].flatten(1).T
     patches, weights = _taps(where, 1, height)
-    return _frames(patches, weights, height * width, encoded, newline=True)
+    return _frames(patches, weights, height * width, (half[0], half[1]), encoded, newline=True)
 
 
-def _frames(patches: Tensor, weights: Tensor | None, of: int, encoded: Encoded, newline: bool) -> list[Layout]:
+def _frames(
+    patches: Tensor, weights: Tensor | None, of: int, grid: Grid, encoded: Encoded, newline: bool
+) -> list[Layout]:
     """Frames of `of` patches, (n, G) of which make the n tokens of each; every frame is a tile."""
     made = []
     frames, tokens = int(encoded.given["pixel_values_videos"].shape[1]), patches.shape[0]
@@ -46,6 +49,7 @@ def _frames(patches: Tensor, weights: Tensor | None, of: int, encoded: Encoded, 
                 weights=None if weights is None else weights.repeat(frames, 1),
                 tile=torch.arange(frames).repeat_interleave(tokens),
                 summary=first,
+                grids=(grid,) * frames,
             )
         )
     return made
@@ -56,7 +60,8 @@ def whole_frames(encoded: Encoded) -> list[Layout]:
 
     An entry of what the encoder hands over is a frame.
     """
-    of = patches_per_side(encoded.model.config) ** 2
+    side = patches_per_side(encoded.model.config)
+    of = side**2
     videos, frames = (int(size) for size in encoded.given["pixel_values_videos"].shape[:2])
     visual = torch.arange(frames * (of + 1)).view(frames, of + 1)[:, 1:].flatten()
     patches = torch.arange(frames * of)
@@ -68,6 +73,7 @@ def whole_frames(encoded: Encoded) -> list[Layout]:
             lengths=(of,) * frames,
             tile=patches // of,
             summary=number * frames,
+            grids=((side, side),) * frames,
         )
         for number in range(videos)
     ]

@@ -75,6 +75,8 @@ class Layout:
         grid: raster shape of the N tokens; None where they form no single raster.
         tile: (N,) tile of each token, 0 = base; None without tiles.
         summary: number of the encoded tile whose CLS speaks for the picture.
+        grids: raster shape of the tokens of each tile, None where they form none; of a single tile it is `grid`.
+        sources: (N, G) the patches as the encoder is given them; None where its blocks hold them in the same order.
     """
 
     placeholders: int
@@ -85,6 +87,8 @@ class Layout:
     grid: Grid | None = None
     tile: Tensor | None = None
     summary: int = 0
+    grids: tuple[Grid | None, ...] | None = None
+    sources: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -102,7 +106,8 @@ class Tile:
         patches: (n, G) patches behind each, numbered within the tile.
         weights: (n, G) share of each patch; None for their mean, where no patch is behind two tokens.
         length: its patches.
-        grid: raster of its tokens, where it is all of its picture.
+        sources: (n, G) those patches as the encoder is given them.
+        grid: raster of its tokens, where they form one.
         share: its place among the tiles of the picture that have tokens, and how many each of them has; None where it
             is the only one.
     """
@@ -110,6 +115,7 @@ class Tile:
     picture: int
     tokens: Tensor
     patches: Tensor
+    sources: Tensor
     length: int
     weights: Tensor | None = None
     grid: Grid | None = None
@@ -137,6 +143,7 @@ def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
     first = 0
     for picture, layout in enumerate(layouts):
         patches, weights = layout.patches - first, layout.weights
+        grids = layout.grids or ((layout.grid,) if len(layout.lengths) == 1 else (None,) * len(layout.lengths))
         main = patches[:, :1] if weights is None else patches.gather(1, weights.argmax(dim=1, keepdim=True))
         ends = torch.tensor(layout.lengths).cumsum(0)
         tile = torch.bucketize(main[:, 0].contiguous(), ends, right=True)
@@ -144,6 +151,7 @@ def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
             here = torch.bucketize(patches.contiguous(), ends, right=True) == tile[:, None]
             patches, weights = patches.where(here, main), weights * here
             weights = weights / weights.sum(dim=1, keepdim=True)
+        sources = patches if layout.sources is None else layout.sources - first
         counts = tile.bincount(minlength=len(layout.lengths)).tolist()
         sizes = tuple(count for count in counts if count)
         for number, length in enumerate(layout.lengths):
@@ -153,9 +161,10 @@ def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
                     picture=picture,
                     tokens=tokens,
                     patches=patches[tokens] - (int(ends[number]) - length),
+                    sources=sources[tokens] - (int(ends[number]) - length),
                     length=length,
                     weights=None if weights is None else weights[tokens],
-                    grid=layout.grid if len(layout.lengths) == 1 else None,
+                    grid=grids[number],
                     share=(sum(count > 0 for count in counts[:number]), sizes) if len(sizes) > 1 else None,
                 )
             )
@@ -258,6 +267,7 @@ def tiled_runs(side: int, encoded: Encoded) -> list[Layout]:
                 grid=(rows // side, columns // side) if tiles == 1 else None,
                 tile=of_tile.repeat_interleave(tokens) if tiles > 1 else None,
                 summary=count + tiles - 1,
+                grids=((rows // side, columns // side),) * tiles,
             )
         )
         count += tiles

@@ -21,7 +21,8 @@ def packed_blocks(encoded: Encoded, name: str = "image_grid_thw") -> list[Layout
     made, first, summary = [], 0, 0
     for frames, height, width in sizes:
         tokens = frames * height * width // side**2
-        groups = torch.arange(first, first + tokens) if order is None else order[first : first + tokens]
+        given = torch.arange(first, first + tokens)
+        groups = given if order is None else order[first : first + tokens]
         frame = height * width // side**2
         made.append(
             Layout(
@@ -32,6 +33,8 @@ def packed_blocks(encoded: Encoded, name: str = "image_grid_thw") -> list[Layout
                 grid=(height // side, width // side) if frames == 1 else None,
                 tile=None if frames == 1 else torch.arange(tokens) // frame,
                 summary=summary,
+                grids=((height // side, width // side),) * frames,
+                sources=given[:, None] * side**2 + torch.arange(side**2),
             )
         )
         first, summary = first + tokens, summary + frames

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+Normal: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, by which pixels in [0, 1] are normalised."""
+
+_CLIP: Normal = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET: Normal = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALF: Normal = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -28,18 +36,22 @@ class Tower:
     # Blocks that see a whole picture where the others see windows, from the tower's configuration; None: all do.
     whole: Callable[[Any], list[int]] | None = None
     known: bool = True  # its blocks can be observed
+    pictures: bool = True  # it is given pictures (T, 3, h, w); else the patches of all of them, a row each
+    normal: Normal = _HALF  # of the pixels that encoders of this kind are trained on
 
     def blocks_of(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The encoder's blocks in order; none where they cannot be observed."""
         return _at(tower, self.blocks) if self.known else ()
 
 
+_ROWS: dict[str, Any] = {"packed": True, "pictures": False}
 _PRE_NORM = ("layer_norm1", "layer_norm2", "mlp")
 _NUMBERED = ("norm1", "norm2", "mlp")
+_GLM: dict[str, Any] = {"attention": "attn", "children": _NUMBERED, **_ROWS}
 
 
 TOWERS = (
-    Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True, children=_PRE_NORM),
+    Tower("clip_vision_model", summary=1, blocks="encoder.layers", joint=True, children=_PRE_NORM, normal=_CLIP),
     Tower("siglip_vision_model", summary=0, blocks="encoder.layers", children=_PRE_NORM),
     Tower("idefics3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
     Tower("smolvlm_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM),
@@ -51,6 +63,7 @@ TOWERS = (
         children=("layernorm_before", "layernorm_after", "mlp"),
         scales=("lambda_1", "lambda_2"),
         masked=False,
+        normal=_IMAGENET,
     ),
     Tower(
         "pixtral",
@@ -60,8 +73,9 @@ TOWERS = (
         children=("attention_norm", "ffn_norm", "feed_forward"),
         gated=True,
         packed=True,
+        normal=_CLIP,
     ),
-    Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
+    Tower("qwen2_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, normal=_CLIP, **_ROWS),
     Tower(
         "qwen2_5_vl_vision",
         summary=0,
@@ -69,18 +83,24 @@ TOWERS = (
         attention="attn",
         children=_NUMBERED,
         gated=True,
-        packed=True,
+        normal=_CLIP,
+        **_ROWS,
         whole=lambda config: list(config.fullatt_block_indexes),
     ),
-    Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
-    Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, packed=True),
-    Tower("paddleocr_vl_vision", summary=0, blocks="vision_model.encoder.layers", children=_PRE_NORM, packed=True),
-    Tower("video_llama_3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM, packed=True),
-    Tower("glm4v_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True),
+    Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, **_ROWS),
+    Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, **_ROWS),
     Tower(
-        "glm4v_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True
+        "paddleocr_vl_vision",
+        summary=0,
+        blocks="vision_model.encoder.layers",
+        children=_PRE_NORM,
+        normal=_CLIP,
+        **_ROWS,
     ),
-    Tower("glm_ocr_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, gated=True, packed=True),
+    Tower("video_llama_3_vision", summary=0, blocks="encoder.layers", children=_PRE_NORM, **_ROWS),
+    Tower("glm4v_vision", summary=0, blocks="blocks", gated=True, normal=_CLIP, **_GLM),
+    Tower("glm4v_moe_vision", summary=0, blocks="blocks", gated=True, normal=_CLIP, **_GLM),
+    Tower("glm_ocr_vision", summary=0, blocks="blocks", gated=True, normal=_CLIP, **_GLM),
     Tower("gemma4_vision", summary=0, blocks="encoder.layers", gated=True),
 )
 

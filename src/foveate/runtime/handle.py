@@ -54,7 +54,7 @@ class Handle(Uncopied):
         self._decoder_probe = DecoderProbe(decoder.layers, stages, everywhere=bool(evicting))
         if evictor is not None:
             evictor.listen(self._decoder_probe)
-        inside = [part for part in self.parts if part.site == "tower"]
+        inside = [part for part in self.parts if part.site in ("pixels", "tower")]
         self._tower = TowerStages(model, self.family, inside, self._probe, lambda: calls.mine)
         self._calls = calls = Calls(model, self.trace, stages, self._probe, self._tower, self._decoder_probe, evictor)
         prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, calls, joint_space, short_outputs)

@@ -23,7 +23,7 @@ from foveate.runtime.encoder.probe import LATEST, missing_signals
 from foveate.runtime.wrapped import check_devices, check_version
 from foveate.spec import format as format_spec
 
-SITES = ("tower", "input", "layer", "cache")
+SITES = ("pixels", "tower", "input", "layer", "cache")
 """Sites at which the runtime can act."""
 
 _FORMS = ("attention", "space")
@@ -111,8 +111,9 @@ def first_refused(parts: Sequence[Method], family: Family, tower: Tower) -> Meth
 
 
 def _reason(part: Method, family: Family, tower: Tower) -> str | None:
-    if part.site == "tower" and family.inside is not None:
-        return f"acts inside the encoder, which {family.name} does not allow: {family.inside}"
+    if part.site in ("pixels", "tower") and family.inside is not None:
+        where = "inside" if part.site == "tower" else "before"
+        return f"acts {where} the encoder, which {family.name} does not allow: {family.inside}"
     if part.site in ("layer", "cache") and family.within is not None:
         where = "inside the decoder" if part.site == "layer" else "on the cache"
         return f"acts {where}, which {family.name} does not allow: {family.within}"
@@ -155,7 +156,9 @@ def unavailable(part: Method, tower: Tower) -> list[str]:
             continue
         if room == "cache" and part.site == "cache" and field in names_of(CacheBlock, room="cache"):
             continue
-        if room != "tower" and part.site == "tower":
+        if part.site == "pixels":
+            missing += [] if need in names_of(Signals, room="picture") else [f"{need} before the encoder"]
+        elif room != "tower" and part.site == "tower":
             missing.append(f"{need} inside the encoder")
         elif need in JOINT and tower.joint:
             continue

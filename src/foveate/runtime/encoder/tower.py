@@ -1,4 +1,4 @@
-"""Shortens the sequence inside the vision encoder: later blocks run on fewer patches.
+"""Shortens the sequence inside the vision encoder, or before its first block: later blocks run on fewer patches.
 
 A method sees the tokens that the decoder would get of each tile, and all patches of a token stay or leave together.
 Shapes: T tiles, n tokens of one, K of them left, G patches behind each, L patches left, E encoder width.
@@ -25,6 +25,7 @@ from foveate.families.family import Family
 from foveate.families.layouts import Encoded, Layout, Tile, tiles_of
 from foveate.forms import Merger
 from foveate.runtime.encoder.merge import MergingBlocks, OpenBlocks
+from foveate.runtime.encoder.pixels import Pixels
 from foveate.runtime.encoder.probe import LATEST, Probe, block_number, tower_needs
 from foveate.runtime.uncopied import Uncopied
 from foveate.spec import format as format_spec
@@ -105,7 +106,7 @@ class TowerStages(Uncopied):
         self.blocks = self.row.blocks_of(self.tower)
         self.read = self.family.read_block(self.model)
         self.put_back = self.family.puts_back(self.row)
-        depths = {id(part): part.depths(self.read + 1 if part.merging else len(self.blocks)) for part in self.parts}
+        depths = {id(part): self._depths(part) for part in self.parts}
         self.stages = sorted(
             ((depth, number, part) for part in self.parts for number, depth in enumerate(depths[id(part)])),
             key=lambda stage: stage[0],
@@ -119,6 +120,8 @@ class TowerStages(Uncopied):
             )
         for part in self.parts:
             self._check(part, list(depths[id(part)]))
+        by_pixels = any(part.site == "pixels" for part in self.parts)
+        self.pixels = Pixels(self.model, self.tower, self.row) if by_pixels else None
         self.open = self._opened()
 
     @property
@@ -129,7 +132,13 @@ class TowerStages(Uncopied):
     @property
     def observers(self) -> list[Any]:
         """Whatever holds something of the encoding in progress."""
-        return [self] if self.open is None else [self, self.open]
+        return [one for one in (self, self.open, self.pixels) if one is not None]
+
+    def _depths(self, part: Method) -> tuple[int, ...]:
+        """Encoder blocks that run before each stage of a part."""
+        if part.site == "pixels":
+            return (0,)
+        return part.depths(self.read + 1 if part.merging else len(self.blocks))
 
     def _opened(self) -> OpenBlocks | None:
         """The blocks that run from their own children: those in which tokens merge, and those that take no mask."""
@@ -153,6 +162,8 @@ class TowerStages(Uncopied):
         return merging
 
     def _check(self, part: Method, depths: list[int]) -> None:
+        if part.site == "pixels":
+            return
         if part.merging:
             behind = [block for block in tower_needs(part.needs) if block != LATEST]
             if behind:
@@ -201,6 +212,8 @@ class TowerStages(Uncopied):
             self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         if self.open is not None:
             self.open.install()
+        if self.pixels is not None:
+            self.pixels.install()
         for number in self.reads if self.put_back else ():
             # Whoever else listens to this block, transformers' own collector of hidden states above all, hears it full.
             hook = partial(self._hand_over_all, number)
@@ -213,6 +226,8 @@ class TowerStages(Uncopied):
         self._hooks.clear()
         if self.open is not None:
             self.open.remove()
+        if self.pixels is not None:
+            self.pixels.remove()
         self.forget()
 
     def expect(self, pictures: Brought) -> None:
@@ -223,6 +238,8 @@ class TowerStages(Uncopied):
         """A call is over, well or not."""
         self._done, self._pictures = [], None
         self._end()
+        if self.pixels is not None:
+            self.pixels.forget()
         self._lead_with(self.row.summary)
 
     def _end(self) -> None:
@@ -367,7 +384,7 @@ class TowerStages(Uncopied):
         assert self._at is not None
         left = self._at
         streams = [lane.of_tokens(row) for lane, row in zip(left.lanes, rows, strict=True) if lane.left is not None]
-        blocks = {} if part.merging else self._blocks_before(depth)
+        blocks = {} if part.merging or depth == 0 else self._blocks_before(depth)
         shown: list[Block] = []
 
         def show(numbers: Sequence[int], wanted: set[str]) -> Block:
@@ -378,12 +395,20 @@ class TowerStages(Uncopied):
             return left.shown(shown[0], numbers, whole={"hidden", "cross"}.__contains__)
 
         stages = sum(one is part for _, _, one in self.stages)
-        at = Depth(stage, None, self._memories.setdefault(id(part), {}), show, stages)
+
+        at = Depth(stage, None, self._memories.setdefault(id(part), {}), show, stages, self._pixels_of)
         nothing = torch.zeros(0, dtype=torch.bool)
         left.stopwatches.append(Stopwatch(hidden.device))
         with left.stopwatches[-1]:
             outcomes = choose_inside(part, left.tokens, streams, blocks, Prompt(lambda: nothing, nothing), at)
         return dict(zip(left.visible, outcomes, strict=True))
+
+    def _pixels_of(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Of what the encoder is about to see of some tiles, the pixels of the tokens that are left."""
+        assert self.pixels is not None and self._at is not None and self._pictures is not None
+        whole = self.pixels.of([lane.tile for lane in self._at.lanes], self._pictures.kind)
+        left = [tokens.index for tokens in self._at.tokens]
+        return [whole[number][left[number].to(whole[number].device)].to(left[number].device) for number in numbers]
 
     def _blocks_before(self, depth: int) -> dict[int | str, Block]:
         """What the probe has seen, with the block right before as the latest: of each tile, all its tokens."""

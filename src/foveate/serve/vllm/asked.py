@@ -152,7 +152,12 @@ class Rules:
     def _check_part(self, part: Method) -> None:
         reason = None
         if part.site != "input":
-            where = {"tower": "inside the encoder", "layer": "inside the decoder", "cache": "on the cache"}[part.site]
+            where = {
+                "pixels": "before the encoder",
+                "tower": "inside the encoder",
+                "layer": "inside the decoder",
+                "cache": "on the cache",
+            }[part.site]
             reason = f"acts {where}, and vLLM prunes between encoder and decoder alone"
         elif part.adaptive:
             reason = "decides its own count, and vLLM must know it before the picture is encoded"

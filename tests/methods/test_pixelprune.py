@@ -1,0 +1,79 @@
+"""PixelPrune: what repeats its neighbours leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from foveate import FoveateError, spec
+from foveate.core import Signals
+from foveate.methods.pixelprune import PixelPrune
+
+
+def signals(*rows: str, **more: Any) -> Signals:
+    """A picture of one value a token, a digit each in tenths."""
+    values = torch.tensor([[int(digit) / 10 for row in rows for digit in row]])[..., None]
+    tokens = values.shape[1]
+    given = {"grid": (len(rows), len(rows[0])), "pixels": values, **more}
+    return Signals(original=tokens, index=torch.arange(tokens)[None], **given)
+
+
+def kept(seen: Signals, **fields: Any) -> list[int]:
+    (found,) = PixelPrune(**fields).select(seen).indices
+    return found.tolist()
+
+
+def test_a_box_on_a_page_by_hand() -> None:
+    """White before the box, the box's first token, white behind it; and white below its corner."""
+    page = signals("9999", "9119", "9119", "9999")
+    assert kept(page) == [0, 5, 7, 13]
+
+
+def test_thresholds_and_anchors() -> None:
+    slope = signals("12345")
+    assert kept(slope) == [0, 1, 2, 3, 4]
+    assert kept(slope, threshold=0.11) == [0, 2, 4]
+    assert kept(slope, threshold=0.11, anchored=False) == [0]
+
+
+def test_indices_are_original_ones() -> None:
+    page = signals("9919")
+    moved = Signals(original=8, index=page.index + 4, grid=page.grid, pixels=page.pixels)
+    assert kept(moved) == [4, 6, 7]
+
+
+def test_specs() -> None:
+    assert spec.parse("pixelprune") == PixelPrune()
+    assert spec.parse("pixelprune:threshold=0.0157,metric=mae,anchored=false") == PixelPrune(0.0157, "mae", False)
+    assert spec.format(PixelPrune(threshold=0)) == "pixelprune"
+    assert PixelPrune().count(100, (10, 10)) is None and PixelPrune().adaptive
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"threshold": -0.1}, r"threshold=-0.1 is no share in \[0, 1\]; the paper's is threshold=0.0"),
+        ({"threshold": 4}, r"threshold=4 is no share in \[0, 1\]"),
+        ({"metric": "l2"}, r"metric='l2' is not among its choices; Choices: mae, max, rmse"),
+        ({"anchored": 1}, "anchored=1 is neither true nor false"),
+    ],
+)
+def test_fields_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(FoveateError, match=message):
+        PixelPrune(**fields)
+
+
+def test_it_needs_the_whole_raster() -> None:
+    page = signals("9999")
+    with pytest.raises(FoveateError, match=r"PixelPrune needs the whole grid .* give it as the first method"):
+        PixelPrune().select(Signals(original=9, index=page.index, pixels=page.pixels))
+
+
+def test_a_threshold_needs_pixels_from_0_to_1() -> None:
+    page = signals("19")
+    wide = Signals(original=2, index=page.index, grid=(1, 2), pixels=page.pixels * 3 - 1)  # type: ignore[operator]
+    assert kept(wide) == [0, 1]
+    with pytest.raises(FoveateError, match=r"compares pixels in \[0, 1\], and these reach from -0.7 to 1.7"):
+        kept(wide, threshold=0.1)
