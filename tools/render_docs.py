@@ -209,7 +209,7 @@ def refilled(text: str, tables: dict[str, str], file: str) -> str:
 def vllm_table() -> str:
     """What docs/vllm.md says of each family, by the rows and by what the tests of the plug-in run."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from vllm_checkpoints import FAMILIES as TESTED
+    from models.vllm_checkpoints import FAMILIES as TESTED
 
     from foveate.families.rows import FAMILIES as ROWS
     from foveate.serve.vllm.routes import routes_of, why_not

@@ -37,7 +37,7 @@ _WRITERS: list[subprocess.Popen[bytes]] = []
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where other processes write the references that the chosen tests need, while the first engines start."""
     made = tmp_path_factory.mktemp("references")
-    script, environment = str(TESTS / "vllm_answers.py"), {**os.environ, "PYTHONPATH": str(TESTS)}
+    script, environment = str(TESTS / "references" / "vllm_answers.py"), {**os.environ, "PYTHONPATH": str(TESTS)}
     needed = {"families" if "families" in item.path.name else "mini" for item in request.session.items}
     commands = [[sys.executable, script, str(made), what] for what in sorted(needed)]
     _WRITERS.extend(subprocess.Popen(command, env=environment) for command in commands)

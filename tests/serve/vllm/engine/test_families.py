@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vllm_checkpoints as checkpoints
+from models import vllm_checkpoints as checkpoints
+from references.vllm_answers import SPECS, TOKENS
 from vllm import SamplingParams
-from vllm_answers import SPECS, TOKENS
 
 from foveate.serve.vllm.routes import routes_of
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from references.vllm_answers import LONGEST, MINI, MINI_SPECS, QUESTIONS
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm_answers import LONGEST, MINI, MINI_SPECS, QUESTIONS
 
 from foveate.core import FoveateError
 from foveate.evaluate.scenes_task import draw_samples

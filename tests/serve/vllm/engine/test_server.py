@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from vllm_answers import LONGEST, MINI, QUESTIONS
+from references.vllm_answers import LONGEST, MINI, QUESTIONS
 
 from foveate.evaluate.scenes_task import draw_samples
 

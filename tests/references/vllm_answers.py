@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm_checkpoints as checkpoints
+from models import vllm_checkpoints as checkpoints
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate
