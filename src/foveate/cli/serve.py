@@ -21,7 +21,9 @@ def command(
     engine: Annotated[str | None, typer.Option(metavar="E", help="vllm, the one engine so far.")] = None,
     foveate_methods: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Methods that requests may ask for; all that run on the model without it."),
+        typer.Option(
+            metavar="A,B", help="Methods that requests may ask for, or all; without it those that read little."
+        ),
     ] = None,
     clip: Annotated[
         str | None,

@@ -29,7 +29,7 @@ def test_a_request_that_names_nothing_gets_the_engines_spec() -> None:
 
 def test_caches_tell_what_differs_and_nothing_else() -> None:
     keys = {
-        rules(joint=True).asked(given).key
+        rules(joint=True, allowed=("all",)).asked(given).key
         for given in (
             {},
             {"foveate": "fopru:keep=64"},
@@ -68,7 +68,7 @@ def test_what_is_asked_travels_as_bytes() -> None:
 )
 def test_what_cannot_be_right_is_refused(given: Mapping[str, Any], message: str) -> None:
     with pytest.raises(FoveateError, match=message):
-        rules(joint=True).asked(given)
+        rules(joint=True, allowed=("all",)).asked(given)
 
 
 def test_a_method_needs_what_the_model_has() -> None:
@@ -81,11 +81,27 @@ def test_a_method_needs_what_the_model_has() -> None:
         rules("fastv:keep=0.5")
 
 
-def test_an_engine_may_allow_some_methods() -> None:
-    some = rules(allowed=("divprune", "fopru"))
+def test_an_engine_may_allow_some_methods_beside_its_own() -> None:
+    some = rules(allowed=("divprune",))
     assert some.asked({"foveate": "divprune:keep=9"}).spec == "divprune:keep=9"
-    with pytest.raises(FoveateError, match="uniform is not among the methods of this engine"):
+    assert some.asked({"foveate": "fopru:keep=9"}).spec == "fopru:keep=9"
+    message = "uniform is not among the methods that requests to this engine may name: divprune, fopru; it is started"
+    with pytest.raises(FoveateError, match=message):
         some.asked({"foveate": "uniform:keep=9"})
+    with pytest.raises(FoveateError, match="uniform is not among the methods"):
+        some.asked({"foveate": "divprune:keep=30+uniform:keep=9"})
+
+
+def test_an_engine_lets_through_what_reads_one_block_and_no_text() -> None:
+    usual = rules(joint=True)
+    for name in ("fopru", "divprune", "visionzip", "fastervlm", "uniform"):
+        assert name in usual.allowed
+    for name in ("cdpruner", "mmtok", "hired", "evocut"):  # text, text, two blocks, many blocks
+        assert name in usual.running() and name not in usual.allowed
+    assert not usual.may_read_joint_space
+    assert "cdpruner" in rules("cdpruner:keep=9", joint=True).allowed
+    assert rules("cdpruner:keep=9", joint=True).may_read_joint_space
+    assert rules(joint=True, allowed=("all",)).allowed == tuple(sorted(usual.running()))
 
 
 @pytest.mark.parametrize("name", rules(joint=True).running())
@@ -94,7 +110,8 @@ def test_every_method_that_is_said_to_run_is_let_through(name: str) -> None:
     from foveate.spec import format as format_spec
 
     spec = format_spec(get(name).example())
-    assert rules(joint=True).asked({"foveate": spec, "question": "what is it ?"}).spec == spec
+    every = rules(joint=True, allowed=("all",))
+    assert every.asked({"foveate": spec, "question": "what is it ?"}).spec == spec
 
 
 def test_another_vllm_is_refused_with_both_versions() -> None:

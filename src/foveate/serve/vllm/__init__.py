@@ -32,7 +32,8 @@ def options(
     Args:
         model: folder or hub id, as vLLM takes it; "mini" for the model that ships with the package.
         spec: a method, its spec, or several; what a request that names none gets. "none" prunes only on request.
-        methods: names of the methods that requests may ask for; None for all that run on the model.
+        methods: names of the methods that requests may ask for; ["all"] for all that run on the model, None for those
+            of them that read one block of the encoder and no text.
         clip: folder or hub id of the CLIP whose vision tower the encoder is, for methods that compare picture and
             question; a folder `clip` beside the weights is found without it.
         route: "in-tree" or "transformers" forces one; None takes vLLM's own kernels where there are classes for them.
@@ -44,9 +45,9 @@ def options(
     """
     from foveate import MINI
     from foveate.core import FoveateError
-    from foveate.serve.vllm.asked import SPEC
+    from foveate.serve.vllm.asked import METHODS, SPEC
     from foveate.serve.vllm.routes import ROUTE
-    from foveate.serve.vllm.settings import CLIP, METHODS, check_vllm, written
+    from foveate.serve.vllm.settings import CLIP, check_vllm, written
 
     try:
         import vllm

@@ -18,15 +18,17 @@ from foveate.serve.vllm.rooms import (
     FoveateError,
     Method,
     Tower,
-    did_you_mean,
     format_spec,
     parse_stages,
+    tower_needs,
     why_not,
     working_methods,
 )
 
 SPEC, QUESTION = "foveate", "question"
 """Names in a request's mm_processor_kwargs; the first is the engine's in hf_overrides, too."""
+METHODS, ALL = "foveate_methods", "all"
+"""Name in hf_overrides: which methods requests may ask for; and what it says for all that run on the model."""
 UNPRUNED = "none"
 _OF_TEXT = ("text", "text_mask", "after_image")
 
@@ -84,9 +86,27 @@ def reads_words(parts: tuple[Method, ...]) -> bool:
     return any(need in _OF_TEXT for part in parts for need in part.needs)
 
 
+def reads_one_block(parts: tuple[Method, ...]) -> bool:
+    """Whether the methods read no more than one block of the encoder and what it hands over: nothing of the prompt."""
+    blocks = tower_needs(need for part in parts for need in part.needs)
+    return len(blocks) <= 1 and not reads_question(parts)
+
+
 def reads_joint_space(parts: tuple[Method, ...]) -> bool:
     """Whether any compares question and picture in CLIP's joint space."""
     return any(need in JOINT for part in parts for need in part.needs)
+
+
+def _name(stage: Method) -> str:
+    """The public name of a method."""
+    return format_spec(stage).partition(":")[0]
+
+
+def _example(name: str) -> tuple[Method, ...]:
+    """The parts of a method with the values of its example."""
+    from foveate.methods import get
+
+    return tuple(get(name).example().parts())
 
 
 class Rules:
@@ -94,16 +114,31 @@ class Rules:
 
     Args:
         spec: the engine's own, for requests that name none.
-        allowed: names of methods that requests may ask for; None for all that run on the model.
+        allowed: names of methods that requests may ask for beside the engine's own; ("all",) for all that run on the
+            model, None for those of them that read one block of the encoder and no text, and so cost little.
         joint: the model brings a CLIP, or one was given.
+
+    Attributes:
+        allowed: the names of all methods that may run.
     """
 
     def __init__(
         self, spec: str, family: Family, tower: Tower, allowed: tuple[str, ...] | None = None, joint: bool = False
     ) -> None:
-        self.family, self.tower, self.allowed, self.joint = family, tower, allowed, joint
-        self.spec = UNPRUNED
+        self.family, self.tower, self.joint = family, tower, joint
         self.spec = self._checked(spec, of_request=False)
+        own = {_name(stage) for stage in parse_stages(self.spec)} if self.spec != UNPRUNED else set()
+        running = self.running()
+        if allowed is None:
+            named = {name for name in running if reads_one_block(_example(name))}
+        else:
+            named = set(running if allowed == (ALL,) else allowed)
+        self.allowed = tuple(sorted(own | named))
+
+    @property
+    def may_read_joint_space(self) -> bool:
+        """Whether a method that may run compares question and picture in CLIP's joint space."""
+        return any(reads_joint_space(_example(name)) for name in self.allowed)
 
     def asked(self, given: Mapping[str, Any]) -> Asked:
         """What a request asks, from its mm_processor_kwargs.
@@ -139,15 +174,14 @@ class Rules:
             raise FoveateError(f"{spec!r} names a file of the server; a request writes its spec out")
         stages = parse_stages(spec)
         for stage in stages:
-            self._check_name(stage, of_request)
             for part in stage.parts():
                 self._check_part(part)
+            if of_request and _name(stage) not in self.allowed:
+                raise FoveateError(
+                    f"{_name(stage)} is not among the methods that requests to this engine may name: "
+                    f"{', '.join(self.allowed)}; it is started with {METHODS} for others"
+                )
         return format_spec(stages)
-
-    def _check_name(self, stage: Method, of_request: bool) -> None:
-        name = format_spec(stage).partition(":")[0]
-        if of_request and self.allowed is not None and name not in self.allowed:
-            raise FoveateError(f"{name} is not among the methods of this engine; {did_you_mean(name, self.allowed)}")
 
     def _check_part(self, part: Method) -> None:
         reason = None
@@ -173,25 +207,21 @@ class Rules:
 
     def running(self) -> list[str]:
         """Names of the methods that run here."""
-        from foveate.methods import get
-
         found = []
         for name in working_methods(self.family, self.tower):
-            parts = get(name).example().parts()
-            joint = self.joint or not reads_joint_space(tuple(parts))
+            parts = _example(name)
+            joint = self.joint or not reads_joint_space(parts)
             if joint and all(part.site == "input" and not part.adaptive for part in parts):
                 found.append(name)
         return found
 
     def nearest(self, part: Method) -> str:
         """Of the methods that run, the one that reads most of what this one reads."""
-        from foveate.methods import get
-
         wanted = {need.rpartition(".")[2] for need in part.needs}
         running = self.running()
 
         def shared(name: str) -> tuple[int, bool]:
-            needs = {need.rpartition(".")[2] for one in get(name).example().parts() for need in one.needs}
+            needs = {need.rpartition(".")[2] for one in _example(name) for need in one.needs}
             return len(wanted & needs) - len(needs - wanted), name == "fopru"
 
         return max(running, key=shared)

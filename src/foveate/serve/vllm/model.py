@@ -26,7 +26,7 @@ from foveate.serve.vllm.positions import AXES, Span, columns_of, settled, waitin
 from foveate.serve.vllm.processor import ASKED, BATCHED, FIELDS, ROWS, SHARED, SOURCES, TOKENS
 from foveate.serve.vllm.rooms import Block, FoveateError, JointSpace, context_of
 from foveate.serve.vllm.selecting import Decoder, Item, choose_rows
-from foveate.serve.vllm.settings import clip_of, needs_joint_space
+from foveate.serve.vllm.settings import clip_of, rules_of
 from foveate.serve.vllm.slots import count_of, fitted
 
 logger = init_logger("vllm.foveate")
@@ -206,7 +206,7 @@ class _State:
         scheduler = vllm_config.scheduler_config
         self._most = int(scheduler.max_num_encoder_input_tokens)
         family, space = self.outline.family, None
-        if needs_joint_space(config):
+        if rules_of(config, self.outline).may_read_joint_space:
             # The encoder itself is not asked: its width is all that must fit.
             width = SimpleNamespace(config=config.vision_config)
             view = SimpleNamespace(name_or_path=config._name_or_path, device=vllm_config.device_config.device)

@@ -28,8 +28,10 @@ _IN_TREE_TOWERS = {"llava-1.5": ("clip_vision_model",)}
 
 def why_not(family: Family) -> str | None:
     """Why no way runs a family; None where one does."""
+    if family.two_way and family.answers_typed:
+        return "all of its prompt looks both ways, and vLLM lets pictures alone do so, on CPUs not even these"
     if family.two_way:
-        return "its pictures look both ways, which vLLM's attention on CPUs leaves out and which was not tested on GPUs"
+        return "its pictures look both ways, and vLLM's attention on CPUs lets none do so; on GPUs it was not tested"
     if Version(family.transformers) >= Version(BELOW):
         return f"it needs transformers {family.transformers} or newer, and vLLM takes older ones than {BELOW}"
     if family.deepstack is not None and family.name not in IN_TREE_CLASSES:

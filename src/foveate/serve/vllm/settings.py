@@ -7,12 +7,12 @@ from typing import Any
 
 from packaging.version import Version
 
-from foveate.serve.vllm.asked import SPEC, Rules, parts_of, reads_joint_space
+from foveate.serve.vllm.asked import ALL, METHODS, SPEC, Rules
 from foveate.serve.vllm.outline import Outline
 from foveate.serve.vllm.rooms import FoveateError, did_you_mean, format_spec, parse_stages
 
-METHODS, CLIP = "foveate_methods", "foveate_clip"
-"""Further names in hf_overrides: which methods requests may ask for, and where CLIP lies."""
+CLIP = "foveate_clip"
+"""A further name in hf_overrides: where CLIP lies."""
 TESTED = "0.32"
 """The vLLM that this was tested with, of which any patch release will do."""
 
@@ -61,11 +61,6 @@ def rules_of(config: Any, outline: Outline) -> Rules:
 
         names = tuple(name.strip() for name in str(methods).split(",") if name.strip())
         for name in names:
-            if name not in known():
+            if name not in known() and names != (ALL,):
                 raise FoveateError(f"{METHODS} names an unknown method {name!r}; {did_you_mean(name, known())}")
     return Rules(getattr(config, SPEC), outline.family, outline.tower, names, clip_of(config) is not None)
-
-
-def needs_joint_space(config: Any) -> bool:
-    """Whether CLIP is loaded with the engine: where its spec or any request may need it."""
-    return clip_of(config) is not None or reads_joint_space(parts_of(getattr(config, SPEC)))

@@ -67,12 +67,12 @@ _ENGINES: list[Any] = []  # one that is collected takes what others share with i
 
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., Any]:
-    """Start an engine: a model, a spec, and what differs from usual."""
+    """Start an engine: a model, a spec or None for a stock engine, and what differs from usual."""
     from vllm import LLM
 
     import foveate
 
-    def start(model: str, spec: str, **more: Any) -> Any:
+    def start(model: str, spec: str | None, **more: Any) -> Any:
         usual: dict[str, Any] = dict(
             dtype="float32",
             enforce_eager=True,
@@ -82,7 +82,9 @@ def engine() -> Callable[..., Any]:
             num_gpu_blocks_override=2048,
             limit_mm_per_prompt={"image": 3},
         )
-        _ENGINES.append(LLM(**foveate.vllm.options(model, spec, **{**usual, **more})))
+        usual |= more
+        given = {"model": model, **usual} if spec is None else foveate.vllm.options(model, spec, **usual)
+        _ENGINES.append(LLM(**given))
         return _ENGINES[-1]
 
     return start

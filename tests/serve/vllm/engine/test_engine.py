@@ -9,6 +9,7 @@ import pytest
 import torch
 import vllm
 from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 import foveate
 from foveate.core import FoveateError
@@ -47,6 +48,7 @@ def test_all_follows_from_the_spec() -> None:
         ({"foveate": "prumerge"}, "decides its own count"),
         ({"foveate": "none", "foveate_route": "in tree"}, "is no route; did you mean 'in-tree'"),
         ({"foveate": "none", "foveate_methods": "fopru,divprun"}, "unknown method 'divprun'; did you mean 'divprune'"),
+        ({"foveate": "none", "foveate_methods": "fopru,all"}, "unknown method 'all'"),
     ],
 )
 def test_what_cannot_be_right_is_refused_at_start(overrides: dict[str, str], message: str) -> None:
@@ -65,6 +67,15 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_spec_in_two_places_is_refused() -> None:
     with pytest.raises(FoveateError, match="beside the spec 'fopru:keep=64'; give one of them"):
         foveate.vllm.options("mini", "fopru:keep=64", hf_overrides={"foveate": "divprune:keep=64"})
+
+
+@pytest.mark.parametrize("name", ["foveate", "question"])
+def test_an_engines_own_spec_is_not_taken_among_the_settings_of_a_processor(name: str) -> None:
+    register()
+    overrides, more = {"foveate": "none"}, {name: "fopru:keep=64"}
+    config = ModelConfig(model=foveate.MINI, hf_overrides=overrides, mm_processor_kwargs=more)
+    with pytest.raises(FoveateError, match=f"of the engine hold '{name}': an engine's own spec belongs into hf_over"):
+        MULTIMODAL_REGISTRY.create_processor(config)
 
 
 def test_options_are_vllms_own() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from models import vllm_checkpoints as checkpoints
-from references.vllm_answers import SPECS, TOKENS
+from references.vllm_answers import SPECS, TOKENS, TWO_WAY
 from vllm import SamplingParams
 
 from foveate.serve.vllm.routes import routes_of
@@ -20,7 +20,7 @@ ROUTES = [(family, route) for family in checkpoints.FAMILIES for route in routes
 GREEDY = dict(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
 
 
-def prompts(folder: Path, spec: str) -> list[dict[str, Any]]:
+def prompts(folder: Path, spec: str | None) -> list[dict[str, Any]]:
     from transformers import AutoProcessor
 
     holder = checkpoints.holder(AutoProcessor.from_pretrained(folder))
@@ -28,7 +28,7 @@ def prompts(folder: Path, spec: str) -> list[dict[str, Any]]:
         {
             "prompt": checkpoints.text(prompt, holder),
             "multi_modal_data": {"image": checkpoints.pictures(prompt)},
-            "mm_processor_kwargs": {"foveate": spec},
+            **({} if spec is None else {"mm_processor_kwargs": {"foveate": spec}}),
         }
         for prompt in checkpoints.PROMPTS
     ]
@@ -48,3 +48,17 @@ def test_answers_are_those_on_transformers(
             assert list(output.token_ids) == right["ids"], spec
             logprob = max(entry.logprob for entry in output.logprobs[0].values())
             assert logprob == pytest.approx(right["logprob"], abs=1e-4), spec
+
+
+def test_stock_answers_about_pictures_that_look_both_ways_are_those_of_a_causal_model(
+    folder: Path, reference: Callable[[str], Any], engine: Callable[..., Any]
+) -> None:
+    """Why they are refused: not even unpruned they are answered as on transformers."""
+    expected = reference(TWO_WAY)
+    llm = engine(str(folder / TWO_WAY), None, model_impl="transformers", max_model_len=400, max_num_seqs=8)
+    (answer,) = llm.generate(prompts(folder / TWO_WAY, None)[:1], SamplingParams(**GREEDY), use_tqdm=False)
+    logprob = max(entry.logprob for entry in answer.outputs[0].logprobs[0].values())
+    assert logprob == pytest.approx(expected["causal"]["logprob"], abs=1e-4)
+    assert logprob != pytest.approx(expected["both ways"]["logprob"], abs=1e-3)
+    with pytest.raises(ValueError, match="gemma3 cannot be pruned in vLLM: its pictures look both ways"):
+        engine(str(folder / TWO_WAY), SPECS[0])

@@ -48,7 +48,7 @@ def check(answers: Sequence[Any], expected: Sequence[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def llm(engine: Callable[..., Any]) -> Any:
     """On vLLM's own kernels, all caches on."""
-    return engine("mini", MINI[0])
+    return engine("mini", MINI[0], methods=["all"])
 
 
 @pytest.mark.parametrize("spec", MINI_SPECS)
@@ -60,9 +60,21 @@ def test_a_request_that_names_nothing_gets_the_engines_spec(llm: Any, reference:
     check(ask(llm, SAMPLES[:FEW], None), reference("mini")[MINI[0]][:FEW])
 
 
-def test_a_batch_may_hold_every_method_and_unpruned_pictures(llm: Any, reference: Callable[[str], Any]) -> None:
+def test_64_at_once_may_hold_every_method_and_unpruned_pictures(
+    llm: Any, reference: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    stock = scheduler.schedule
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        made = stock(*arguments, **options)
+        together.append(len(made.num_scheduled_tokens))
+        return made
+
+    monkeypatch.setattr(scheduler, "schedule", spy)
     specs = [spec for spec in MINI_SPECS if not spec.startswith("cdpruner")]
-    numbers = [(number, spec) for number in range(3) for spec in specs]
+    numbers = [(number, spec) for number in range(11) for spec in specs][:64]
     tokenizer = llm.get_tokenizer()
     given = []
     for number, spec in numbers:
@@ -72,6 +84,7 @@ def test_a_batch_may_hold_every_method_and_unpruned_pictures(llm: Any, reference
         given.append({"prompt": prompt, "multi_modal_data": picture, "mm_processor_kwargs": {"foveate": spec}})
     answers = llm.generate(given, GREEDY, use_tqdm=False)
     check(answers, [reference("mini")[spec][number] for number, spec in numbers])
+    assert max(together) == 64
 
 
 def test_a_picture_that_comes_again_is_cached_by_what_is_asked_of_it(llm: Any, reference: Callable[[str], Any]) -> None:

@@ -36,7 +36,9 @@ def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     """Address of a server of `mini`, as a user starts it."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "foveate", "serve", "mini", "--engine", "vllm", "--prune", MINI[0]]
+    command += ["--foveate-methods", "visionzip,cdpruner"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
+    command += ["--limit-mm-per-prompt", '{"image": 1}']
     command += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:
@@ -54,12 +56,13 @@ def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     running.wait(60)
 
 
-def ask(server: str, sample: Any, **more: Any) -> dict[str, Any]:
+def ask(server: str, sample: Any, pictures: int = 1, **more: Any) -> dict[str, Any]:
     """The server's answer about a scene, or its error."""
     held = io.BytesIO()
     sample.image.save(held, "PNG")
     url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question}]
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    content = [*[picture] * pictures, {"type": "text", "text": sample.question}]
     body = {"model": "mini", "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
     request = urllib.request.Request(
         f"{server}/v1/chat/completions",
@@ -73,7 +76,7 @@ def ask(server: str, sample: Any, **more: Any) -> dict[str, Any]:
         return {"status": error.code, "message": error.read().decode()}
 
 
-@pytest.mark.parametrize("spec", [None, MINI[0], MINI[4], "none"])
+@pytest.mark.parametrize("spec", [None, MINI[2], MINI[4], "none"])
 def test_answers_and_counts(spec: str | None, server: str, reference: Callable[[str], Any]) -> None:
     more = {} if spec is None else {"mm_processor_kwargs": {"foveate": spec}}
     for sample, right in zip(SAMPLES, reference("mini")[spec or MINI[0]], strict=False):
@@ -85,11 +88,22 @@ def test_answers_and_counts(spec: str | None, server: str, reference: Callable[[
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("fopruu:keep=64", "unknown method 'fopruu'"), ("fopru:kep=64", "has no field 'kep'"), ("h2o", "on the cache")],
+    [
+        ("fopruu:keep=64", "unknown method 'fopruu'"),
+        ("fopru:kep=64", "has no field 'kep'"),
+        ("h2o", "on the cache"),
+        ("divprune:keep=64", "may name: cdpruner, fopru, visionzip"),
+    ],
 )
 def test_a_bad_spec_is_the_clients_error(spec: str, message: str, server: str) -> None:
     answer = ask(server, SAMPLES[0], mm_processor_kwargs={"foveate": spec})
     assert answer["status"] == 400 and message in answer["message"]
+    assert ask(server, SAMPLES[0])["status"] == 200
+
+
+def test_more_pictures_than_allowed_are_the_clients_error(server: str) -> None:
+    answer = ask(server, SAMPLES[0], pictures=2)
+    assert answer["status"] == 400 and "At most 1 image(s) may be provided" in answer["message"]
     assert ask(server, SAMPLES[0])["status"] == 200
 
 
