@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.models.interns1 import (
     InternS1DummyInputsBuilder,
     InternS1ForConditionalGeneration,
@@ -39,7 +38,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foveate.serve.vllm.model import Pruning
 from foveate.serve.vllm.processor import Shortening
-from foveate.serve.vllm.rooms import Block, PackedWatch, Probe, Watch
+from foveate.serve.vllm.rooms import Block, PackedWatch
+from foveate.serve.vllm.shards import EngineProbe, GatheringPackedWatch, GatheringWatch
 
 
 class _Hooked:
@@ -48,7 +48,6 @@ class _Hooked:
     attention: Any
     block: Any
     bounds: list[int] | None
-    heads: int  # of the whole encoder, where each device holds a part
     _hooks: tuple[Any, ...] = ()
 
     def install(self) -> None:
@@ -73,42 +72,31 @@ class _Hooked:
 
     def _read_call(self, attention: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         given = dict(zip(("query", "key", "value", "cu_seqlens"), arguments, strict=False)) | options
-        queries, keys = (self._by_head(given[name], attention) for name in ("query", "key"))
+        queries, keys = (_by_head(given[name], attention) for name in ("query", "key"))
         if isinstance(self, PackedWatch):
             bounds = given.get("cu_seqlens")
             self.bounds = None if bounds is None else bounds.tolist()
         self.read_attention(queries, keys, None, attention.scale)  # type: ignore[attr-defined]
 
-    def _by_head(self, states: Tensor, attention: Any) -> Tensor:
-        """(B, N, H * d) or (B, N, H, d) of this device's heads -> (B, H, N, d) of all."""
-        states = states if states.ndim == 4 else states.unflatten(-1, (attention.num_heads, -1))
-        if attention.num_heads < self.heads and get_tensor_model_parallel_world_size() > 1:
-            states = tensor_model_parallel_all_gather(states.contiguous(), dim=2)
-        return states.transpose(1, 2)
+
+def _by_head(states: Tensor, attention: Any) -> Tensor:
+    """(B, N, H * d) or (B, N, H, d) of this device's heads -> (B, H, N, d)."""
+    states = states if states.ndim == 4 else states.unflatten(-1, (attention.num_heads, -1))
+    return states.transpose(1, 2)
 
 
-class _HookedWatch(_Hooked, Watch):
+class _HookedWatch(_Hooked, GatheringWatch):
     """One block of an encoder that runs pictures apart."""
 
 
-class _HookedPackedWatch(_Hooked, PackedWatch):
+class _HookedPackedWatch(_Hooked, GatheringPackedWatch):
     """One block of an encoder that runs the patches of all pictures as one sequence."""
 
 
-class _HookedProbe(Probe):
+class _HookedProbe(EngineProbe):
     """A probe of an encoder on vLLM's kernels."""
 
-    heads: int
-
-    def watch(self, number: int, fields: Iterable[str]) -> Watch:
-        """Observe a block, and more of it than so far where it is observed already; before install()."""
-        if number not in self._watches:
-            block, row = self._blocks[number], self._row
-            kind = _HookedPackedWatch if row.packed else _HookedWatch
-            made = kind(block, getattr(block, row.attention), set(), row.summary)
-            made.heads = self.heads
-            self._watches[number] = made
-        return super().watch(number, fields)
+    kinds = (_HookedWatch, _HookedPackedWatch)
 
 
 class _InTree(Pruning):
@@ -130,8 +118,7 @@ class _InTree(Pruning):
         base = SimpleNamespace()
         _put(base, outline.family.tower, tower)
         view = SimpleNamespace(config=outline.config, base_model=base, generate=None)
-        heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
-        probe = type("_Probe", (_HookedProbe,), {"heads": heads})(view, outline.family, needs)
+        probe = _HookedProbe(view, outline.family, needs)
         probe.install()
         try:
             yield probe.take

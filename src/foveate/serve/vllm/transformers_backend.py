@@ -20,7 +20,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foveate.serve.vllm.model import Pruning
 from foveate.serve.vllm.processor import Shortening
-from foveate.serve.vllm.rooms import Block, Probe
+from foveate.serve.vllm.rooms import Block
+from foveate.serve.vllm.shards import EngineProbe
 
 
 class Processor(Shortening, MultiModalProcessor):
@@ -37,7 +38,7 @@ class _Backend(Pruning):
 
     @contextmanager
     def _reading(self, needs: frozenset[str]) -> Iterator[Callable[[], Mapping[int | str, Block]]]:
-        probe = Probe(self._view, self._foveate.outline.family, needs)
+        probe = EngineProbe(self._view, self._foveate.outline.family, needs)
         probe.install()
         try:
             yield probe.take

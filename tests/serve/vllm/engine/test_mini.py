@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from references.vllm_answers import LONGEST, MINI, MINI_SPECS, QUESTIONS
 from vllm import SamplingParams
+from vllm.compilation.counter import compilation_counter
 from vllm.exceptions import VLLMValidationError
 
 from foveate.core import FoveateError
@@ -47,8 +48,8 @@ def check(answers: Sequence[Any], expected: Sequence[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def llm(engine: Callable[..., Any]) -> Any:
-    """On vLLM's own kernels, all caches on."""
-    return engine("mini", MINI[0], methods=["all"])
+    """On vLLM's own kernels, all caches on; 64 prompts fit into one step."""
+    return engine("mini", MINI[0], methods=["all"], max_num_batched_tokens=16384)
 
 
 @pytest.mark.parametrize("spec", MINI_SPECS)
@@ -161,3 +162,26 @@ def test_chunks_change_nothing(
         check(ask(llm, SAMPLES[:FEW], spec), reference("mini")[spec][:FEW])
     # A prompt has 4 tokens and more beside the 64 of its picture.
     assert len(begun) >= 64 // chunk and (begun == {0}) == (chunk > 1000)
+
+
+@pytest.mark.parametrize("route", ["in-tree", "transformers"])
+def test_a_compiled_decoder_changes_nothing(
+    route: str, engine: Callable[..., Any], reference: Callable[[str], Any]
+) -> None:
+    def compiled() -> int:
+        return compilation_counter.num_aot_compiles + compilation_counter.num_aot_artifacts_loaded
+
+    before = compiled()
+    llm = engine("mini", MINI[0], route=route, enforce_eager=False, max_num_seqs=8)
+    for spec in (MINI[0], MINI[2], "none"):
+        check(ask(llm, SAMPLES[:FEW], spec), reference("mini")[spec][:FEW])
+    assert compiled() > before
+
+
+@pytest.mark.parametrize("route", ["in-tree", "transformers"])
+def test_two_devices_answer_as_one(route: str, engine: Callable[..., Any], reference: Callable[[str], Any]) -> None:
+    llm = engine("mini", MINI[0], route=route, tensor_parallel_size=2, max_num_seqs=8)
+    assert llm.collective_rpc(lambda worker: worker.parallel_config.world_size) == [2, 2]
+    for spec in (MINI[0], MINI[2], "none"):
+        check(ask(llm, SAMPLES[:FEW], spec), reference("mini")[spec][:FEW])
+    llm.llm_engine.engine_core.shutdown()  # its processes are not needed any more
