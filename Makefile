@@ -38,16 +38,16 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/mypy
 
 part = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -p no:cacheprovider -n $(WORKERS) --dist worksteal \
-  @tests/newest.txt
+  @tests/$(2).txt
 
 lowest: $(LOWEST_STAMP) ## the tests named in tests/lowest.txt, on the lowest versions
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -p no:cacheprovider @tests/lowest.txt
+	@$(call part,$(LOWEST),lowest)
 
 newest: $(NEWEST_STAMP) ## the tests named in tests/newest.txt, on the newest transformers
-	@$(call part,$(NEWEST))
+	@$(call part,$(NEWEST),newest)
 
 newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and torchvision; 5 GB, not part of `make test`
-	@$(call part,$(TORCHVISION))
+	@$(call part,$(TORCHVISION),newest)
 
 test: lint lowest newest ## lint, the parts for the lowest and the newest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
@@ -90,7 +90,7 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST_PIP) torch
 	@$(LOWEST_PIP) hatchling
-	@$(LOWEST_PIP) --no-build-isolation --editable . hypothesis pytest pytest-socket
+	@$(LOWEST_PIP) --no-build-isolation --editable . hypothesis pytest pytest-socket pytest-xdist
 	@touch $@
 
 # Both stand above .venv: what they do not install themselves they find there.
