@@ -16,7 +16,7 @@ BY_PRODUCTS = {".git", "dist", "build", "demo", "runs", "__pycache__", ".hypothe
     f".venv{which}" for which in ("", "-lowest", "-newest", "-torchvision")
 }
 CATCH_ALLS = {"utils", "util", "helpers", "common", "misc"}
-LONGEST_FUNCTION = 60
+LONGEST_FUNCTION, LONGEST_FILE = 60, 500  # lines
 
 # Written in pieces, so that this file does not hold what it looks for.
 MACHINE_PATH = re.compile(
@@ -90,6 +90,11 @@ def test_modules_open_with_what_lives_there() -> None:
 def test_functions_fit_on_a_screen() -> None:
     found = {name: long_functions(text) for name, text in texts(".py").items()}
     assert {name: functions for name, functions in found.items() if functions} == {}
+
+
+def test_files_hold_one_subject() -> None:
+    lengths = {name: text.count("\n") for name, text in texts(".py").items()}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
 
 
 def told_to_checkers(test: ast.expr) -> bool:
