@@ -1,4 +1,4 @@
-"""What CONTRIBUTING says of adding a method is all there is to do: held on a copy of the tree with one file more."""
+"""What CONTRIBUTING says of adding a method or a family is all there is to do: held on a copy of the tree with both."""
 
 from __future__ import annotations
 
@@ -44,15 +44,56 @@ class Backwards(Scorer):
 '''
 
 
+# LLaVA-1.5 under another name.
+ROW = """    Family(
+        name="throwaway",
+        types=("throwaway",),
+        hub_ids=("nobody/throwaway-7b",),
+        towers=("siglip_vision_model",),
+        shape=sizes.llava,
+        read=_llava_read,
+        grid=_grid,
+        check=_llava_check,
+    ),
+"""
+KIND = """    "throwaway": Kind("throwaway", "Llava", single.throwaway, single.square(24, 36), single.collate_square),
+"""
+TINY = """
+
+class Throwaway(transformers.LlavaConfig):
+    model_type = "throwaway"
+
+
+def throwaway(blocks: int, settings: Settings) -> Any:
+    vision, text = encoder("siglip", blocks, image_size=24), transformers.Qwen2Config(**SIZES)
+    read = dict(vision_feature_select_strategy="full", vision_feature_layer=-1)
+    return joined(Throwaway, vision, text, settings, **read)
+"""
+
+
+def add_family(tree: Path) -> None:
+    """A row, and a tiny model with a row of its own."""
+    for name, end, more in (
+        ("src/foveate/families/rows.py", ")\n\n\nUNFIT = {", ROW),
+        ("tests/models/tiny_families.py", "}\n\n\ndef kind_of", KIND),
+    ):
+        text = (tree / name).read_text(encoding="utf-8")
+        assert text.count(end) == 1, name
+        (tree / name).write_text(text.replace(end, more + end), encoding="utf-8")
+    with (tree / "tests/models/tiny_single.py").open("a", encoding="utf-8") as file:
+        file.write(TINY)
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with one more file in methods/, and what the one command then writes."""
+    """A copy of the project with one method more and one family more, and what the one command then writes."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("src", "tools", "docs", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
     for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
     (tree / "src" / "foveate" / "methods" / "backwards.py").write_text(METHOD)
+    add_family(tree)
     run(tree, "tools/render_docs.py")
     return tree
 
@@ -74,6 +115,14 @@ def test_contributing_names_the_commands() -> None:
     assert command is not None
     found = json.loads((ROOT / command[2]).read_text(encoding="utf-8"))
     assert "/".join(map(str, found["every"])) == command[3], "the columns are those of the file"
+    assert commands_of_a_family() == ["tools/render_docs.py", "-m pytest -q -k NAME"]
+
+
+def commands_of_a_family() -> list[str]:
+    """What that section of CONTRIBUTING has its reader run with Python."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Add a family")[2].partition("\n## ")[0]
+    return re.findall(r"`\.venv/bin/python (.*?)`", section)
 
 
 @pytest.mark.slow
@@ -105,3 +154,28 @@ def test_the_tests_then_hold_the_new_method(tree: Path) -> None:
     tests = ("tests/test_public.py", "tests/test_docs.py", "tests/methods/test_registry.py")
     found = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "backwards or type_checkers")
     assert " passed" in found and "failed" not in found
+
+
+@pytest.mark.slow
+def test_one_command_writes_whatever_names_a_family(tree: Path) -> None:
+    for page in ("README.md", "docs/families.md"):
+        text = (tree / page).read_text(encoding="utf-8")
+        assert "| throwaway | `nobody/throwaway-7b` | a picture | no | >= 5.18 |" in text
+    assert "| video-llava | throwaway |" in (tree / "docs" / "families.md").read_text(encoding="utf-8")
+    assert "| throwaway | " in (tree / "docs" / "vllm.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_contracts_then_hold_the_new_family(tree: Path) -> None:
+    """The last command of the recipe, on some of what it names."""
+    some = "throwaway and (said_to or known or parts or sdpa and (fastv or fopru or tome or leave))"
+    files = (
+        "tests/families/test_families.py",
+        "tests/families/test_contracts.py",
+        "tests/families/test_contracts_calls.py",
+        "tests/runtime/encoder/test_tower_families.py",
+    )
+    command = [some if word == "NAME" else word for word in commands_of_a_family()[-1].split()]
+    found = run(tree, *command, "-p", "no:cacheprovider", *files)
+    (passed,) = re.findall(r"(\d+) passed", found)
+    assert int(passed) >= 10 and "failed" not in found and "skipped" not in found
