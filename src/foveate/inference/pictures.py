@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,29 @@ def load_image(path: str | Path) -> Image.Image:
             that are none of PNG, JPEG, WebP, GIF, BMP and TIFF or cannot be decoded.
     """
     path = checked(path)
+    with _opened(path) as image:
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+            return on_white(image)
+        except FoveateError as error:
+            raise FoveateError(f"{path}: {error}") from error
+        except Exception as error:
+            raise _undecodable(path, error) from error
+
+
+def check_image(path: str | Path) -> None:
+    """Refuse, by its size and header, a file that `load_image` would refuse; nothing is decoded.
+
+    Raises:
+        FoveateError: as `load_image`, but for what only decoding brings to light.
+    """
+    with _opened(checked(path)):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header has been looked at."""
     _check_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
@@ -51,13 +76,7 @@ def load_image(path: str | Path) -> Image.Image:
             raise _undecodable(path, error) from error
         with image:
             _check_header(path, image)
-            try:
-                ImageOps.exif_transpose(image, in_place=True)
-                return on_white(image)
-            except FoveateError as error:
-                raise FoveateError(f"{path}: {error}") from error
-            except Exception as error:
-                raise _undecodable(path, error) from error
+            yield image
 
 
 def on_white(image: Image.Image) -> Image.Image:
