@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from models import tiny
+from PIL import Image
 
 from foveate import methods
 from foveate.evaluate.catalogue import describe
@@ -136,3 +137,76 @@ def test_mini_beats_chance(call: Any) -> None:
     result = call("eval", "--model", "mini", "--tasks", "scenes", "--samples", 5)
     assert result.code == 0
     assert float(result.out.splitlines()[1].split()[1].rstrip("%")) >= 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a folder of questions
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Two questions about one picture."""
+    task = tmp_path / "task"
+    task.mkdir()
+    Image.effect_noise((40, 40), 60).convert("RGB").save(task / "a.png")
+    lines = [
+        {"image": "a.png", "question": "is it ?", "answers": ["yes"], "type": "pope"},
+        {"image": "a.png", "question": "which ?", "answers": ["B"], "type": "circular", "options": ["u", "v"]},
+    ]
+    (task / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return task
+
+
+def test_a_folder_is_evaluated_with_the_baselines(call: Any, folder: Path, questions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = call("eval", "--model", folder, "--tasks", questions, "--prune", "fopru:keep=4", "--out", out)
+    assert (result.code, result.err) == (0, "")
+    rivals = ["none", "fopru:keep=4", "random:keep=4", "uniform:keep=4", "pool:keep=4"]
+    assert [line.split()[0] for line in result.out.splitlines()[1:]] == rivals
+    stored = json.loads((out / "rows.json").read_text())
+    assert [row["method"] for row in stored["rows"]] == rivals
+    assert stored["rows"][1]["against"].keys() == {"none", "random:keep=4", "uniform:keep=4", "pool:keep=4"}
+    assert stored["questions"] == stored["rows"][0]["questions"] == 2
+    text = (out / "rows.md").read_text()
+    assert "## pope" in text and "## circular" in text and "| fopru:keep=4 |" in text and "yes_ratio" in text
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 5, "one batch of each"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--out is missing; a folder of questions needs both"),
+        (["--out", "{out}", "--seed", "3"], "--seed is of --tasks scenes"),
+        (["--out", "{out}", "--every", "9"], "--every is of --tasks scenes"),
+        (["--out", "{out}", "--samples", "0"], "--samples 0 measures nothing"),
+        (["--out", "{out}", "--max-new-tokens", "0"], "--max-new-tokens 0 measures nothing"),
+        (["--out", "{out}", "--prune", "fopru:keep=1.5"], "keep=1.5 is no share in (0, 1]"),
+        (["--out", "{out}", "--resume"], "holds no run to go on with"),
+    ],
+)
+def test_wrong_settings_of_a_folder_are_refused(
+    call: Any, questions: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    written = [option.format(out=tmp_path / "run") for option in options]
+    result = call("eval", "--model", "no", "--tasks", questions, *written)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+def test_bad_lines_are_named_before_a_model_is_loaded(call: Any, questions: Path, tmp_path: Path) -> None:
+    with (questions / "questions.jsonl").open("a") as file:
+        file.write('{"image": "gone.png", "question": "?", "answers": ["a"], "type": "exact"}\n{\n')
+    result = call("eval", "--model", "no", "--tasks", questions, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert "line 3: there is no picture 'gone.png'" in result.err and "line 4: it is no JSON" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_a_folder_are_refused_with_scenes(call: Any) -> None:
+    result = call("eval", "--model", "no", "--tasks", "scenes", "--out", "runs")
+    assert (result.code, result.out) == (2, "")
+    assert "--out is of a folder of questions; --tasks names one" in result.err
+    result = call("eval", "--model", "no", "--tasks", "no/pope", "--out", "runs")
+    assert "--out is of a folder of questions" in result.err
+    result = call("eval", "--model", "no", "--tasks", "no/pope")
+    assert "A folder with questions.jsonl is a task too, and there is none of this name" in " ".join(result.err.split())

@@ -2,234 +2,111 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from foveate.core import usage
+from foveate.core import UsageError, usage
 from foveate.inference.loading import Clip, Device, Dtype, Trust
 
-if TYPE_CHECKING:
-    from foveate.evaluate.scenes_task import Row
-    from foveate.inference.loading import Loaded
-    from foveate.report.tables import Column
+Every = Annotated[
+    str | None,
+    typer.Option(metavar="K/K/...", help="Every method at each of these budgets too, such as 144/64/32/16."),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Questions; of a folder the first ones.", show_default="500, of a folder all"),
+]
+Ceiling = Annotated[
+    bool,
+    typer.Option("--ceiling", help="Add the row that keeps the tokens of the object asked about, from its box."),
+]
+Append = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="F",
+        help="Put the rows into this file of --json instead; model, task, samples and seed are those of the file. "
+        "A --prune that is there is measured anew, of --every only what is missing.",
+    ),
+]
+Prune = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SPEC", help="A rival; repeat it for more. The unpruned model comes first."),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where the answers about a folder are written down, and the rows.")
+]
+
+Tasks = Annotated[
+    list[str] | None, typer.Option("--tasks", metavar="TASK", help="scenes, or a folder with questions.jsonl.")
+]
+Longest = Annotated[
+    int | None, typer.Option(metavar="N", help="Longest answer about a folder, in tokens.", show_default="32")
+]
 
 
 def command(
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="TASK", help="scenes.")] = None,
-    prune: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPEC", help="A rival; repeat it for more. The unpruned model comes first."),
-    ] = None,
-    every: Annotated[
-        str | None,
-        typer.Option(metavar="K/K/...", help="Every method at each of these budgets too, such as 144/64/32/16."),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Questions, each about a picture of its own.", show_default="500")
-    ] = None,
+    tasks: Tasks = None,
+    prune: Prune = None,
+    every: Every = None,
+    samples: Samples = None,
     batch: Annotated[int, typer.Option(metavar="B", help="Questions answered at once.")] = 16,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of pictures and questions.", show_default="0")] = None,
     clip: Clip = None,
-    ceiling: Annotated[
-        bool,
-        typer.Option("--ceiling", help="Add the row that keeps the tokens of the object asked about, from its box."),
-    ] = False,
+    ceiling: Ceiling = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="F", help="Write the rows to this file too.")
     ] = None,
-    append: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="F",
-            help="Put the rows into this file of --json instead; model, task, samples and seed are those of the file. "
-            "A --prune that is there is measured anew, of --every only what is missing.",
-        ),
-    ] = None,
+    append: Append = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    max_new_tokens: Longest = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost."""
-    from foveate.cli.output import show, stderr, working
+    place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    rivals = {"prune": prune or [], "batch": batch, "clip": clip}
+    of_scenes = {"every": every, "seed": seed, "ceiling": ceiling or None, "json": json_file, "append": append}
+    of_folders = {"out": out, "resume": resume or None, "max-new-tokens": max_new_tokens}
+    folder = folder_of(tasks)
+    if folder is None:
+        from foveate.cli.evaluate_scenes import run
 
-    with usage():
-        from foveate.evaluate import scenes_task
-
+        _refuse(of_folders, "a folder of questions; --tasks names one")
         wanted = {"model": model, "task": _task(tasks), "samples": samples, "seed": seed}
-        asked, found = _asked(wanted, json_file, append)
-        scenes_task.check(samples=asked["samples"], batch=batch, seed=asked["seed"])
-        rivals = scenes_task.parse_rivals(prune or [])
-        budgets = _budgets(every)
-        if append is not None:
-            _check_append(append, found, asked, budgets, bool(rivals.keys() - {"none"} or budgets or ceiling))
+        run(wanted, rivals, place, every=every, ceiling=ceiling, json_file=json_file, append=append)
+    else:
+        from foveate.cli.evaluate_folder import run_folder
 
-    from foveate.inference.loading import load
+        _refuse(of_scenes, "--tasks scenes")
+        run_folder(folder, model, rivals, place, samples=samples, out=out, resume=resume, longest=max_new_tokens)
 
-    console = stderr()
-    with working(f"loading {asked['model']}"):
-        loaded = load(asked["model"], device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
-    sizes = {name: asked[name] for name in ("samples", "seed")}
-    rows = _answered(loaded, rivals, console, **sizes, batch=batch, ceiling=ceiling, clip=clip)
-    table = [row.to_dict() for row in rows]
-    show(_columns(), table, title="{model}: {samples} questions of {task}, seed {seed}".format(**asked))
-    for entry in unreached:
-        budget = "/".join(map(str, entry["keep"]))
-        console.print(f"{entry['method']} at {budget}: - ({entry['why']})", highlight=False, markup=False)
-    _write(json_file, append, asked, table, budgets, unreached)
+
+def folder_of(tasks: list[str] | None) -> Path | None:
+    """The folder that --tasks names, or None where it names tasks."""
+    from foveate.paths import checked
+
+    if tasks is None or len(tasks) != 1:
+        return None
+    with usage():
+        folder = checked(tasks[0])
+    return folder if tasks[0] and folder.is_dir() else None
+
+
+def _refuse(options: dict[str, Any], what: str) -> None:
+    """Options that are of another kind of task."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--{name} is of {what}")
 
 
 def _task(tasks: list[str] | None) -> str | None:
     """The task that was named, or None."""
     from foveate.evaluate import task_names
 
-    return None if tasks is None else task_names(tasks)[0]
-
-
-def _asked(
-    wanted: dict[str, Any], json_file: Path | None, append: Path | None
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Model, task, samples and seed, with what was left open filled in, and the file that rows are put into."""
-    from foveate.core import FoveateError
-    from foveate.evaluate import results
-    from foveate.paths import file_target
-
-    given = {name: value for name, value in wanted.items() if value is not None}
-    if append is not None:
-        if json_file is not None:
-            raise FoveateError("--json writes a new file and --append adds to one; give one of them")
-        found = results.read(file_target(append, (".json",)))
-        results.check_same(append, found, given)
-        return {name: found[name] for name in wanted}, found
-    if json_file is not None:
-        file_target(json_file, (".json",))
-    for option, name in (("--model", "model"), ("--tasks", "task")):
-        if name not in given:
-            raise FoveateError(f"{option} is missing; such as {option} {'mini' if name == 'model' else 'scenes'}")
-    return {"samples": 500, "seed": 0, **given}, None
-
-
-def _check_append(file: Path, found: Any, asked: dict[str, Any], budgets: list[int], some: bool) -> None:
-    """Refuse what cannot be added to a file, before a model is loaded."""
-    from foveate.core import FoveateError
-    from foveate.evaluate import results, scenes_task, task_names
-
-    if not some:
-        raise FoveateError("--append adds rows, and no --prune, --every or --ceiling asks for one")
-    task_names([asked["task"]])
-    results.check_budgets(file, found, budgets)
-    asked["data"] = scenes_task.digest(asked["samples"], seed=asked["seed"])
-    results.check_same(file, found, asked)
-
-
-def _write(
-    json_file: Path | None,
-    append: Path | None,
-    asked: dict[str, Any],
-    table: list[dict[str, Any]],
-    budgets: list[int],
-    unreached: list[dict[str, Any]],
-) -> None:
-    """Write the file that was asked for, or put the rows into it."""
-    from foveate.cli.output import stderr
-    from foveate.evaluate import results, scenes_task
-    from foveate.runs import write_json
-
-    command = shlex.join(["foveate", *sys.argv[1:]])
-    if append is not None:
-        replaced = results.append(append, table, asked=asked, command=command, budgets=budgets, unreached=unreached)
-        for name in replaced:
-            stderr().print(f"{append}: the row of {name} gave way to this one", highlight=False, markup=False)
-    if json_file is not None:
-        data = scenes_task.digest(asked["samples"], seed=asked["seed"])
-        more = {"every": budgets, "unreached": unreached} if budgets else {}
-        write_json(json_file, {"command": command, **asked, "data": data, "rows": table, **more})
-
-
-def _answered(loaded: Loaded, rivals: dict[str, Any], console: Any, *, samples: int, **settings: Any) -> list[Row]:
-    """The rows of the table, with a bar of the answers given so far where somebody looks."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from foveate.evaluate.scenes_task import evaluate
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        answers = bar.add_task("answers", total=(len(rivals) + settings["ceiling"]) * samples)
-        return evaluate(
-            loaded.model,
-            loaded.processor,
-            list(rivals.values()),
-            samples=samples,
-            progress=lambda count: bar.advance(answers, count),
-            **settings,
-        )
-
-
-def _budgets(text: str | None) -> list[int]:
-    """The token counts of --every."""
-    from foveate.core import FoveateError
-
-    if text is None:
-        return []
-    counts = text.split("/")
-    if not all(count.isdigit() and int(count) > 0 for count in counts):
-        raise FoveateError(f"--every {text!r} is no list of token counts; write 144/64/32/16")
-    return [int(count) for count in counts]
-
-
-def _add_every(
-    rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model: str, found: dict[str, Any] | None
-) -> list[dict[str, Any]]:
-    """Add every method that drops visual tokens at each budget to `rivals`, but for rows that `found` has.
-
-    Returned is what cannot be reached: method, the budgets for one reason, and that reason.
-    """
-    from foveate import methods, spec
-    from foveate.core import FoveateError
-    from foveate.evaluate.catalogue import at
-    from foveate.evaluate.results import rows_of
-    from foveate.families import family_of
-    from foveate.prune import check_prunable
-
-    if not budgets:
-        return []
-    unreached: dict[tuple[str, str], list[int]] = {}
-    folder = Path(loaded.model.name_or_path)  # weights of trained methods may lie beside the model's own
-    height, width = family_of(loaded.model).grid(loaded.model.config)
-    for name in methods.names():
-        if {part.site for part in methods.get(name).example().parts()} == {"cache"}:
-            continue
-        for keep in budgets:
-            try:
-                made = at(name, keep, height * width, model if (folder / name).is_dir() else None)
-                check_prunable(loaded.model, made, processor=loaded.processor)
-            except FoveateError as error:
-                unreached.setdefault((name, str(error)), []).append(keep)
-            else:
-                if found is None or spec.format(made) not in rows_of(found):
-                    rivals[spec.format(made)] = (made,)
-    return [{"method": name, "keep": keeps, "why": why} for (name, why), keeps in unreached.items()]
-
-
-def _columns() -> list[Column]:
-    from foveate.report.tables import Column
-    from foveate.scenes.questions import KINDS
-
-    def share(value: Any) -> str:
-        return f"{value:.1%}"
-
-    return [
-        Column("method", "method", left=True),
-        Column("accuracy", "all", share),
-        Column("interval", "95 %", lambda ends: f"{ends[0]:.1%}-{ends[1]:.1%}"),
-        *(Column(kind, kind, share) for kind in KINDS),
-        Column("tokens", "tokens", lambda value: f"{value:.4g}"),
-        Column("equivalent_tokens", "equivalent", lambda value: f"{value:.4g}"),
-        Column("prefill_flops_share", "prefill FLOPs", lambda value: f"{value:.0%}"),
-        Column("kv_bytes_share", "KV bytes", lambda value: f"{value:.0%}"),
-    ]
+    with usage():
+        return None if tasks is None else task_names(tasks)[0]

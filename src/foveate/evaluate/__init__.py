@@ -18,7 +18,10 @@ def task_names(given: Iterable[str]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for text in given for name in text.split(",") if name.strip()))
     for name in names:
         if name not in TASKS:
-            raise FoveateError(f"unknown task {name!r}; {did_you_mean(name, TASKS)}")
+            hint = (
+                " A folder with questions.jsonl is a task too, and there is none of this name." if "/" in name else ""
+            )
+            raise FoveateError(f"unknown task {name!r}; {did_you_mean(name, TASKS)}{hint}")
     if not names:
         raise FoveateError(f"no task was given; {did_you_mean('', TASKS)}")
     return names

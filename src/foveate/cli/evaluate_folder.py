@@ -1,0 +1,131 @@
+"""`foveate eval --tasks FOLDER`: the questions of a local folder, for the unpruned model, rivals and baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.core import UsageError, usage
+
+if TYPE_CHECKING:
+    from foveate.report.tables import Column
+
+ROWS, TABLE = "rows.json", "rows.md"
+
+
+def run_folder(
+    folder: Path,
+    model: str | None,
+    given: dict[str, Any],
+    place: dict[str, Any],
+    *,
+    samples: int | None,
+    out: Path | None,
+    resume: bool,
+    longest: int | None,
+) -> None:
+    """Answer or go on answering, print the table, and write the rows beside the answers.
+
+    Args:
+        given: specs, batch and clip.
+        place: how the model is loaded.
+        longest: new tokens of an answer.
+    """
+    from foveate.cli.output import show, stderr, working
+    from foveate.evaluate import local_task, scenes_task
+    from foveate.paths import checked
+    from foveate.runs import check_run
+
+    longest = 32 if longest is None else longest
+    with usage():
+        if model is None or out is None:
+            raise UsageError(f"{'--model' if model is None else '--out'} is missing; a folder of questions needs both")
+        for name, value in (("samples", samples), ("batch", given["batch"]), ("max-new-tokens", longest)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value} measures nothing; the smallest is 1")
+        rivals = scenes_task.parse_rivals(given["prune"])
+        task = local_task.read(folder, samples)
+        check_run(out, resume)
+        out = checked(out)
+
+    from foveate.evaluate import folder_rows
+    from foveate.inference.loading import load
+
+    console = stderr()
+    with working(f"loading {model}"):
+        loaded = load(model, **place)
+    everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals)
+    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"]}
+    lines = _answered(loaded, task, everyone, console, name=model, out=out, resume=resume, **settings)
+    rows = folder_rows.rows(lines, task, batch=given["batch"], beside=beside)
+    show(columns(), [flat(row) for row in rows], title=f"{model}: {len(task.questions)} questions of {folder}")
+    for spec, why in missing.items():
+        console.print(f"{spec}: - ({why})", highlight=False, markup=False)
+    _write(out, model, task, rows)
+
+
+def _answered(loaded: Any, task: Any, everyone: dict[str, Any], console: Any, **settings: Any) -> Any:
+    """The answers of everyone, with a bar of those given so far where somebody looks."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from foveate.evaluate.folder_run import answer_folder, asks
+
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+        answers = bar.add_task("answers", total=len(everyone) * len(asks(task)))
+        return answer_folder(
+            loaded.model,
+            loaded.processor,
+            task,
+            everyone,
+            progress=lambda count: bar.advance(answers, count),
+            **settings,
+        )
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its difference from the unpruned model, and from its best baseline, as entries of its own."""
+    against = row["against"]
+    baselines = {name: found for name, found in against.items() if name != "none"}
+    nearest = min(baselines, key=lambda name: baselines[name]["mean"], default=None)
+    return {
+        **row,
+        "unpruned": against.get("none"),
+        "baseline": None if nearest is None else {"name": nearest, **baselines[nearest]},
+    }
+
+
+def columns() -> list[Column]:
+    """The columns of the table."""
+    from foveate.report.tables import Column
+
+    def points(found: Any) -> str:
+        return f"{100 * found['mean']:+.1f} (p {found['p']:.2g})"
+
+    return [
+        Column("method", "method", left=True),
+        Column("accuracy", "all", lambda value: f"{value:.1%}"),
+        Column("interval", "95 %", lambda ends: f"{ends[0]:.1%}-{ends[1]:.1%}"),
+        Column("unpruned", "from unpruned", points),
+        Column("baseline", "from its best baseline", lambda found: f"{points(found)} {found['name']}"),
+        Column("tokens", "tokens", lambda value: f"{value:.4g}"),
+        Column("equivalent_tokens", "equivalent", lambda value: f"{value:.4g}"),
+        Column("prefill_flops_share", "prefill FLOPs", lambda value: f"{value:.0%}"),
+        Column("kv_bytes_share", "KV bytes", lambda value: f"{value:.0%}"),
+    ]
+
+
+def _write(out: Path, model: str, task: Any, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON, and as a Markdown table with what each benchmark reports below it."""
+    from foveate.report.tables import Column, markdown
+    from foveate.runs import write_json, write_text
+
+    head = {"model": model, "task": str(task.path), "data": task.digest, "questions": len(task.questions)}
+    write_json(out / ROWS, {**head, "rows": rows})
+    parts = [markdown(columns(), [flat(row) for row in rows])]
+    for kind in rows[0]["measures"]:
+        found = [{"method": row["method"], **row["measures"][kind]} for row in rows]
+        names = [name for name in found[0] if name != "method"]
+        shown = [Column(name, name, lambda value: f"{value:.4g}") for name in names]
+        parts.append(f"## {kind}\n\n" + markdown([Column("method", "method", left=True), *shown], found))
+    write_text(out / TABLE, "\n\n".join([f"# {model}: {len(task.questions)} questions", *parts]) + "\n")

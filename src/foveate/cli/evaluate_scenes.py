@@ -1,0 +1,204 @@
+"""`foveate eval --tasks scenes`: the same drawn questions for the unpruned model and each rival."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.core import usage
+
+if TYPE_CHECKING:
+    from foveate.evaluate.scenes_task import Row
+    from foveate.inference.loading import Loaded
+    from foveate.report.tables import Column
+
+
+def run(
+    wanted: dict[str, Any],
+    given: dict[str, Any],
+    place: dict[str, Any],
+    *,
+    every: str | None,
+    ceiling: bool,
+    json_file: Path | None,
+    append: Path | None,
+) -> None:
+    """Answer, print the table, and write the rows where they are wanted.
+
+    Args:
+        wanted: model, task, samples and seed as the user gave them, None where not.
+        given: specs, batch and clip.
+        place: how the model is loaded.
+    """
+    from foveate.cli.output import show, stderr, working
+
+    with usage():
+        from foveate.evaluate import scenes_task
+
+        asked, found = _asked(wanted, json_file, append)
+        scenes_task.check(samples=asked["samples"], batch=given["batch"], seed=asked["seed"])
+        rivals = scenes_task.parse_rivals(given["prune"])
+        budgets = _budgets(every)
+        if append is not None:
+            _check_append(append, found, asked, budgets, bool(rivals.keys() - {"none"} or budgets or ceiling))
+
+    from foveate.inference.loading import load
+
+    console = stderr()
+    with working(f"loading {asked['model']}"):
+        loaded = load(asked["model"], **place)
+    unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
+    sizes = {name: asked[name] for name in ("samples", "seed")}
+    rows = _answered(loaded, rivals, console, **sizes, batch=given["batch"], ceiling=ceiling, clip=given["clip"])
+    table = [row.to_dict() for row in rows]
+    show(_columns(), table, title="{model}: {samples} questions of {task}, seed {seed}".format(**asked))
+    for entry in unreached:
+        budget = "/".join(map(str, entry["keep"]))
+        console.print(f"{entry['method']} at {budget}: - ({entry['why']})", highlight=False, markup=False)
+    _write(json_file, append, asked, table, budgets, unreached)
+
+
+def _asked(
+    wanted: dict[str, Any], json_file: Path | None, append: Path | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Model, task, samples and seed, with what was left open filled in, and the file that rows are put into."""
+    from foveate.core import FoveateError
+    from foveate.evaluate import results
+    from foveate.paths import file_target
+
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if append is not None:
+        if json_file is not None:
+            raise FoveateError("--json writes a new file and --append adds to one; give one of them")
+        found = results.read(file_target(append, (".json",)))
+        results.check_same(append, found, given)
+        return {name: found[name] for name in wanted}, found
+    if json_file is not None:
+        file_target(json_file, (".json",))
+    for option, name in (("--model", "model"), ("--tasks", "task")):
+        if name not in given:
+            raise FoveateError(f"{option} is missing; such as {option} {'mini' if name == 'model' else 'scenes'}")
+    return {"samples": 500, "seed": 0, **given}, None
+
+
+def _check_append(file: Path, found: Any, asked: dict[str, Any], budgets: list[int], some: bool) -> None:
+    """Refuse what cannot be added to a file, before a model is loaded."""
+    from foveate.core import FoveateError
+    from foveate.evaluate import results, scenes_task, task_names
+
+    if not some:
+        raise FoveateError("--append adds rows, and no --prune, --every or --ceiling asks for one")
+    task_names([asked["task"]])
+    results.check_budgets(file, found, budgets)
+    asked["data"] = scenes_task.digest(asked["samples"], seed=asked["seed"])
+    results.check_same(file, found, asked)
+
+
+def _write(
+    json_file: Path | None,
+    append: Path | None,
+    asked: dict[str, Any],
+    table: list[dict[str, Any]],
+    budgets: list[int],
+    unreached: list[dict[str, Any]],
+) -> None:
+    """Write the file that was asked for, or put the rows into it."""
+    from foveate.cli.output import stderr
+    from foveate.evaluate import results, scenes_task
+    from foveate.runs import write_json
+
+    command = shlex.join(["foveate", *sys.argv[1:]])
+    if append is not None:
+        replaced = results.append(append, table, asked=asked, command=command, budgets=budgets, unreached=unreached)
+        for name in replaced:
+            stderr().print(f"{append}: the row of {name} gave way to this one", highlight=False, markup=False)
+    if json_file is not None:
+        data = scenes_task.digest(asked["samples"], seed=asked["seed"])
+        more = {"every": budgets, "unreached": unreached} if budgets else {}
+        write_json(json_file, {"command": command, **asked, "data": data, "rows": table, **more})
+
+
+def _answered(loaded: Loaded, rivals: dict[str, Any], console: Any, *, samples: int, **settings: Any) -> list[Row]:
+    """The rows of the table, with a bar of the answers given so far where somebody looks."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from foveate.evaluate.scenes_task import evaluate
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        answers = bar.add_task("answers", total=(len(rivals) + settings["ceiling"]) * samples)
+        return evaluate(
+            loaded.model,
+            loaded.processor,
+            list(rivals.values()),
+            samples=samples,
+            progress=lambda count: bar.advance(answers, count),
+            **settings,
+        )
+
+
+def _budgets(text: str | None) -> list[int]:
+    """The token counts of --every."""
+    from foveate.core import FoveateError
+
+    if text is None:
+        return []
+    counts = text.split("/")
+    if not all(count.isdigit() and int(count) > 0 for count in counts):
+        raise FoveateError(f"--every {text!r} is no list of token counts; write 144/64/32/16")
+    return [int(count) for count in counts]
+
+
+def _add_every(
+    rivals: dict[str, Any], budgets: list[int], loaded: Loaded, model: str, found: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Add every method that drops visual tokens at each budget to `rivals`, but for rows that `found` has.
+
+    Returned is what cannot be reached: method, the budgets for one reason, and that reason.
+    """
+    from foveate import methods, spec
+    from foveate.core import FoveateError
+    from foveate.evaluate.catalogue import at
+    from foveate.evaluate.results import rows_of
+    from foveate.families import family_of
+    from foveate.prune import check_prunable
+
+    if not budgets:
+        return []
+    unreached: dict[tuple[str, str], list[int]] = {}
+    folder = Path(loaded.model.name_or_path)  # weights of trained methods may lie beside the model's own
+    height, width = family_of(loaded.model).grid(loaded.model.config)
+    for name in methods.names():
+        if {part.site for part in methods.get(name).example().parts()} == {"cache"}:
+            continue
+        for keep in budgets:
+            try:
+                made = at(name, keep, height * width, model if (folder / name).is_dir() else None)
+                check_prunable(loaded.model, made, processor=loaded.processor)
+            except FoveateError as error:
+                unreached.setdefault((name, str(error)), []).append(keep)
+            else:
+                if found is None or spec.format(made) not in rows_of(found):
+                    rivals[spec.format(made)] = (made,)
+    return [{"method": name, "keep": keeps, "why": why} for (name, why), keeps in unreached.items()]
+
+
+def _columns() -> list[Column]:
+    from foveate.report.tables import Column
+    from foveate.scenes.questions import KINDS
+
+    def share(value: Any) -> str:
+        return f"{value:.1%}"
+
+    return [
+        Column("method", "method", left=True),
+        Column("accuracy", "all", share),
+        Column("interval", "95 %", lambda ends: f"{ends[0]:.1%}-{ends[1]:.1%}"),
+        *(Column(kind, kind, share) for kind in KINDS),
+        Column("tokens", "tokens", lambda value: f"{value:.4g}"),
+        Column("equivalent_tokens", "equivalent", lambda value: f"{value:.4g}"),
+        Column("prefill_flops_share", "prefill FLOPs", lambda value: f"{value:.0%}"),
+        Column("kv_bytes_share", "KV bytes", lambda value: f"{value:.0%}"),
+    ]

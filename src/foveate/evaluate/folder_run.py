@@ -1,0 +1,223 @@
+"""Answers of several rivals to a folder's questions, written down batch by batch, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from foveate.checkpoints import fingerprint
+from foveate.core import FoveateError, Method
+from foveate.evaluate.local_task import Folder, Question, turns
+from foveate.inference.answers import decode, encode, greedy
+from foveate.inference.pictures import load_image
+from foveate.paths import Given
+from foveate.prune import check_prunable, prune, share_encoding
+from foveate.runs import append_line, run_folder, write_bytes
+from foveate.texts import check_text
+
+ANSWERS = "answers.jsonl"
+"""One line for each batch that a rival has answered, whole or not there."""
+
+Progress: TypeAlias = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt: a question, and which turn of its options."""
+
+    question: Question
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One batch answered by one rival.
+
+    Attributes:
+        rival: its spec; "none" for the unpruned model.
+        batch: which of the batches of `asks`.
+        answers: of its prompts, in their order.
+        tokens: visual tokens of each prompt that reached the end of the prefill.
+        equivalent: the same averaged over the decoder's layers, a mean of the batch.
+        flops, bytes: of all prompts together, pruned and unpruned; of the unpruned model both are 0.
+    """
+
+    rival: str
+    batch: int
+    answers: list[str]
+    tokens: list[int]
+    equivalent: float
+    flops: list[float]
+    bytes: list[int]
+
+
+def asks(folder: Folder) -> list[Ask]:
+    """Every prompt of a folder, in the order of its lines."""
+    return [Ask(one, turn) for question in folder.questions for turn, one in enumerate(turns(question))]
+
+
+def settings(
+    name: str, model: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], *, batch: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """What must be equal for a run to go on as if it had never stopped.
+
+    Args:
+        name: how the user calls the model.
+    """
+    import torch
+    import transformers
+
+    return {
+        "model": name,
+        "weights": fingerprint(model),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "data": folder.digest,
+        "rivals": list(rivals),
+        "batch": batch,
+        "max_new_tokens": max_new_tokens,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def answer_folder(
+    model: Any,
+    processor: Any,
+    folder: Folder,
+    rivals: Mapping[str, Sequence[Method]],
+    *,
+    name: str,
+    out: Given,
+    resume: bool = False,
+    batch: int = 16,
+    max_new_tokens: int = 32,
+    clip: Any = None,
+    progress: Progress | None = None,
+) -> list[Answered]:
+    """Greedy answers of every rival to the same prompts, in the same batches; what a killed run has is not asked again.
+
+    Args:
+        rivals: stages by spec; one without stages is the unpruned model.
+        name: how the user calls the model.
+        out: the folder of the run, which gets `answers.jsonl`.
+        resume: go on with the run that is there.
+        clip: as `prune` takes it.
+        progress: called with the number of prompts answered since the last call; at first with those that are there.
+
+    Returns:
+        a line for each rival and batch.
+
+    Raises:
+        FoveateError: `out` holds a run and `resume` is False, or one of other settings; a question holds special tokens
+            of the model; or a method cannot run on it.
+    """
+    prompts = asks(folder)
+    for ask in prompts:
+        check_text(processor, ask.question.prompt, f"the question {ask.question.id!r}")
+    groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    for stages in rivals.values():
+        if stages:
+            check_prunable(model, [*stages], processor=processor, clip=clip)
+    parts = {spec: [part for stage in stages for part in stage.parts()] for spec, stages in rivals.items()}
+    # Whatever acts behind the encoder looks at the same encoding; the others make their own.
+    together = [spec for spec in rivals if all(part.site != "tower" for part in parts[spec])]
+    needs = {need for spec in together for part in parts[spec] for need in part.needs}
+    identity = settings(name, model, folder, rivals, batch=batch, max_new_tokens=max_new_tokens)
+    with run_folder(out, identity, resume) as path:
+        run = _Run(model, processor, rivals, clip, path / ANSWERS, max_new_tokens, progress or (lambda count: None))
+        done = {(line.rival, line.batch): line for line in read_answers(run.file)}
+        run.progress(sum(len(line.answers) for line in done.values()))
+        for number, group in enumerate(groups):
+            missing = [spec for spec in rivals if (spec, number) not in done]
+            if not missing:
+                continue
+            inputs = _inputs(model, processor, folder, group)
+            with share_encoding(model, needs):
+                lines = [run.answer(spec, number, inputs) for spec in missing if spec in together]
+            lines += [run.answer(spec, number, inputs) for spec in missing if spec not in together]
+            done |= {(line.rival, line.batch): line for line in lines}
+    return [done[spec, number] for spec in rivals for number in range(len(groups))]
+
+
+def read_answers(file: Path) -> list[Answered]:
+    """The lines of a run, without one that a kill has cut short, which leaves the file too.
+
+    Raises:
+        FoveateError: another line is damaged; it is named.
+    """
+    if not file.exists():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_bytes(file, whole)
+    found = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            found.append(Answered(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise FoveateError(
+                f"{file} is damaged in line {number}; take the line out, or start in another folder"
+            ) from error
+    return found
+
+
+def _inputs(model: Any, processor: Any, folder: Folder, group: Sequence[Ask]) -> Any:
+    pictures = {ask.question.image: load_image(folder.path / ask.question.image) for ask in group}
+    texts = [ask.question.prompt for ask in group]
+    return encode(model, processor, [[pictures[ask.question.image]] for ask in group], texts)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model at work on the questions, and the file in which its answers are written down."""
+
+    model: Any
+    processor: Any
+    rivals: Mapping[str, Sequence[Method]]
+    clip: Any
+    file: Path
+    max_new_tokens: int
+    progress: Progress
+    handles: dict[str, Any] = field(default_factory=dict)  # made when first needed: a resumed run may need none
+
+    def answer(self, spec: str, number: int, inputs: Any) -> Answered:
+        """Answer one batch, through the rival's handle where there is one, and write it down."""
+        rows, length = inputs["input_ids"].shape
+        if not self.rivals[spec]:
+            output = greedy(self.model, inputs, max_new_tokens=self.max_new_tokens)
+            tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(dim=1).tolist()
+            figures: dict[str, Any] = {"equivalent": sum(tokens) / rows, "flops": [0.0, 0.0], "bytes": [0, 0]}
+        else:
+            with self._handle(spec) as trace:
+                output = greedy(self.model, inputs, max_new_tokens=self.max_new_tokens)
+            images = trace.images
+            tokens = [sum(image.after for image in images if image.row == row) for row in range(rows)]
+            figures = {
+                "equivalent": trace.budget.equivalent_tokens * len(images) / rows,
+                "flops": [trace.budget.prefill_flops, trace.unpruned.prefill_flops],
+                "bytes": [trace.budget.kv_bytes, trace.unpruned.kv_bytes],
+            }
+        line = Answered(spec, number, decode(self.processor, self.model, output, length), tokens, **figures)
+        append_line(self.file, json.dumps(vars(line)))
+        self.progress(rows)
+        return line
+
+    def _handle(self, spec: str) -> Any:
+        if spec not in self.handles:
+            stages = [*self.rivals[spec]]
+            self.handles[spec] = prune(self.model, stages, processor=self.processor, clip=self.clip)
+        return self.handles[spec]
+
+
+def each(lines: Sequence[Answered], folder: Folder, batch: int) -> Iterator[tuple[str, Ask, str]]:
+    """(rival, prompt, what it answered) of every line."""
+    prompts = asks(folder)
+    for line in lines:
+        start = line.batch * batch
+        for ask, answer in zip(prompts[start : start + batch], line.answers, strict=True):
+            yield line.rival, ask, answer
