@@ -1,4 +1,4 @@
-"""The nouns of the library: Method, Scorer, Merger, Signals, Selection, Budget, and the errors they raise.
+"""The nouns of the library: Method, Signals and what is to be known of each, Selection, and the errors they raise.
 
 Shapes are written here, once: B images of one size, N visual tokens, T text tokens, L sequence, K kept, H heads,
 D width.
@@ -24,20 +24,12 @@ if TYPE_CHECKING:
 
 
 Keep: TypeAlias = int | float
-
-
 Grid: TypeAlias = tuple[int, int]
-
-
 Site: TypeAlias = Literal["pixels", "tower", "input", "layer", "cache"]
 
 
 class FoveateError(ValueError):
     """Every error that a user can cause: the message names the value, the limit and the nearest valid choice."""
-
-
-LONGEST_PATH = 400
-"""Characters of a path that a message repeats: what file systems take is longer, what people write is not."""
 
 
 def short(text: str, most: int = 80) -> str:
@@ -362,12 +354,7 @@ class Selection:
         kept, read = read[:count], read[count:]
         masks, read = read[: len(extra)], read[len(extra) :]
         into, flags = read[: len(groups)], read[len(groups) :]
-        made = dataclasses.replace(
-            self,
-            indices=kept,
-            extra=None if self.extra is None else masks,
-            groups=None if self.groups is None else into,
-        )
+        made = dataclasses.replace(self, indices=kept, extra=self.extra and masks, groups=self.groups and into)
         return made, [bool(flag) for flag in flags]
 
     def _problem_of_form(self, image: int, kept: Tensor) -> str | None:

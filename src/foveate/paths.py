@@ -13,6 +13,9 @@ from foveate.core import FoveateError, short
 LONGEST_NAME = 255
 """Bytes of a name between two slashes, on every file system in common use."""
 
+LONGEST_PATH = 400
+"""Characters of a path that a message repeats: what file systems take is longer, what people write is not."""
+
 Given: TypeAlias = str | os.PathLike[str]
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from foveate import methods
-from foveate.core import LONGEST_PATH, FoveateError, Method, did_you_mean, short
-from foveate.paths import checked, read_json
+from foveate.core import FoveateError, Method, did_you_mean, short
+from foveate.paths import LONGEST_PATH, checked, read_json
 
 _NUMBER = re.compile(r"-?((\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
 _EXPONENT = re.compile(r"[=/,]\s*-?(\d+(\.\d*)?|\.\d+)[eE]\Z")

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from foveate.core import LONGEST_PATH, FoveateError, short
-from foveate.paths import checked, read_json
+from foveate.core import FoveateError, short
+from foveate.paths import LONGEST_PATH, checked, read_json
 from foveate.runs import whole_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
