@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from foveate.inference.answers import answer
 from foveate.inference.pictures import load_image
 
 SPECS = ("fopru:keep=4", "tome:keep=9")
+TORN = '{"rival": "fopru:ke'
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +54,20 @@ def run(model: Any, task: Folder, out: Path, **settings: Any) -> list[Answered]:
     return answer_folder(model, tiny.processor(model), task, rivals, out=out, **options)
 
 
-def test_the_unpruned_answers_are_those_of_the_model(model: Any, task: Folder, tmp_path: Path) -> None:
-    lines = run(model, task, tmp_path / "run")
+@pytest.fixture(scope="module")
+def whole(model: Any, task: Folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Answered]]:
+    """The folder of a run that was never stopped, and its answers."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, run(model, task, out)
+
+
+@pytest.fixture
+def copied(whole: tuple[Path, list[Answered]], tmp_path: Path) -> Path:
+    return shutil.copytree(whole[0], tmp_path / "run")
+
+
+def test_the_unpruned_answers_are_those_of_the_model(model: Any, task: Folder, whole: Any) -> None:
+    out, lines = whole
     prompts = [ask.question for ask in asks(task)]
     assert len(prompts) == 7
     expected = [
@@ -68,17 +82,15 @@ def test_the_unpruned_answers_are_those_of_the_model(model: Any, task: Folder, t
     assert said["fopru:keep=4"] != said["none"], "a rival can answer otherwise"
     tokens = {line.rival: set(line.tokens) for line in lines}
     assert tokens == {"none": {tiny.TOKENS}, "fopru:keep=4": {4}, "tome:keep=9": {9}}
-    written = [json.loads(text) for text in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    written = [json.loads(text) for text in (out / "answers.jsonl").read_text().splitlines()]
     assert sorted(written, key=str) == sorted((vars(line) for line in lines), key=str)
 
 
-@pytest.mark.parametrize("left", [0, 1, 4, 8])
-@pytest.mark.parametrize("torn", ["", '{"rival": "fopru:ke'])
+@pytest.mark.parametrize(("left", "torn"), [(0, ""), (1, TORN), (4, ""), (4, TORN), (8, TORN)])
 def test_a_run_goes_on_without_asking_again(
-    model: Any, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, torn: str
+    model: Any, task: Folder, whole: Any, copied: Path, monkeypatch: pytest.MonkeyPatch, left: int, torn: str
 ) -> None:
-    whole = run(model, task, tmp_path / "run")
-    file = tmp_path / "run" / "answers.jsonl"
+    file = copied / "answers.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 9
     file.write_text("".join(lines[:left]) + torn)
@@ -91,8 +103,8 @@ def test_a_run_goes_on_without_asking_again(
 
     monkeypatch.setattr(folder_run, "greedy", counted)
     told: list[int] = []
-    again = run(model, task, tmp_path / "run", resume=True, progress=told.append)
-    assert again == whole
+    again = run(model, task, copied, resume=True, progress=told.append)
+    assert again == whole[1]
     assert len(asked) == 9 - left
     assert sum(told) == 3 * 7
     assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
@@ -100,11 +112,10 @@ def test_a_run_goes_on_without_asking_again(
 
 @pytest.mark.parametrize("change", ["model", "data", "batch", "rivals"])
 def test_a_run_of_something_else_is_refused(
-    model: Any, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    model: Any, task: Folder, copied: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    run(model, task, tmp_path / "run")
     with pytest.raises(FoveateError, match="already holds a run; go on with it by resume=True"):
-        run(model, task, tmp_path / "run")
+        run(model, task, copied)
     settings: dict[str, Any] = {"resume": True}
     if change == "model":
         model = tiny.model(seed=1)
@@ -116,7 +127,7 @@ def test_a_run_of_something_else_is_refused(
         monkeypatch.setattr(sys.modules[__name__], "SPECS", SPECS[:1])
     named = {"model": "weights", "data": "data", "batch": "batch=3, not batch=2", "rivals": "rivals"}[change]
     with pytest.raises(FoveateError, match=f"was begun with {named}"):
-        run(model, task, tmp_path / "run", **settings)
+        run(model, task, copied, **settings)
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
