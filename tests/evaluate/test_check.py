@@ -45,9 +45,9 @@ def test_each_family_holds_the_contract(name: str) -> None:
     refused = [outcome for outcome in found.outcomes if "says why" in outcome.name]
     assert ["interpolated" in outcome.detail for outcome in refused] == ([True] if name == "llava-onevision" else [])
     row = family_of(model)
-    assert len(halves) == 4 - len(refused) - (row.inside is not None) - (row.within is not None)
+    assert len(halves) == 4 - len(refused) - (row.closed_encoder is not None) - (row.closed_decoder is not None)
     names = [outcome.name for outcome in found.outcomes]
-    allowed = row.within is None
+    allowed = row.closed_decoder is None
     for statement, count in (
         ("holds its budget", allowed),
         ("at every stage", allowed),

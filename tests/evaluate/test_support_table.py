@@ -15,11 +15,11 @@ def test_every_method_on_every_family() -> None:
 
 def test_what_runs_and_what_does_not() -> None:
     found = {row.method: row.reasons for row in support()}
-    closed = [family.name for family in FAMILIES if family.within is not None]
+    closed = [family.name for family in FAMILIES if family.closed_decoder is not None]
     assert [name for name, reason in found["fastv"].items() if reason is not None] == closed
     assert found["tome"]["llava-1.5"] is None
     assert found["tome"]["paligemma"] is None
-    closed = [family.name for family in FAMILIES if family.inside is not None]
+    closed = [family.name for family in FAMILIES if family.closed_encoder is not None]
     assert [name for name, reason in found["tome"].items() if reason is not None] == closed
     assert found["crossget"]["qwen2-vl"] == (
         "needs tower.latest.cross, tower.latest.cross_attention, which qwen2-vl with qwen2_vl_vision does not have"
@@ -54,7 +54,7 @@ def test_the_table_names_each_reason_once() -> None:
     assert len(lines) == 2 + len(methods.names())
     assert lines[0].startswith("| method | llava-1.5 | llava-next |")
     (fastv,) = (line for line in lines if line.startswith("| `fastv` |"))
-    assert fastv.count(" yes |") == sum(family.within is None for family in FAMILIES)
+    assert fastv.count(" yes |") == sum(family.closed_decoder is None for family in FAMILIES)
     numbered = reasons.strip().splitlines()
     assert [line.split(".")[0] for line in numbered] == [str(number + 1) for number in range(len(numbered))]
     assert len(set(numbered)) == len(numbered)

@@ -229,4 +229,4 @@ def test_a_refusal_gives_its_reason_and_what_works(family: str, name: str, reaso
         tiny.prune(model, methods.get(name).example(model.config))
     assert reason in str(error.value)
     assert "; methods that work: " in str(error.value)
-    assert ("fastv" in str(error.value)) == (family_of(model).within is None)
+    assert ("fastv" in str(error.value)) == (family_of(model).closed_decoder is None)

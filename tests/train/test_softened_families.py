@@ -25,7 +25,7 @@ EVERY = (*tiny.FAMILIES, *(name for name in tiny_families.KINDS if "/" in name))
 ROWS = ("3i4", "2i1i5")
 ANSWER = 3  # last tokens of a row
 # Where the small ones of a family take no method inside the decoder, a larger one stands for it.
-CLOSED = tuple(family.name for family in FAMILIES if family.within is not None)
+CLOSED = tuple(family.name for family in FAMILIES if family.closed_decoder is not None)
 OPEN = tuple(name for name in EVERY if name not in CLOSED)
 each_family = pytest.mark.parametrize("name", EVERY)
 each_open = pytest.mark.parametrize("name", OPEN)

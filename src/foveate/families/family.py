@@ -44,9 +44,9 @@ class Family:
         videos: how its videos do; None where videos are not described.
         frames: its processor hands over the frames of a video as pictures, with text between them.
         video_tower: attribute path to the encoder of videos, of the same kind; None where one sees both.
-        reads: further encoder blocks whose output is read beside that of the usual one, by number of how many.
-        inside: why no method can act inside the encoder; None where they can.
-        within: why no method can act inside the decoder or on its cache; None where they can.
+        also_read: further encoder blocks whose output is read beside that of the usual one, by number of how many.
+        closed_encoder: why no method can act inside the encoder; None where they can.
+        closed_decoder: why no method can act inside the decoder or on its cache; None where they can.
         varies: fields of the row that other configurations of its types change, from the configuration.
         positions: position ids (3, B, S) of new tokens that follow `start`, where they have several axes.
         first_position: position of the first token where the model is called directly.
@@ -80,9 +80,9 @@ class Family:
     videos: Callable[[Encoded], list[Layout]] | None = None
     frames: bool = False
     video_tower: str | None = None
-    reads: Callable[[Any, int], list[int]] | None = None
-    inside: str | None = None
-    within: str | None = None
+    also_read: Callable[[Any, int], list[int]] | None = None
+    closed_encoder: str | None = None
+    closed_decoder: str | None = None
     varies: Callable[[Any], dict[str, Any]] | None = None
     positions: Callable[[Any, Tensor, Tensor, dict[str, Any], Tensor], Tensor] | None = None
     first_position: int = 0

@@ -92,8 +92,8 @@ def generic_family(model: Any) -> GenericFamily:
         pointwise=False,
         fixed=False,
         layouts=entries if row is None else _patches,
-        inside="its type has no row, so what its projector needs of the encoder is not known",
-        within="its layers take inputs of their own for each token, or keys and values of others"
+        closed_encoder="its type has no row, so what its projector needs of the encoder is not known",
+        closed_decoder="its layers take inputs of their own for each token, or keys and values of others"
         if _hang(model)
         else None,
         positions=three_axes if hasattr(base, "get_rope_index") else None,

@@ -112,7 +112,7 @@ def _gemma4_varies(config: Any) -> dict[str, Any]:
     text = config.text_config
     ahead = text.use_bidirectional_attention is not None
     alone = not text.hidden_size_per_layer_input and not text.num_kv_shared_layers
-    return {"within": None if alone else _SHARED, "two_way": ahead, "typed_past": ahead}
+    return {"closed_decoder": None if alone else _SHARED, "two_way": ahead, "typed_past": ahead}
 
 
 _WITH_TILES = "a picture with all its tiles; the newlines behind its rows stay"
@@ -241,7 +241,7 @@ FAMILIES = (
         towers=("qwen3_vl_vision",),
         decoder="qwen3_vl_text",
         deepstack="_deepstack_process",
-        reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
+        also_read=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
         **_QWEN,
     ),
     Family(
@@ -251,7 +251,7 @@ FAMILIES = (
         towers=("qwen3_vl_moe_vision",),
         decoder="qwen3_vl_moe_text",
         deepstack="_deepstack_process",
-        reads=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
+        also_read=lambda config, blocks: list(config.vision_config.deepstack_visual_indexes),
         **_QWEN,
     ),
     Family(
@@ -352,8 +352,8 @@ FAMILIES = (
         pointwise=False,
         fixed=False,
         layouts=lambda encoded: padded_rasters(encoded.model.config.vision_config.pooling_kernel_size, encoded),
-        inside="its blocks turn each patch by its place and norm what attention and MLP add",
-        within=_SHARED,
+        closed_encoder="its blocks turn each patch by its place and norm what attention and MLP add",
+        closed_decoder=_SHARED,
         varies=_gemma4_varies,
     ),
     Family(
@@ -458,7 +458,7 @@ FAMILIES = (
         read=_deepest_read,
         grid=_grid,
         pointwise=False,
-        reads=_all_read,
+        also_read=_all_read,
     ),
     Family(
         name="video-llava",

@@ -134,7 +134,7 @@ def qwen(top: Entries, decoder: DecoderShape, row: Tower) -> Sizes:
         round(float(vision["mlp_ratio"]) * width) if "mlp_ratio" in vision else size(vision, "intermediate_size", where)
     )
     merge = size({"spatial_merge_size": 2, **vision}, "spatial_merge_size", where) ** 2
-    window = vision.get("window_size") if row.whole else None
+    window = vision.get("window_size") if row.full_attention else None
     tower = TowerShape(
         layers=depth,
         width=width,

@@ -34,7 +34,7 @@ class Tower:
     gated: bool = False  # its feed-forward networks have three matrices, else two
     packed: bool = False  # the patches of all pictures run as one sequence, each picture attending to itself
     # Blocks that see a whole picture where the others see windows, from the tower's configuration; None: all do.
-    whole: Callable[[Any], list[int]] | None = None
+    full_attention: Callable[[Any], list[int]] | None = None
     known: bool = True  # its blocks can be observed
     pictures: bool = True  # it is given pictures (T, 3, h, w); else the patches of all of them, a row each
     normal: Normal = _HALF  # of the pixels that encoders of this kind are trained on
@@ -85,7 +85,7 @@ TOWERS = (
         gated=True,
         normal=_CLIP,
         **_ROWS,
-        whole=lambda config: list(config.fullatt_block_indexes),
+        full_attention=lambda config: list(config.fullatt_block_indexes),
     ),
     Tower("qwen3_vl_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, **_ROWS),
     Tower("qwen3_vl_moe_vision", summary=0, blocks="blocks", attention="attn", children=_NUMBERED, **_ROWS),

@@ -111,12 +111,12 @@ def first_refused(parts: Sequence[Method], family: Family, tower: Tower) -> Meth
 
 
 def _reason(part: Method, family: Family, tower: Tower) -> str | None:
-    if part.site in ("pixels", "tower") and family.inside is not None:
+    if part.site in ("pixels", "tower") and family.closed_encoder is not None:
         where = "inside" if part.site == "tower" else "before"
-        return f"acts {where} the encoder, which {family.name} does not allow: {family.inside}"
-    if part.site in ("layer", "cache") and family.within is not None:
+        return f"acts {where} the encoder, which {family.name} does not allow: {family.closed_encoder}"
+    if part.site in ("layer", "cache") and family.closed_decoder is not None:
         where = "inside the decoder" if part.site == "layer" else "on the cache"
-        return f"acts {where}, which {family.name} does not allow: {family.within}"
+        return f"acts {where}, which {family.name} does not allow: {family.closed_decoder}"
     missing = unavailable(part, tower)
     if missing:
         return f"needs {', '.join(missing)}, which {family.name} with {tower.type} does not have"

@@ -153,8 +153,10 @@ def check_softens(model: Any) -> None:
     if getattr(model, "_foveate_handle", None) is not None:
         raise FoveateError("this model is being pruned, so it cannot be trained with; stop() the handle first")
     family = family_of(model)
-    if family.within is not None:
-        raise FoveateError(f"training acts inside the decoder, which {family.name} does not allow: {family.within}")
+    if family.closed_decoder is not None:
+        raise FoveateError(
+            f"training acts inside the decoder, which {family.name} does not allow: {family.closed_decoder}"
+        )
     kind = model.get_decoder().config._attn_implementation
     if kind not in IMPLEMENTATIONS:
         raise FoveateError(

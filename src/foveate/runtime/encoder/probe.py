@@ -91,7 +91,7 @@ class Probe:
         self._video_blocks = None if family.video_tower is None else family.blocks_of(model, "video")
         self._names: dict[str, int] = {}
         self._whole: dict[str, int] = {}  # where attention is read for a name whose own block sees windows only
-        whole = row.whole(tower.config) if row.whole is not None else None
+        whole = row.full_attention(tower.config) if row.full_attention is not None else None
         for name, fields in tower_needs(with_joint(needs)).items():
             if name == LATEST:
                 continue  # whoever runs the stages says which block that is

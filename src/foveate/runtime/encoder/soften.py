@@ -39,8 +39,10 @@ def check_softens_encoder(model: Any) -> None:
             f"{family.name} with {row.type} cannot be trained inside its encoder, which needs pictures of one tile "
             "whose patches the decoder reads one by one, and blocks that take a mask, as LLaVA-1.5 has"
         )
-    if family.inside is not None:
-        raise FoveateError(f"training acts inside the encoder, which {family.name} does not allow: {family.inside}")
+    if family.closed_encoder is not None:
+        raise FoveateError(
+            f"training acts inside the encoder, which {family.name} does not allow: {family.closed_encoder}"
+        )
     kind = tower.config._attn_implementation
     if kind not in IMPLEMENTATIONS:
         raise FoveateError(

@@ -111,10 +111,12 @@ class TowerStages(Uncopied):
             ((depth, number, part) for part in self.parts for number, depth in enumerate(depths[id(part)])),
             key=lambda stage: stage[0],
         )
-        more = self.family.reads(self.model.config, len(self.blocks)) if self.family.reads and self.stages else []
+        more = (
+            self.family.also_read(self.model.config, len(self.blocks)) if self.family.also_read and self.stages else []
+        )
         self.reads = {self.read, *(block for block in more if 0 <= block < self.read)}
         layer = getattr(self.model.config, "vision_feature_layer", 0)
-        if self.stages and self.family.reads is None and not isinstance(layer, int):
+        if self.stages and self.family.also_read is None and not isinstance(layer, int):
             raise FoveateError(
                 f"{format_spec(self.parts[0])}: a projector that reads several blocks cannot be shortened"
             )

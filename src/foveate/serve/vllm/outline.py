@@ -37,7 +37,7 @@ class Outline:
         # Layouts ask the model for its own packing of tiles, which reads nothing but the configuration.
         self._model = SimpleNamespace(config=config, base_model=_hollow(config))
         self._encoder = SimpleNamespace(config=config.vision_config)
-        if self.tower.whole is not None:
+        if self.tower.full_attention is not None:
             self._encoder.window_size = config.vision_config.window_size
 
     def layouts(self, kind: str, given: Mapping[str, Any], rows: Sequence[int]) -> list[Layout]:
