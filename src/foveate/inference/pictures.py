@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Iterator
@@ -40,14 +41,24 @@ def load_image(path: str | Path) -> Image.Image:
             that are none of PNG, JPEG, WebP, GIF, BMP and TIFF or cannot be decoded.
     """
     path = checked(path)
-    with _opened(path) as image:
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-            return on_white(image)
-        except FoveateError as error:
-            raise FoveateError(f"{path}: {error}") from error
-        except Exception as error:
-            raise _undecodable(path, error) from error
+    _check_file(path)
+    with _opened(path, path) as image:
+        return _decoded(image, path)
+
+
+def picture_of(data: bytes, name: str) -> Image.Image:
+    """The picture that some bytes are, as `load_image` reads that of a file.
+
+    Args:
+        name: what messages call it.
+
+    Raises:
+        FoveateError: as `load_image`.
+    """
+    if len(data) > MOST_BYTES:
+        raise FoveateError(f"{name} has {len(data) / 1e6:.1f} MB; the most is {MOST_BYTES / 1e6:.0f} MB")
+    with _opened(io.BytesIO(data), name) as image:
+        return _decoded(image, name)
 
 
 def check_image(path: str | Path) -> None:
@@ -56,27 +67,38 @@ def check_image(path: str | Path) -> None:
     Raises:
         FoveateError: as `load_image`, but for what only decoding brings to light.
     """
-    with _opened(checked(path)):
+    path = checked(path)
+    _check_file(path)
+    with _opened(path, path):
         pass
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: Path | io.BytesIO, name: Path | str) -> Iterator[Image.Image]:
     """A picture whose header has been looked at."""
-    _check_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
         try:
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(source, formats=FORMATS)
         except Image.DecompressionBombError as error:
             pixels = re.search(r"\d+", str(error))
-            raise _too_large(path, f"{int(pixels[0]) / 1e6:.2f} megapixels" if pixels else str(error)) from error
+            raise _too_large(name, f"{int(pixels[0]) / 1e6:.2f} megapixels" if pixels else str(error)) from error
         # Damaged files raise whatever their decoder runs into: SyntaxError, struct.error, IndexError and others.
         except Exception as error:
-            raise _undecodable(path, error) from error
+            raise _undecodable(name, error) from error
         with image:
-            _check_header(path, image)
+            _check_header(name, image)
             yield image
+
+
+def _decoded(image: Image.Image, name: Path | str) -> Image.Image:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        return on_white(image)
+    except FoveateError as error:
+        raise FoveateError(f"{name}: {error}") from error
+    except Exception as error:
+        raise _undecodable(name, error) from error
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -133,7 +155,7 @@ def _check_file(path: Path) -> None:
         raise FoveateError(f"{path} has {size / 1e6:.1f} MB; the most is {MOST_BYTES / 1e6:.0f} MB")
 
 
-def _check_header(path: Path, image: Image.Image) -> None:
+def _check_header(path: Path | str, image: Image.Image) -> None:
     pixels = image.width * image.height
     size = f"{image.width} x {image.height} pixels, {pixels / 1e6:.2f} megapixels"
     if pixels > MOST_PIXELS:
@@ -159,11 +181,11 @@ def _bytes_per_pixel(image: Image.Image) -> int:
     return 4 + beside
 
 
-def _too_large(path: Path, size: str) -> FoveateError:
+def _too_large(path: Path | str, size: str) -> FoveateError:
     return FoveateError(f"{path} announces {size}; the most is {MOST_PIXELS / 1e6:.0f} megapixels")
 
 
-def _undecodable(path: Path, error: Exception) -> FoveateError:
+def _undecodable(path: Path | str, error: Exception) -> FoveateError:
     reason = str(error) or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
         return FoveateError(f"{path} is no picture that can be decoded; {_KNOWN}")

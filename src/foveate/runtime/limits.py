@@ -86,6 +86,20 @@ def check_room(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> None:
         )
 
 
+def room_behind(model: Any, inputs: Mapping[str, Any]) -> int | None:
+    """Tokens of an answer that fit behind (B, S) prompts; None where nothing bounds them.
+
+    Raises:
+        FoveateError: a prompt leaves the decoder's context by itself.
+    """
+    context = context_of(model.config)
+    if context is None:
+        return None
+    reach = _reach(model, inputs)
+    check_reach(reach, context)
+    return room_after(reach, context)
+
+
 def _reach(model: Any, inputs: Mapping[str, Any]) -> int:
     """One past the largest position of any row, as generate() counts: padding does not, pictures may share some."""
     ids = inputs["input_ids"]
