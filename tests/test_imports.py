@@ -41,7 +41,8 @@ AT_LOAD["evaluate"] = AT_LOAD["inference"] | {"inference", "methods", "scenes"}
 AT_LOAD["train"] = AT_LOAD["evaluate"] | {"evaluate", "modules"}
 AT_LOAD["report"] = {"core", "trace", "cost", "runs", "inference", "evaluate"}
 # An engine brings a runtime of its own: what it takes of ours is named in serve/vllm/rooms.py.
-AT_LOAD["serve"] = AT_LOAD["runtime"] | {"runtime", "foveate"}
+AT_LOAD["serve"] = AT_LOAD["inference"] | {"inference", "foveate"}
+AT_LOAD["batch"] = AT_LOAD["inference"] | {"inference"}
 AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
 AT_LOAD["foveate"] = set()
 

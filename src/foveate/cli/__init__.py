@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli import analyze, bench, check, cost, demo, evaluate, methods, models, run, serve, train
+from foveate.cli import analyze, batch, bench, check, cost, demo, evaluate, methods, models, run, serve, train
 from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, one_line
 from foveate.core import FoveateError, UsageError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _COMMANDS = {
     "run": run,
+    "batch": batch,
     "eval": evaluate,
     "cost": cost,
     "bench": bench,
