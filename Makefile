@@ -81,7 +81,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) hatchling
-	@$(PIP) --no-build-isolation --editable '.[dev,draw,train]'
+	@$(PIP) --no-build-isolation --editable '.[dev,draw,train,serve]'
 	@touch $@
 
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from foveate.cli.errors import in_options
 from foveate.core import UsageError, usage
+from foveate.inference.loading import Clip, Device, Dtype, Trust
 
 ENGINES = ("vllm",)
+HOST, PORT = "127.0.0.1", 8000
+_SHARED = {"host": "--host", "port": "--port", "api_key": "--api-key"}
+"""Options that mean the same in every engine, by what engines call them."""
+
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B", help="vllm: methods that requests may ask for, or all; without it those that read little."
+    ),
+]
+Route = Annotated[
+    str | None, typer.Option(metavar="R", help="vllm: in-tree or transformers, the classes that run the model.")
+]
 
 
 def command(
@@ -18,35 +33,105 @@ def command(
         list[str] | None,
         typer.Option(metavar="SPEC", help="What every picture is pruned by, unless its request says otherwise."),
     ] = None,
-    engine: Annotated[str | None, typer.Option(metavar="E", help="vllm, the one engine so far.")] = None,
-    foveate_methods: Annotated[
+    engine: Annotated[str | None, typer.Option(metavar="E", help="vllm; transformers without it.")] = None,
+    host: Annotated[str | None, typer.Option(metavar="A", help=f"Address to listen at; {HOST} without it.")] = None,
+    port: Annotated[int | None, typer.Option(metavar="N", help=f"Port; {PORT} without it.")] = None,
+    api_key: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B", help="Methods that requests may ask for, or all; without it those that read little."
-        ),
+        typer.Option(metavar="K", envvar="FOVEATE_API_KEY", help="Key that clients must send.", show_envvar=True),
     ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(metavar="C", help="Folder or hub id of the CLIP whose vision tower the encoder is."),
-    ] = None,
-    route: Annotated[
-        str | None, typer.Option(metavar="R", help="in-tree or transformers: the classes of vLLM that run the model.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest answer, in tokens; 512.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest prompt, unpruned.")] = None,
+    max_images: Annotated[int | None, typer.Option(metavar="N", help="Pictures of a request; 16.")] = None,
+    max_body: Annotated[int | None, typer.Option(metavar="N", help="Bytes of a request; 32,000,000.")] = None,
+    queue: Annotated[int | None, typer.Option(metavar="N", help="Requests that may wait; 64.")] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="S", help="Seconds for a request; 300.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from public https hosts.")] = False,
+    foveate_methods: Methods = None,
+    clip: Clip = None,
+    route: Route = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Serve MODEL with pruned pictures; further options are vLLM's own (--port, --max-model-len, ...)."""
-    with usage():
-        if engine is None:
-            raise UsageError("serve needs an engine; write --engine vllm (pip install 'foveate[vllm]')")
-        if engine not in ENGINES:
+    """Serve MODEL with pruned pictures; with --engine vllm, further options are vLLM's own (--max-model-len, ...)."""
+    shared = {"host": host, "port": port, "api_key": api_key}
+    limits = {
+        "max_new_tokens": max_new_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_images": max_images,
+        "max_body": max_body,
+        "queue": queue,
+        "timeout": timeout,
+        "allow_urls": allow_urls or None,
+    }
+    with in_options(command), usage():
+        if engine is not None and engine not in ENGINES:
             raise UsageError(f"unknown engine {engine!r}; choices: {', '.join(ENGINES)}")
         if prune is not None and len(prune) > 1:
             raise UsageError(f"serve takes one --prune, not {len(prune)}; a request may name its own")
         spec = "none" if prune is None else prune[0]
-        from foveate.inference.loading import find
+        if engine is None:
+            _check_unused(context.args, foveate_methods, route)
+            start = _with_transformers(model, spec, shared, limits, clip, device, dtype, trust_remote_code)
+        else:
+            more = _vllm_options(context.args, shared, limits, device, dtype, trust_remote_code)
+            start = _with_vllm(model, spec, more, foveate_methods, clip, route)
+    start()
 
-        source = find(model)
-        from foveate.serve.vllm.server import arguments, serve
 
-        methods = None if foveate_methods is None else foveate_methods.split(",")
-        given = arguments(source, spec, context.args, name=model, methods=methods, clip=clip, route=route)
-    serve(given)
+def _check_unused(more: list[str], methods: str | None, route: str | None) -> None:
+    if more:
+        raise UsageError(f"{more[0]} is no option of serve; with --engine vllm it would be handed to vLLM")
+    for name, value in (("--foveate-methods", methods), ("--route", route)):
+        if value is not None:
+            raise UsageError(f"{name} belongs to --engine vllm; leave it out, or add that")
+
+
+def _with_transformers(
+    model: str,
+    spec: str,
+    shared: dict[str, Any],
+    limits: dict[str, Any],
+    clip: str | None,
+    device: str,
+    dtype: str,
+    trust: bool,
+) -> Any:
+    from foveate.cli.output import working
+    from foveate.inference.loading import load
+    from foveate.serve.local.limits import Limits
+    from foveate.serve.local.server import application, check_installed, serve
+    from foveate.serve.specs import stages_of
+
+    check_installed()
+    bounds = Limits(**{name: value for name, value in limits.items() if value is not None})
+    port = PORT if shared["port"] is None else shared["port"]
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port} is no port; choose one from 0 to 65535")
+    stages_of(spec, of_request=False)  # a spec with a fault is told before weights are read
+    with working(f"loading {model}"):
+        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust)
+    app = application(loaded, spec, limits=bounds, key=shared["api_key"], clip=clip)
+    return lambda: serve(app, shared["host"] or HOST, port, bounds.timeout)
+
+
+def _vllm_options(
+    more: list[str], shared: dict[str, Any], limits: dict[str, Any], device: str, dtype: str, trust: bool
+) -> list[str]:
+    """What vLLM is told besides the model and the spec."""
+    unknown = next((name for name, value in limits.items() if value is not None), None)
+    if unknown is not None or device != "auto":
+        raise UsageError("--max-..., --queue, --timeout, --allow-urls and --device belong to serving without an engine")
+    given = [text for name, value in shared.items() if value is not None for text in (_SHARED[name], str(value))]
+    given += [] if dtype == "auto" else ["--dtype", dtype]
+    return [*more, *given, *(["--trust-remote-code"] if trust else [])]
+
+
+def _with_vllm(model: str, spec: str, more: list[str], methods: str | None, clip: str | None, route: str | None) -> Any:
+    from foveate.inference.loading import find
+    from foveate.serve.vllm.server import arguments, serve
+
+    names = None if methods is None else methods.split(",")
+    given = arguments(find(model), spec, more, name=model, methods=names, clip=clip, route=route)
+    return lambda: serve(given)

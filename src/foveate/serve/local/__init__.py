@@ -1,0 +1,1 @@
+"""The server that needs no engine: transformers' own serving, with a handle around each answer."""
