@@ -1,7 +1,7 @@
 """What every method must hold to on the families beside LLaVA-1.5.
 
-Each method runs once per attention on each family on which the documentation says that it runs, each situation with
-methods of every kind. What else is refused says why.
+Each method runs on each family on which the documentation says that it runs, with eager attention too if it acts inside
+blocks or is of a kind of its own; each situation with methods of every kind. What else is refused says why.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from models import tiny
 from models.untouched import untouched
 from references import agreement, documented
 from references.contract import (
+    ATTENTION,
     LARGER,
     OTHERS,
     RUNNABLE,
@@ -53,8 +54,17 @@ OTHER_FORMS = [
 ]
 
 
-@each_attention
-@each_served(RUNNABLE, [*OTHERS, *LARGER])
+# What a method does before the decoder is the same whatever attention runs; all of them run with both on LLaVA-1.5.
+EAGER = {*RUNNABLE} - {*at("input")} | {*SAMPLES}
+EACH = [
+    (name, family, attn)
+    for name, family in documented.pairs(RUNNABLE, [*OTHERS, *LARGER])
+    for attn in ATTENTION
+    if attn == "sdpa" or name in EAGER
+]
+
+
+@pytest.mark.parametrize(("name", "family", "attn"), EACH)
 def test_each_method_equals_the_reference(
     name: str, family: str, attn: str, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
