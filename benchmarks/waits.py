@@ -56,10 +56,12 @@ class Waits:
     Attributes:
         ours: of a line, "file:number what", how often.
         others: those of transformers and torch.
+        mixed: where an operation was given tensors of both, which a device refuses or waits for.
     """
 
     ours: Counter[str] = field(default_factory=Counter)
     others: int = 0
+    mixed: Counter[str] = field(default_factory=Counter)
     host: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # tensors of the host
 
     @property
@@ -80,16 +82,24 @@ class Waits:
 
     def count(self, what: str) -> None:
         """One wait, of whoever is nearest on the stack."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            room = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if room == "foveate":
-                self.ours[f"{frame.f_globals['__name__']}:{frame.f_lineno} {what}"] += 1
-                return
-            if room == "transformers":
-                break
-            frame = frame.f_back
-        self.others += 1
+        line = _asking(what)
+        if line is None:
+            self.others += 1
+        else:
+            self.ours[line] += 1
+
+
+def _asking(what: str) -> str | None:
+    """The line of the library that asks for something; None where transformers is nearer."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.partition(".")[0] == "foveate":
+            return f"{name}:{frame.f_lineno} {what}"
+        if name.partition(".")[0] == "transformers":
+            return None
+        frame = frame.f_back
+    return None
 
 
 class _Calls(TorchFunctionMode):
@@ -160,6 +170,8 @@ class _Operations(TorchDispatchMode):
         given = [value for value in tree_leaves((arguments, options)) if isinstance(value, Tensor)]
         host = self.waits.on_host(given) if given else not self.calls.names_device
         name = function.overloadpacket.__name__
+        if len({value in self.waits.host for value in given if value.ndim}) == 2:  # a number may be anywhere
+            self.waits.mixed[_asking(name) or name] += 1
         if not host and (name in _READING or _masked(name, arguments)):
             self.waits.count(name)
         found = function(*arguments, **options)

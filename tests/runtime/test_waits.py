@@ -40,6 +40,10 @@ def test_what_counts_as_a_wait(waits: ModuleType) -> None:
         torch.tensor([1]), torch.arange(3).tolist()
         torch.where(values > 1, values, 0), values.gather(0, values).sort(), values[values]
     assert (counted.total, counted.others) == (0, 6)
+    assert not counted.mixed
+    with waits.counted() as counted:
+        values + torch.arange(4)
+    assert counted.mixed == {"add": 1}
 
 
 def test_a_wait_belongs_to_whoever_asks_for_it(waits: ModuleType) -> None:
@@ -75,6 +79,7 @@ def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: 
     assert all(
         call.length < call.prompt_length or spec.startswith(("fastv", "h2o", "snapkv")) for call in trace.history
     )
+    assert not any(counted.mixed for counted in counts), counts[0].mixed
     assert 0 < counts[0].total <= SPECS[spec], counts[0].ours
     # What a method on the cache did wrong is asked once, when the answer is complete.
     assert counts[1].total - counts[0].total <= 1, counts[1].ours

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.choosing.choose import TOKEN_AXIS
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout
+from foveate.ops.device import on_device
 from foveate.ops.padding import joined
 
 
@@ -48,8 +49,10 @@ def _to_tokens(name: int | str, block: Block, layouts: Sequence[Layout]) -> Bloc
 
 def _mean(flat: Tensor, layout: Layout) -> Tensor:
     """(patches, ...) -> (N, ...)."""
-    behind = flat[layout.patches.to(flat.device)]
+    behind = flat[on_device(layout.patches, flat.device)]
     if layout.weights is None:
         return behind[:, 0] if behind.shape[1] == 1 else behind.mean(dim=1)
-    shares = layout.weights.to(behind).view(*layout.weights.shape, *[1] * (behind.ndim - 2))
+    shares = (
+        on_device(layout.weights, behind.device).to(behind.dtype).view(*layout.weights.shape, *[1] * (behind.ndim - 2))
+    )
     return (behind * shares).sum(dim=1)

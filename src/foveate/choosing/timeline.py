@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from foveate.core import FoveateError
 from foveate.ops.device import on_device
-
-T = TypeVar("T")
 
 
 class Owner(Protocol):
@@ -113,10 +111,15 @@ class Held:
         self.ages, self.valid, self.counts = self.ages.gather(2, slots), filled, counts
         self.scores = None if self.scores is None else self.scores.gather(2, slots)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Follow a re-ordering, repetition or selection of the cache's rows."""
+    def select_rows(self, rows: Tensor, numbers: Sequence[int] | None) -> None:
+        """Follow a re-ordering, repetition or selection of the cache's rows.
+
+        Args:
+            numbers: the same on the host; None where all rows have as many entries.
+        """
         self.ages, self.valid = self.ages[rows], self.valid[rows]
-        self.counts, self.prompts = _of_rows(self.counts, rows), _of_rows(self.prompts, rows)
+        self.counts = [self.counts[row] for row in numbers or [0] * rows.numel()]
+        self.prompts = [self.prompts[row] for row in numbers or [0] * rows.numel()]
         self.scores = None if self.scores is None else self.scores[rows]
 
 
@@ -185,7 +188,13 @@ class Timeline:
 
     def select_rows(self, rows: Tensor) -> None:
         """Follow a re-ordering, repetition or selection of the cache's rows."""
-        self.pictured = _of_rows(self.pictured, rows)
+        lists: list[Sequence[int]] = [
+            self.pictured,
+            *(of_row for held in self.held.values() for of_row in (held.counts, held.prompts)),
+        ]
+        # Where all rows are alike it does not matter which is which, and nothing waits for the device.
+        numbers = rows.tolist() if any(len(set(of_row)) > 1 for of_row in lists) else None
+        self.pictured = [self.pictured[row] for row in numbers or [0] * rows.numel()]
         rows = on_device(rows, self.kept.device)
         self.kept, self.valid = self.kept[rows], self.valid[rows]
         self.next_position = self.next_position[rows]
@@ -193,7 +202,7 @@ class Timeline:
         for group in self.groups:
             group.select_rows(rows)
         for held in self.held.values():
-            held.select_rows(rows)
+            held.select_rows(rows, numbers)
 
     def crop(self, entries: int) -> None:
         """Follow a cut of the cache to its first `entries` entries, all layers alike.
@@ -218,13 +227,6 @@ class Timeline:
         self.kept, self.valid = self.kept[:, :entries], self.valid[:, :entries]
         self.length -= removed
         self.next_position = self.next_position - removed
-
-
-def _of_rows(values: list[T], rows: Tensor) -> list[T]:
-    """The values of some rows; where all are equal it does not matter of which, and nothing waits for the device."""
-    if all(value == values[0] for value in values):
-        return values[:1] * rows.numel()
-    return [values[row] for row in rows.tolist()]
 
 
 def group_of(groups: Sequence[Group], number: int) -> Group | None:

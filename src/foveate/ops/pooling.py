@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from foveate.ops.scores import cosines
 
@@ -58,5 +57,5 @@ def most_similar(points: Tensor, leaving: Tensor, staying: Tensor) -> Tensor:
 
 def joined(tokens: Tensor, target: Tensor, targets: int) -> tuple[Tensor, Tensor]:
     """(B, M, D) tokens and the (B, M) target of each -> their sums (B, K, D), float32, and numbers (B, K, 1)."""
-    member = one_hot(target, targets).transpose(1, 2).float()
+    member = (target[:, None] == torch.arange(targets, device=target.device)[:, None]).float()
     return member @ tokens.float(), member.sum(dim=-1, keepdim=True)

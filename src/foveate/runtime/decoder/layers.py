@@ -114,7 +114,7 @@ class Descent:
         """Features (V, D) of the visual tokens of layer 0, which (R, S') marks, added to those that are still there."""
         assert self.left is not None
         whole = hidden.new_zeros(*visual.shape, hidden.shape[-1])
-        whole[visual.to(hidden.device)] = features.to(hidden)
+        whole = whole.masked_scatter(visual.to(hidden.device)[..., None], features.to(hidden))
         return hidden + _take(whole, self.left.rows) * self.left.valid[..., None]
 
     # -- choosing -------------------------------------------------------------------------------------------------
