@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -74,9 +74,13 @@ def check_keep(keep: object, name: str = "keep") -> None:
         raise FoveateError(f"{name}={keep} is no share in (0, 1]; the nearest is {name}={nearest}{hint}")
 
 
+hints_of: Callable[[type], Mapping[str, Any]] = functools.cache(typing.get_type_hints)
+"""The annotations of a class; read once, since classes do not change."""
+
+
 def check_choices(method: Method) -> None:
     """Refuse a field of a method that is none of the choices of its `Literal` annotation."""
-    for name, hint in typing.get_type_hints(type(method)).items():
+    for name, hint in hints_of(type(method)).items():
         value, choices = getattr(method, name, None), typing.get_args(hint)
         if typing.get_origin(hint) is Literal and value not in choices:
             told = short(repr(value))

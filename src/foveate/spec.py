@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from foveate import methods
-from foveate.core import FoveateError, Method, did_you_mean, short
+from foveate.core import FoveateError, Method, did_you_mean, hints_of, short
 from foveate.paths import LONGEST_PATH, checked, read_json
 
 _NUMBER = re.compile(r"-?((\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.IGNORECASE)
@@ -76,7 +76,7 @@ def _parse_one(text: str) -> Method:
     name, colon, rest = text.partition(":")
     kind = methods.get(name.strip())
     known = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     values: dict[str, Any] = {}
     for item in _split(rest, ",") if colon else []:
         field, equals, value = item.partition("=")

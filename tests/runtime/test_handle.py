@@ -457,3 +457,23 @@ def test_answers_that_break_the_contract(kind: str) -> None:
             generate(model, given)
         with pytest.raises(FoveateError, match=re.escape(message)):
             model(**given)
+
+
+def test_a_configuration_is_copied_once_and_again_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting and stopping costs next to nothing where nothing has changed; what is counted follows what has."""
+    model = tiny.model()
+    copies: list[str] = []
+    stock = type(model.config).to_dict
+    monkeypatch.setattr(type(model.config), "to_dict", lambda config: copies.append("copy") or stock(config))
+
+    def flops() -> float:
+        with foveate.prune(model, "fopru:keep=3") as trace:
+            model(**tiny.inputs(model, "3i4"))
+        return trace.unpruned.prefill_flops
+
+    before, first = flops(), len(copies)
+    assert first > 0 and flops() == before
+    assert len(copies) == first
+    model.config.text_config.intermediate_size *= 2
+    assert flops() > before
+    assert first < len(copies) <= 2 * first

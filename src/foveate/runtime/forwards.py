@@ -187,6 +187,10 @@ class Forwards(Uncopied):
 
 def _between(base: Any, decoder: nn.Module) -> list[nn.Module]:
     """The modules from below the base model to the decoder, each around the next."""
-    path = next(name for name, module in base.named_modules() if module is decoder)
-    steps = path.split(".") if path else []
-    return [base.get_submodule(".".join(steps[: number + 1])) for number in range(len(steps))]
+    ways: list[tuple[nn.Module, ...]] = [()]
+    for way in ways:  # which grows meanwhile
+        around = way[-1] if way else base
+        if around is decoder:
+            return list(way)
+        ways += [(*way, child) for child in around.children()]
+    raise unfit(f"{type(base).__name__} has no {type(decoder).__name__} inside it")

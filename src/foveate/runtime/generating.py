@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -83,7 +84,7 @@ class Generating(Uncopied):
 
         # The signature and name that transformers inspects stay those of the stock method.
         method.__name__ = stock.__name__
-        method.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+        method.__signature__ = _signature(stock)  # type: ignore[attr-defined]
         return method
 
     def _generate(self, *arguments: Any, **options: Any) -> Any:
@@ -257,6 +258,19 @@ class Generating(Uncopied):
             return sequences
         result.sequences = sequences
         return result
+
+
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a model's method."""
+    function = getattr(method, "__func__", None)
+    return inspect.signature(method) if function is None else _bound_signature(function)
+
+
+@functools.cache
+def _bound_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a class's function without its first argument; read once, since classes do not change."""
+    whole = inspect.signature(function)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 def _longest(config: Any, given: dict[str, Any], prompt: int) -> int:

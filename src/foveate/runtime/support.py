@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import typing
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from foveate import methods
 from foveate.choosing.choose import JOINT
-from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, check_depths, names_of
+from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, check_depths, hints_of, names_of
 from foveate.cost.plan import visual_per_layer
 from foveate.families import family_of
 from foveate.families.family import Family
@@ -25,6 +26,9 @@ from foveate.spec import format as format_spec
 
 SITES = ("pixels", "tower", "input", "layer", "cache")
 """Sites at which the runtime can act."""
+
+_SHAPES: weakref.WeakKeyDictionary[Any, tuple[str, Family, tuple[ModelShape, tuple[str, ...]]]]
+_SHAPES = weakref.WeakKeyDictionary()  # by model, with what its configuration stated: reading copies all of it
 
 _FORMS = ("attention", "space")
 """Fields whose choices ask different things of an encoder."""
@@ -90,10 +94,25 @@ def assumptions(model: Any, family: Family) -> tuple[str, ...]:
 
 
 def _shape(model: Any, family: Family) -> tuple[ModelShape, tuple[str, ...]]:
+    stated = _stated(model.config)
+    known = _SHAPES.get(model)
+    if known is not None and known[:2] == (stated, family):
+        return known[2]
     if isinstance(family, GenericFamily):  # which has warned of all that it assumes
-        return assume_model(model.config), ()
-    encoder, tower = family.tower_of(model)
-    return read_or_assume(model.config, family, len(tower.blocks_of(encoder)))
+        found: tuple[ModelShape, tuple[str, ...]] = assume_model(model.config), ()
+    else:
+        encoder, tower = family.tower_of(model)
+        found = read_or_assume(model.config, family, len(tower.blocks_of(encoder)))
+    _SHAPES[model] = stated, family, found
+    return found
+
+
+def _stated(config: Any) -> str:
+    """All that a configuration states, to tell whether it has been changed; a tenth of what copying it costs."""
+    entries = vars(config)
+    below = [value for value in entries.values() if hasattr(value, "to_dict")]
+    own = {name: value for name, value in entries.items() if not hasattr(value, "to_dict")}
+    return "".join([repr(own), *map(_stated, below)])
 
 
 def why_not(part: Method, family: Family, tower: Tower) -> str | None:
@@ -127,7 +146,7 @@ def _reason(part: Method, family: Family, tower: Tower) -> str | None:
 
 def other_form(method: Method, family: Family, tower: Tower) -> str | None:
     """The fewest settings with which a method could run that cannot as it is, as a spec has them; None without."""
-    hints = typing.get_type_hints(type(method))
+    hints = hints_of(type(method))
     choices = {
         name: [choice for choice in typing.get_args(hints[name]) if choice != getattr(method, name)]
         for name in _FORMS

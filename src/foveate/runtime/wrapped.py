@@ -59,10 +59,18 @@ def _check_peft() -> None:
 
 def _check_compiled(model: Any) -> None:
     """A graph is captured around the hooks by which pruning acts, which change what a block sees from call to call."""
-    for name, module in model.named_modules():
-        forward = vars(module).get("forward")
-        whole = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        if whole or hasattr(forward, "_torchdynamo_orig_callable"):
+    modules = [model]
+    while modules:
+        own = vars(modules.pop())  # a module that is asked for what it has not takes its time
+        children = own["_modules"]
+        modules += [child for child in reversed(children.values()) if child is not None]
+        forward = own.get("forward")
+        if (
+            own.get("_compiled_call_impl") is not None
+            or "_orig_mod" in children
+            or (forward is not None and hasattr(forward, "_torchdynamo_orig_callable"))
+        ):
+            name = next(name for name, module in model.named_modules() if vars(module) is own)
             raise FoveateError(
                 f"{name.replace('_orig_mod.', '') or 'the model'} is compiled by torch.compile, and a compiled module "
                 "does not follow a prompt that gets shorter inside it; give the model as it was before torch.compile. "
