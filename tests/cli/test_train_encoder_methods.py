@@ -42,8 +42,8 @@ def test_the_shipped_model_has_its_own_settings(
 def test_options_reach_the_training(call: Any, given: dict[str, Any], tmp_path: Path) -> None:
     options = (
         "--layers 2/4 --ratios 0.4/0.2 --rate 1e-5 --batch 4 --micro 2 --epochs 3 --steps 7 --ratio-weight 5 "
-        "--causal-weight 0.5 --likeness-weight 0.1 --token-weight 0.2 --ratio-loss huber --decision-clip 0 --mix even "
-        "--no-bf16 --seed 9 --save-steps 11 --log-steps 13 --max-seconds 60 --device cpu"
+        "--causal-weight 0.5 --likeness-weight 0.1 --token-weight 0.2 --hint-weight 0.3 --ratio-loss huber "
+        "--decision-clip 0 --mix even --no-bf16 --seed 9 --save-steps 11 --log-steps 13 --max-seconds 60 --device cpu"
     ).split()
     result = call("train", "dynamicvit", "--out", tmp_path, *options)
     assert result.code == 0, result.err
@@ -51,6 +51,7 @@ def test_options_reach_the_training(call: Any, given: dict[str, Any], tmp_path: 
     assert (settings.layers, settings.ratios, settings.budgets) == ((2, 4), (0.4, 0.2), ())
     assert (settings.rate, settings.batch, settings.micro, settings.epochs, settings.steps) == (1e-5, 4, 2, 3, 7)
     assert (settings.causal_weight, settings.likeness_weight, settings.token_weight) == (0.5, 0.1, 0.2)
+    assert settings.hint_weight == 0.3
     assert (settings.ratio_weight, settings.ratio_loss, settings.decision_clip) == (5.0, "huber", None)
     assert (settings.bf16, settings.seed, settings.save_steps, settings.log_steps) == (False, 9, 11, 13)
     assert given["max_seconds"] == 60.0 and set(given["rows"].mix.values()) == {1.0}

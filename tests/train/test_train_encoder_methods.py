@@ -19,6 +19,7 @@ from foveate.core import FoveateError
 from foveate.modules import crossget as tokens
 from foveate.modules import dynamicvit as predictors
 from foveate.train import budgets, soft_encoder
+from foveate.train.conversations import Row
 from foveate.train.crossget import Merging, train_crossget
 from foveate.train.crossget import Settings as CrossGETSettings
 from foveate.train.dynamicvit import Settings as DynamicViTSettings
@@ -118,6 +119,29 @@ def test_told_budgets_are_met_from_the_start(tmp_path: Path) -> None:
         assert 36 * line["kept_1"] == pytest.approx(aims[0], abs=3.5) and 36 * line["kept_2"] < aims[1] + 3
 
 
+class Hinted(Few):
+    """Rows that say where things are: in some columns of the picture."""
+
+    def __getitem__(self, number: int) -> Row:
+        wanted = torch.zeros(1, tiny.TOKENS, dtype=torch.int8)
+        wanted[:, ::6], wanted[:, 1::6] = 1, -1
+        return dataclasses.replace(super().__getitem__(number), wanted=wanted)
+
+
+def test_hints_alone_teach_without_answers(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    settings = dataclasses.replace(
+        DYNAMICVIT, budgets=((12, 4),), causal_weight=0.0, likeness_weight=0.0, token_weight=0.0, hint_weight=1.0,
+        rate=1e-2, steps=10,
+    )  # fmt: skip
+    train_dynamicvit(tiny.model(), Hinted(), tmp_path / "run", settings, report=lines.append)
+    steps = [line for line in lines if "hint" in line]
+    assert len(steps) == 10 and steps[-1]["hint"] < steps[0]["hint"]
+    assert all("causal" not in line and line["kept_1"] == pytest.approx(12 / 36) for line in steps)
+    with pytest.raises(FoveateError, match="hints alone teach, and these rows give none"):
+        train_dynamicvit(tiny.model(), Few(), tmp_path / "none", settings)
+
+
 def test_cross_tokens_learn_their_rows(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     settings = dataclasses.replace(CROSSGET, budgets=((12,),), rate=0.1, steps=8, batch=4, epochs=8)
@@ -180,6 +204,10 @@ def test_cross_tokens_train_in_the_model_as_it_is_pruned() -> None:
     [
         (lambda: dataclasses.replace(DYNAMICVIT, ratios=(0.5,)), r"1 ratios \(0.5,\) for 2 layers"),
         (lambda: dataclasses.replace(DYNAMICVIT, likeness_weight=-1.0), "likeness_weight=-1.0 is below 0"),
+        (
+            lambda: dataclasses.replace(DYNAMICVIT, causal_weight=0.0, likeness_weight=0.0, token_weight=0.0),
+            "are all 0; give one",
+        ),
         (lambda: dataclasses.replace(DYNAMICVIT, budgets=((4, 9),)), "rises, but a token that has left"),
         (lambda: dataclasses.replace(CROSSGET, budgets=((9, 4),)), "9/4 is no single budget"),
         (lambda: dataclasses.replace(CROSSGET, budgets=((0,),)), "budgets: 0"),

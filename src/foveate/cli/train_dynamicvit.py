@@ -53,6 +53,7 @@ LikenessWeight = Annotated[
     float | None, typer.Option(metavar="W", help="Of what is said being as without pruning; 0.5.")
 ]
 TokenWeight = Annotated[float | None, typer.Option(metavar="W", help="Of kept tokens being as without pruning; 0.5.")]
+HintWeight = Annotated[float | None, typer.Option(metavar="W", help="Of hints where things are; scenes.")]
 
 
 def command(
@@ -71,6 +72,7 @@ def command(
     ratio_weight: RatioWeight = None,
     likeness_weight: LikenessWeight = None,
     token_weight: TokenWeight = None,
+    hint_weight: HintWeight = None,
     budgets: Budgets = None,
     start: Start = None,
     mix: Mix = None,

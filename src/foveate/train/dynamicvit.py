@@ -32,16 +32,25 @@ class Settings(StagedSettings):
     Attributes:
         likeness_weight: of the divergence of what is said from what the unpruned model says.
         token_weight: of the squared difference of the kept tokens from what the unpruned model makes of them.
+        hint_weight: of a loss that the paper does not have: the predictors are to put tokens of things that could be
+            asked about before the background. Scenes know them; other data say nothing. With `budgets` and all of the
+            other weights 0 the model answers nothing, and a step takes a small part of the time.
     """
 
     paper_layers: ClassVar[tuple[int, ...]] = LAYERS
     method: ClassVar[str] = "DynamicViT"
-    from_zero: ClassVar[tuple[str, ...]] = (*StagedSettings.from_zero, "likeness_weight", "token_weight")
+    from_zero: ClassVar[tuple[str, ...]] = (*StagedSettings.from_zero, "likeness_weight", "token_weight", "hint_weight")
 
     ratios: tuple[float, ...] = (0.7, 0.49, 0.343)
     rate: float = 1e-3
     likeness_weight: float = 0.5
     token_weight: float = 0.5
+    hint_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.causal_weight or self.likeness_weight or self.token_weight or self.hint_weight):
+            raise FoveateError("causal_weight=, likeness_weight=, token_weight= and hint_weight= are all 0; give one")
 
     def depths(self, blocks: int) -> tuple[int, ...]:
         """Where the predictors stand in an encoder of `blocks` blocks."""
@@ -94,7 +103,11 @@ class _Recipe(Recipe):
         settings = self.settings
         assert isinstance(predictors, modules.DynamicViTPredictors)
         weights = Weights(
-            settings.causal_weight, settings.ratio_weight, settings.likeness_weight, settings.token_weight
+            settings.causal_weight,
+            settings.ratio_weight,
+            settings.likeness_weight,
+            settings.token_weight,
+            settings.hint_weight,
         )
         return SoftEncoder(
             self.base,

@@ -6,6 +6,7 @@ Shapes: B rows of one picture each, N patches, L sequence, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from foveate.train.losses import (
     IGNORED,
     RatioLoss,
     causal_loss,
+    hint_loss,
     kept_shares,
     likeness_loss,
     ratio_loss,
@@ -39,6 +41,7 @@ class Weights(NamedTuple):
     ratio: float
     likeness: float
     tokens: float
+    hint: float = 0.0
 
 
 class SoftEncoder(Learner):
@@ -52,7 +55,9 @@ class SoftEncoder(Learner):
         predictors: of its encoder.
         ratios: shares of the patches to aim at, one for each predictor.
         weights: of the answers, the kept shares, the likeness of what is said to what the unpruned model says, and that
-            of the kept tokens to what it makes of them.
+            of the kept tokens to what it makes of them; and of hints which tokens show anything that is asked about, in
+            rows that say so. With hints and none of the answers, the likenesses and the tokens, the model answers
+            nothing: each stage keeps what inference would keep, and no block behind the last predictor runs.
         told: what the predictors score is shifted so that `ratios` are met on average, and the ratio loss has nothing
             left to do. The order of the scores, all that inference reads, stays free.
         ratio_kind: "mse" or "huber".
@@ -80,43 +85,62 @@ class SoftEncoder(Learner):
         predictors.check(base.config.vision_config)
         family = family_of(base)
         super().__init__(base, predictors, tuple(ratios), family.image_token_id(base.config))
+        self.alone = told and not (weights.causal or weights.likeness or weights.tokens)
         self.weights, self.told, self.limit = weights, told, limit
         self.ratio_kind, self.temperature = ratio_kind, temperature
         self._summary = family.tower_of(base)[1].summary
         self._ranks = even_order(*family.grid(base.config))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **given: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        wanted: Tensor | None = None,
+        **given: Tensor,
+    ) -> dict[str, Tensor]:
         """The weighted loss, each loss, and the share kept at each stage.
 
         Args:
             input_ids, attention_mask, labels: (B, L); labels are -100 wherever no answer stands.
+            wanted: (B, N) not 0 for the tokens of things that a question could be about, for the hints.
             given: `pixel_values` of one picture a row, in their order, and what else the processor makes.
 
         Raises:
-            FoveateError: another number of pictures than rows.
+            FoveateError: another number of pictures than rows, or hints alone teach and the rows give none.
         """
         if len(given.get("pixel_values", ())) != len(input_ids):
             raise FoveateError(
                 f"{len(given.get('pixel_values', ()))} pictures for {len(input_ids)} rows; each row needs one"
             )
-        known = {name: value for name, value in given.items() if name not in ("wanted", "even")}
+        if self.alone and wanted is None:
+            raise FoveateError("hints alone teach, and these rows give none; give causal_weight= as well")
+        known = {name: value for name, value in given.items() if name != "even"}
         stages = self._stages(len(input_ids), input_ids.device)
+        parts = {} if self.alone else self._answered((input_ids, attention_mask, labels, known), stages)
+        if self.alone:
+            with suppress(_AllChosen):
+                encode_softly(self.base, known, lambda block, hidden: self._mask(block, hidden, stages))
+        parts["ratio"] = ratio_loss(stages.decisions, stages.present, stages.shares, self.ratio_kind)
+        if self.weights.hint and wanted is not None:
+            parts["hint"] = hint_loss(stages.gaps, wanted.ne(0).to(wanted.dtype), stages.could)
+        loss = torch.stack([getattr(self.weights, name) * part for name, part in parts.items()]).sum()
+        kept = kept_shares(stages.decisions, stages.present).mean(dim=1)
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, "kept": kept.detach()}
+
+    def _answered(self, text: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]], stages: Stages) -> dict[str, Tensor]:
+        """The losses of what the model says, which lets the predictors decide: of ids, mask, labels and pixels."""
+        _, _, labels, known = text
         features = encode_softly(self.base, known, lambda block, hidden: self._mask(block, hidden, stages))
-        text = input_ids, attention_mask, labels, known
         logits = self._logits(*text, features, limited(stages.decisions[-1], self.limit))
-        parts = {
-            "causal": causal_loss(logits, labels),
-            "ratio": ratio_loss(stages.decisions, stages.present, stages.shares, self.ratio_kind),
-        }
+        parts = {"causal": causal_loss(logits, labels)}
         if self.weights.likeness or self.weights.tokens:
             with torch.no_grad():
                 whole = encode_softly(self.base, known)
                 teacher = self._logits(*text, whole, None)
             parts["likeness"] = likeness_loss(logits, teacher, labels)
             parts["tokens"] = token_loss(features, whole, stages.decisions[-1])
-        loss = torch.stack([getattr(self.weights, name) * part for name, part in parts.items()]).sum()
-        kept = kept_shares(stages.decisions, stages.present).mean(dim=1)
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, "kept": kept.detach()}
+        return parts
 
     def _stages(self, rows: int, device: torch.device) -> Stages:
         """What the predictors are to leave of so many pictures; nothing has been said yet."""
@@ -129,6 +153,8 @@ class SoftEncoder(Learner):
         layers = list(self.gates.config.layers)
         if block in layers:
             self._decide(layers.index(block), hidden[:, self._summary :], stages)
+            if self.alone and block == layers[-1]:
+                raise _AllChosen
         if not stages.decisions:
             return None
         decisions = limited(stages.decisions[-1], self.limit).float()
@@ -143,8 +169,9 @@ class SoftEncoder(Learner):
         gap = scores[..., 0] - scores[..., 1]
         if self.told:
             count = stages.shares[stage] * stages.present.sum(dim=1)
-            noise = gumbel(scores, self.generator).diff(dim=-1)[..., 0]
+            noise = None if self.alone else gumbel(scores, self.generator).diff(dim=-1)[..., 0]
             made = shared(gap, None, stages.ranks, left, count, noise, self.temperature)
+            made = made.detach() if self.alone else made
         else:
             made = decide(scores, self.temperature, self.generator)
         stages.decided(made, gap, None, left)
@@ -161,6 +188,10 @@ class SoftEncoder(Learner):
         logits = passing.run(self.base, (), _never, rows)
         assert logits is not None
         return logits
+
+
+class _AllChosen(Exception):
+    """The last predictor has decided, and nothing behind it is wanted."""
 
 
 def _never(stage: int, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
