@@ -111,6 +111,35 @@ def test_modules_that_have_a_say_in_it_decide_by_text_and_budget_unless_told(spr
         assert_rows_stand_alone(method, [signals(seed, grid=(3, 4))])
 
 
+def test_with_borders_classes_come_in_order_and_each_is_spread_evenly(folder: Path) -> None:
+    plain = LVPruning.from_pretrained(str(folder), keep=(6, 3, 2))
+    shown = signals(grid=(3, 4))
+    scores = plain._score(shown)
+    border = scores[0].sort().values[3].item()  # eight of twelve are above it
+    method = LVPruning.from_pretrained(str(folder), keep=(6, 3, 2), borders=(border,))
+    rank = even_order(3, 4)
+    for row, kept in enumerate(method.select(shown).indices):
+        order = sorted(range(12), key=lambda token: (bool(scores[row, token] <= border), int(rank[token])))
+        assert kept.tolist() == sorted(order[:6])
+    assert plain.select(shown).indices[0].tolist() != method.select(shown).indices[0].tolist()
+
+
+def test_modules_bring_the_borders_that_they_were_made_for(tmp_path: Path) -> None:
+    made = for_model(tiny.model().config, layers=(1, 2, 3), seed=1, borders=[-2.0, 2.0])
+    save(made, tmp_path)
+    shown = signals(grid=(3, 4))
+    own = LVPruning.from_pretrained(str(tmp_path), keep=(6, 3, 2)).select(shown).indices
+    told = LVPruning.from_pretrained(str(tmp_path), keep=(6, 3, 2), borders=(-2.0, 2.0)).select(shown).indices
+    none = LVPruning.from_pretrained(str(tmp_path), keep=(6, 3, 2), borders=()).select(shown).indices
+    assert [row.tolist() for row in own] == [row.tolist() for row in told]
+    assert [row.tolist() for row in own] != [row.tolist() for row in none]
+
+
+def test_borders_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(FoveateError, match=r"borders=\(nan,\) are not all finite numbers"):
+        LVPruning(path="random", borders=(float("nan"),))
+
+
 @pytest.mark.parametrize("even", [-0.1, 1.5, True])
 def test_a_share_outside_the_budget_is_refused(even: float) -> None:
     with pytest.raises(FoveateError, match=rf"even={even} is no share of the budget from 0.0 to 1.0"):

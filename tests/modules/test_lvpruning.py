@@ -190,6 +190,8 @@ def test_damaged_and_other_files_are_refused(tmp_path: Path) -> None:
     [
         ({"width": 20}, "width=20 cannot be shared evenly by heads=8"),
         ({"width": 16, "layers": [1, 2]}, "3 ratios for 2 layers"),
+        ({"borders": [float("nan")]}, "are not up to 16 finite numbers"),
+        ({"borders": [0.5] * 17}, "are not up to 16 finite numbers"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from foveate.ops.subsets import (
     cell_centres,
     descending,
     even_order,
+    in_classes,
     lattice,
     outlier_counts,
     random_subset,
@@ -346,6 +347,15 @@ def test_every_beginning_of_an_even_order_covers_the_grid_better_than_most_draws
     assert reached < sorted(drawn)[4]
     closest = apart[chosen][:, chosen].fill_diagonal_(torch.inf).min()
     assert reached <= closest, "no token is farther from all chosen ones than these are from each other"
+
+
+def test_of_scores_in_classes_only_the_side_of_each_border_counts() -> None:
+    scores = torch.tensor([[2.5, 9.0, -1.0, 0.0, -7.0, 2.0]])
+    rank = torch.tensor([[5, 0, 4, 1, 2, 3]])
+    made = in_classes(scores, (-2.0, 2.0), rank)
+    assert made.argsort(descending=True).tolist() == [[1, 0, 3, 5, 2, 4]], "two above both, three between, one below"
+    with pytest.raises(FoveateError, match="1 of 6 scores are NaN or infinite"):
+        in_classes(scores.masked_fill(scores == 9.0, float("nan")), (-2.0, 2.0), rank)
 
 
 def test_the_best_stay_and_the_rest_come_in_even_order() -> None:

@@ -30,10 +30,10 @@ def rows(model: Any, count: int = 6) -> list[Row]:
     return made
 
 
-@pytest.mark.parametrize("evenness", [False, True])
-def test_an_answer_is_the_one_that_pruning_gives(evenness: bool) -> None:
+@pytest.mark.parametrize(("evenness", "borders"), [(False, []), (True, []), (True, [-0.5, 0.5])])
+def test_an_answer_is_the_one_that_pruning_gives(evenness: bool, borders: list[float]) -> None:
     model = tiny.model()
-    gates = for_model(model.config, layers=(1, 2, 3), seed=3, evenness=evenness)
+    gates = for_model(model.config, layers=(1, 2, 3), seed=3, evenness=evenness, borders=borders)
     held_out = HeldOut(rows(model), [(0.5, 0.3, 0.1)], pad=0, batch=2)
     softened = Softened(model, gates, (0.5, 0.3, 0.1))
     method = LVPruning(path="random")

@@ -46,12 +46,14 @@ MINI = {
     "causal_weight": 0.0,
     "hint_weight": 1.0,
     "even_weight": 0.5,
+    "classes": True,
     "decision_clip": 0.05,
     "visual_share": 0.25,
 }
 
 HintWeight = Annotated[float | None, typer.Option(metavar="W", help="Of hints which tokens are asked about; scenes.")]
 EvenWeight = Annotated[float | None, typer.Option(metavar="W", help="Of how much is to be spread evenly; scenes.")]
+Classes = Annotated[bool | None, typer.Option(help="Take tokens evenly in each class that hints teach; scenes.")]
 Budgets = Annotated[
     str | None, typer.Option(metavar="K/K/K,...", help="Each step draws one, such as 0.5/0.3/0.1,32/32/32.")
 ]
@@ -90,6 +92,7 @@ def command(
     ratio_weight: RatioWeight = None,
     hint_weight: HintWeight = None,
     even_weight: EvenWeight = None,
+    classes: Classes = None,
     budgets: Budgets = None,
     start: Start = None,
     mix: Mix = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.core import FoveateError, Keep, Selection, Signals, Site
 from foveate.methods._stages import stage_depths
 from foveate.methods._trained import RANDOM, TrainedStages, Words
-from foveate.ops.subsets import best_and_even, even_order, top_k
+from foveate.ops.subsets import best_and_even, even_order, in_classes, top_k
 
 LAYERS = (1, 8, 16)
 """The paper's depths in a decoder of 32 blocks."""
@@ -28,7 +28,9 @@ class LVPruning(TrainedStages):
     positions (eq. 14). The modules are trained by `foveate train lvpruning` while the model stays frozen.
 
     Beyond the paper a share of each budget can go to an even lattice of what the scores leave: a score for each token
-    by itself cannot keep what is spread over the whole picture, such as how many things there are.
+    by itself cannot keep what is spread over the whole picture, such as how many things there are. For the same reason
+    the best scores lie close together, on one of several things that matter as much: with borders a score only says in
+    which class a token is, and each class is taken evenly over the picture.
 
     Args:
         layers: decoder blocks that run before each stage; by default those that the modules were trained for, and
@@ -40,6 +42,8 @@ class LVPruning(TrainedStages):
         even: share of each stage's budget, rounded half to even, for an even lattice of what the scores leave. None is
             what the modules say of the text, as those of `mini` do, and nothing, as in the paper, where they have no
             say in it.
+        borders: scores between which classes of tokens begin, none for the scores themselves as in the paper; None is
+            what the modules were made for.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.13652"
@@ -56,12 +60,15 @@ class LVPruning(TrainedStages):
     keep: tuple[Keep, ...] = (0.5, 0.3, 0.1)
     path: str | None = None
     even: float | None = None
+    borders: tuple[float, ...] | None = None
     modules: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.even is not None and (isinstance(self.even, bool) or not 0.0 <= self.even <= 1.0):
             raise FoveateError(f"LVPruning: even={self.even} is no share of the budget from 0.0 to 1.0")
+        if not all(math.isfinite(border) for border in self.borders or ()):
+            raise FoveateError(f"LVPruning: borders={self.borders} are not all finite numbers")
 
     @classmethod
     def from_pretrained(
@@ -70,13 +77,15 @@ class LVPruning(TrainedStages):
         keep: tuple[Keep, ...] = (0.5, 0.3, 0.1),
         layers: tuple[int, ...] | None = None,
         even: float | None = None,
+        borders: tuple[float, ...] | None = None,
     ) -> LVPruning:
         """LVPruning with the modules of a folder or hub id; "mini" for those of the model that ships with Foveate.
 
         Raises:
-            FoveateError: no modules can be loaded from there, or `keep`, `layers` or `even` do not fit them.
+            FoveateError: no modules can be loaded from there, or `keep`, `layers`, `even` or `borders` do not fit
+                them.
         """
-        return cls(layers=layers, keep=keep, path=str(path), even=even)._ready()
+        return cls(layers=layers, keep=keep, path=str(path), even=even, borders=borders)._ready()
 
     def _load(self, path: str) -> Any:
         from foveate.modules.lvpruning import load
@@ -118,6 +127,9 @@ class LVPruning(TrainedStages):
     def select(self, signals: Signals) -> Selection:
         keep = self.wanted(signals)
         scores, shares = self._score(signals), self._even_shares(signals, keep / signals.original)
+        borders = self._made_for() if self.borders is None else self.borders
+        if borders:
+            scores = in_classes(scores, borders, _even_ranks(signals))
         if shares is None:
             kept = top_k(scores, keep)
         else:
@@ -133,6 +145,10 @@ class LVPruning(TrainedStages):
         modules = self._modules_for(visual.shape[-1]).placed(visual.device, visual.dtype)
         scores: Tensor = modules(signals.stage, visual, text, signals.text_mask.to(visual.device))
         return scores[..., 0] - scores[..., 1]
+
+    def _made_for(self) -> tuple[float, ...]:
+        """The borders that the modules were made for; untrained ones have none."""
+        return () if self.modules is None else tuple(self.modules.config.borders)
 
     @torch.no_grad()
     def _even_shares(self, signals: Signals, budget: float) -> list[float] | None:

@@ -28,6 +28,10 @@ MOST_BLOCKS = 16
 """Cross-attention blocks that a module can have; the paper's has 2."""
 
 
+MOST_BORDERS = 16
+"""Borders between classes of scores that modules can have."""
+
+
 @strict
 class LVPruningConfig(storage.ModulesConfig):
     """The shape of the modules, and of the model that they were trained for.
@@ -42,6 +46,8 @@ class LVPruningConfig(storage.ModulesConfig):
         ratios: shares of the visual tokens that training aimed at; inference is free of them.
         answers: whether training let the modules read the answers.
         evenness: whether they have heads that say how much of a budget is to be spread evenly; the paper's have none.
+        borders: of a score only counts how many of these it is above, and in each class tokens are taken evenly over
+            the picture; the paper's have none, so that the scores themselves are the order.
     """
 
     model_type = MODEL_TYPE
@@ -56,6 +62,7 @@ class LVPruningConfig(storage.ModulesConfig):
     ratios: list[float] | tuple[float, ...] = (0.5, 0.3, 0.1)
     answers: bool = False
     evenness: bool = False
+    borders: list[float] | tuple[float, ...] = ()
 
     def check_shape(self) -> None:
         """Refuse modules that cannot be built, and depths outside the decoder; FoveateError."""
@@ -70,6 +77,8 @@ class LVPruningConfig(storage.ModulesConfig):
             raise FoveateError(f"{len(self.ratios)} ratios for {len(self.layers)} layers; give one for each")
         if not all(0 < ratio <= 1 for ratio in self.ratios):
             raise FoveateError(f"ratios={short(repr(self.ratios))} are not all shares in (0, 1]")
+        if len(self.borders) > MOST_BORDERS or not all(math.isfinite(border) for border in self.borders):
+            raise FoveateError(f"borders={short(repr(self.borders))} are not up to {MOST_BORDERS} finite numbers")
 
 
 class CrossAttention(nn.Module):

@@ -22,9 +22,13 @@ def descending(scores: Tensor) -> Tensor:
     Raises:
         FoveateError: a score is NaN or infinite, so that "the highest" has no meaning.
     """
+    _check_finite(scores)
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _check_finite(scores: Tensor) -> None:
     bad = (~scores.isfinite()).sum()
     refuse_any(bad, f"{{}} of {scores.numel()} scores are NaN or infinite; finite scores are needed to choose")
-    return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -264,6 +268,22 @@ def best_and_even(scores: Tensor, rank: Tensor, k: int, even: Sequence[int]) -> 
         best, rest = row[: k - count], row[k - count :]
         chosen.append(torch.cat([best, rest[ranks[rest].argsort()[:count]]]))
     return torch.stack(chosen).sort(dim=-1).values
+
+
+def in_classes(scores: Tensor, borders: Sequence[float], rank: Tensor) -> Tensor:
+    """(B, N) scores of which only counts how many borders they are above; in each class an even order decides.
+
+    Args:
+        scores: (B, N).
+        borders: no two the same.
+        rank: (B, N) place of each token in an order whose every beginning is spread evenly, see `even_order`.
+
+    Raises:
+        FoveateError: a score is NaN or infinite.
+    """
+    _check_finite(scores)
+    above = torch.stack([scores > border for border in borders]).sum(dim=0)
+    return above - rank / (rank.amax(dim=-1, keepdim=True) + 1)
 
 
 def random_subset(tokens: int, k: int, seed: int, device: torch.device) -> Tensor:

@@ -85,7 +85,7 @@ def _answered(
         if rival is None:
             visual, text = softened.fitted(visual, text)
             scores = softened.gates(stage, visual, text, read)
-            gap = scores[..., 0] - scores[..., 1]
+            gap = softened.ordered(scores[..., 0] - scores[..., 1], rows.ranks)
             odds = softened.gates.even_odds(stage, text, read, stages.shares[stage])
         else:
             gap = torch.rand(left.shape, generator=noise).to(left.device)

@@ -15,6 +15,7 @@ from foveate.modules import lvpruning as modules
 from foveate.train.conversations import Row
 from foveate.train.held_out import Examiner, HeldOut
 from foveate.train.learner import Learner
+from foveate.train.losses import MARGIN
 from foveate.train.memory import divide
 from foveate.train.settings import StagedSettings
 from foveate.train.softened import Softened, check_trains
@@ -36,6 +37,8 @@ class Settings(StagedSettings):
             about first and those that distract from it last. Scenes know them; other data say nothing. 0 is none.
         even_weight: of a fourth one: how much of the budget is to be spread evenly; scenes know what is best. It gives
             the modules heads that say so, and so needs `budgets`. 0 is neither.
+        classes: give the modules borders: what they score only says whether a token is wanted, distracts or neither, as
+            the hints teach, and in each class inference takes tokens evenly over the picture. Needs `hint_weight`.
         anneal: share of the steps in which the shares to aim at fall from 1 to `ratios`; the modules then begin by
             keeping nine tokens of ten. What matters shows clearest while little is missing. 0, as in the paper, aims
             at `ratios` from the start.
@@ -55,6 +58,7 @@ class Settings(StagedSettings):
 
     hint_weight: float = 0.0
     even_weight: float = 0.0
+    classes: bool = False
     anneal: float = 0.0
     visual_share: float = 1.0
     answers: bool = False
@@ -68,6 +72,8 @@ class Settings(StagedSettings):
             raise FoveateError(f"visual_share={self.visual_share} is no share in (0, 1]; the nearest is 1.0")
         if self.even_weight and not self.budgets:
             raise FoveateError("even_weight= teaches how much of a budget is spread evenly; give budgets= with it")
+        if self.classes and not self.hint_weight:
+            raise FoveateError("classes= are those that hints teach; give hint_weight= with it")
         if self.budgets and not self.causal_weight and not self.hint_weight:
             raise FoveateError("causal_weight=0 with budgets= leaves hints alone to teach; give hint_weight= with it")
 
@@ -125,6 +131,7 @@ class _Recipe(Recipe):
             ratios=list(settings.ratios),
             answers=settings.answers,
             evenness=bool(settings.even_weight or (settings.budgets and before and before.config.evenness)),
+            borders=[-MARGIN, MARGIN] if settings.classes else [],
             base_name=self.name,
         )
         if before is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.core import FoveateError, Keep
 from foveate.families import family_of
 from foveate.modules.lvpruning import LVPruningModules
-from foveate.ops.subsets import even_order
+from foveate.ops.subsets import even_order, in_classes
 from foveate.runtime.decoder.soften import Seen, check_softens, look, soften
 from foveate.train.budgets import shared
 from foveate.train.learner import Learner
@@ -155,11 +155,17 @@ class Softened(Learner):
         if self.told:
             count = stages.shares[stage] * stages.present.sum(dim=1)
             noise = None if self.alone else gumbel(scores, self.generator).diff(dim=-1)[..., 0]
-            made = shared(gap, odds, stages.ranks, left, count, noise, self.temperature)
+            ordered = self.ordered(gap, stages.ranks) if self.alone else gap
+            made = shared(ordered, odds, stages.ranks, left, count, noise, self.temperature)
         else:
             made = decide(scores, self.temperature, self.generator)
         made = made.detach() if self.alone else made
         return stages.decided(made, gap, odds, left)
+
+    def ordered(self, gap: Tensor, ranks: Tensor) -> Tensor:
+        """(B, N) what inference goes by: the scores, or the classes that their borders make; ranks are (B, N)."""
+        borders = self.gates.config.borders
+        return in_classes(gap.float(), borders, ranks) if borders else gap
 
     def fitted(self, *values: Tensor) -> list[Tensor]:
         """Hidden states as the modules take them: nothing else casts those of a base in fewer bits."""
