@@ -140,7 +140,12 @@ def encoded_nothing(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "images", "target", "message"),
     [
-        (FoPru(keep=9), "pixels", 9, "fopru:keep=9 has nothing to calibrate; image_text_interaction has its alpha"),
+        (
+            FoPru(keep=9),
+            "pixels",
+            9,
+            "fopru:keep=9 has nothing to calibrate; image_text_interaction has its alpha, pixelprune its threshold",
+        ),
         (ImageTextInteraction(where=1, keep=5), "pixels", 9, "keep=5 fixes the count, so alpha decides nothing"),
         (ImageTextInteraction(where=3), "pixels", 9, "acts after 3 encoder blocks; tokens must leave after 1 to 2"),
         (ImageTextInteraction(where=9), "pixels", 9, r"where=9 is outside 1\.\.3"),

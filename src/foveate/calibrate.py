@@ -27,7 +27,9 @@ def calibrate(model: Any, method: Method, images: Any, target: Keep, *, processo
     """
     fit = getattr(method, "calibrate", None)
     if fit is None:
-        raise FoveateError(f"{method} has nothing to calibrate; image_text_interaction has its alpha")
+        raise FoveateError(
+            f"{method} has nothing to calibrate; image_text_interaction has its alpha, pixelprune its threshold"
+        )
     check_keep(target, "target")
     check_prunable(model, method)
     batches = _batches(images, processor)

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from foveate.core import FoveateError, Grid, Keep, Method, Site, tokens_to_keep
 from foveate.cost import equivalent_tokens, visual_per_layer
+from foveate.cost.plan import token_plan
+from foveate.cost.shapes import shape
+from foveate.methods.pixelprune import PixelPrune
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Before(Method):
 @dataclass(frozen=True)
 class Encoder(Before):
     site: ClassVar[Site] = "tower"
+
+
+@dataclass(frozen=True)
+class Ahead(Before):
+    site: ClassVar[Site] = "pixels"
 
 
 @dataclass(frozen=True)
@@ -145,3 +153,16 @@ def test_counts_never_rise_with_depth(layers: int, original: int, data: st.DataO
     assert visual[0] == original
     assert list(visual) == sorted(visual, reverse=True)
     assert visual[-1] == (counts[-1] if counts else original)
+
+
+def test_what_leaves_before_the_encoder_enters_no_block_of_it() -> None:
+    """LLaVA-1.5: a quarter of 576 patches and CLS in all blocks; with a later method, its count of the original."""
+    planned = token_plan(shape("llava-1.5-7b"), [Before(keep=0.125), Ahead(keep=0.25)], 576)
+    assert set(planned.tower) == {145}
+    assert planned.visual == (72,) * 32
+    assert planned.projected == 144
+
+
+def test_a_method_without_a_budget_is_not_told_to_get_one() -> None:
+    with pytest.raises(FoveateError, match="nothing can be planned with it; measure it and give the counts"):
+        visual_per_layer(PixelPrune(), 576, 4)

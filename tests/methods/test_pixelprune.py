@@ -65,6 +65,18 @@ def test_fields_that_cannot_be(fields: dict[str, Any], message: str) -> None:
         PixelPrune(**fields)
 
 
+def test_calibration_finds_the_nearest_number_of_greys() -> None:
+    """Steps of a tenth are 25 or 26 greys: below that all five stay, above 51 two of them."""
+    slope = signals("12345")
+    assert PixelPrune().calibrate(slope, 5) == PixelPrune()
+    assert PixelPrune().calibrate([slope], 0.6) == PixelPrune(threshold=32 / 255)
+    assert PixelPrune().calibrate(slope, 2).threshold == 64 / 255
+    with pytest.raises(FoveateError, match=r"target=6 is above the 5 tokens that these pictures have on average"):
+        PixelPrune().calibrate(slope, 6)
+    with pytest.raises(FoveateError, match="calibration needs the signals of at least one picture"):
+        PixelPrune().calibrate([], 0.5)
+
+
 def test_it_needs_the_whole_raster() -> None:
     page = signals("9999")
     with pytest.raises(FoveateError, match=r"PixelPrune needs the whole grid .* give it as the first method"):

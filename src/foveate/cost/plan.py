@@ -47,8 +47,9 @@ def token_plan(
 ) -> Plan:
     """Where an image of `visual` tokens loses how many.
 
-    A method inside the encoder shortens its later blocks; where it counts tokens that are made of several patches, the
-    same share of the patches stays. Where the projector maps every patch by itself it runs on what is left.
+    A method before the encoder shortens all of its blocks, one inside it the later ones; where it counts tokens that
+    are made of several patches, the same share of the patches stays. Where the projector maps every patch by itself it
+    runs on what is left.
 
     Args:
         grid: (h, w) of one tile's tokens; None is the square that they fill, if they fill one.
@@ -70,7 +71,8 @@ def token_plan(
     blocks = shape.tower.reads or shape.tower.layers
     seen = visual_per_layer(parts, visual, shape.decoder.layers, grid=grid, tiles=tiles, blocks=blocks)
     patches = shape.patches_of(visual)
-    tower, left = _tower(shape, [part for part in parts if part.site == "tower"], visual, patches, tiles, grid)
+    ahead = [part for part in parts if part.site in ("pixels", "tower")]
+    tower, left = _tower(shape, ahead, visual, patches, tiles, grid)
     whole = visual if shape.tower.own_size else tiles * shape.projector.tokens
     projected = left * tiles if not shape.tower.put_back and left < patches else whole
     return Plan(seen, tower, tiles, patches, projected, parts)
@@ -92,13 +94,14 @@ def _tower(
                 left[reads:] = [count + part.beside for count in left[reads:]]  # a token like the others by then
             continue
         counts = _counts(part, visual, grid, tiles)
-        for depth, count in zip(part.depths(blocks), counts, strict=True):
-            if not 1 <= depth <= reads - 1:
+        before = part.site == "pixels"  # the first block
+        for depth, count in zip((0,) if before else part.depths(blocks), counts, strict=True):
+            if not before and not 1 <= depth <= reads - 1:
                 raise FoveateError(
                     f"{type(part).__name__} acts after {depth} encoder blocks, outside 1..{reads - 1}: tokens leave "
                     f"before the block that the projector reads; the nearest is {min(max(depth, 1), reads - 1)}"
                 )
-            left[depth:] = [min(_of_tile(shape, count, visual, patches), before) for before in left[depth:]]
+            left[depth:] = [min(_of_tile(shape, count, visual, patches), there) for there in left[depth:]]
     if shape.tower.put_back:
         left[reads:] = [patches] * (blocks + 1 - reads)  # tokens are back at their places when they are merged
     return tuple(left[block] + beside[block] + shape.tower.cls for block in range(blocks)), left[blocks]
@@ -175,7 +178,7 @@ def _stages(
         return []
     counts = _counts(part, original, grid, tiles, blocks)
     if part.site != "layer":
-        order = 0 if part.site == "tower" else 1
+        order = {"pixels": 0, "tower": 1}.get(part.site, 2)
         return [(0, order, count, name) for count in counts]
     depths = part.depths(layers)
     for depth in depths:
@@ -200,8 +203,9 @@ def _counts(part: Method, original: int, grid: Grid | None, tiles: int, blocks: 
         left = [(size, size - sum(part.schedule(size, blocks))) for size in [each + 1] * over + [each] * (tiles - over)]
         counts = (sum(count + part.beside if count < size else count for size, count in left),)
     if counts is None:
+        budget = "give it keep=, or " if hasattr(part, "keep") else ""
         raise FoveateError(
             f"{type(part).__name__} decides its own count from the image, so nothing can be planned with it; "
-            "give it keep=, or measure it and give the counts that its trace shows"
+            f"{budget}measure it and give the counts that its trace shows"
         )
     return counts

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.core import FoveateError, Grid, Method, Selection, Signals, Site, check_choices
+from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._checks import check_share
 from foveate.ops.prediction import Metric, unpredicted
 
+_GREYS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # thresholds that calibration tries
 _MARGIN = 0.01  # of [0, 1]: what rounding in half precision can make of a normalised pixel
 
 
@@ -50,6 +53,35 @@ class PixelPrune(Method):
 
     def count(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
         return None
+
+    def calibrate(self, signals: Signals | Iterable[Signals], target: Keep) -> PixelPrune:
+        """The same method with the threshold, a number of greys, whose average count is nearest to `target`.
+
+        Of two that are as near, the lower one.
+
+        Args:
+            signals: of the pictures to calibrate on, or of their tiles.
+            target: tokens per picture on average, or a share of them.
+
+        Raises:
+            FoveateError: no pictures, or a target above their tokens.
+        """
+        batches = [signals] if isinstance(signals, Signals) else list(signals)
+        tokens = [batch.shape[1] for batch in batches for _ in batch.index]
+        if not tokens:
+            raise FoveateError("calibration needs the signals of at least one picture")
+        check_keep(target, "target")
+        most = sum(tokens) / len(tokens)
+        wanted = target * most if isinstance(target, float) else target
+        if wanted > most:
+            raise FoveateError(f"target={target} is above the {most:g} tokens that these pictures have on average")
+
+        def distance(greys: int) -> float:
+            method = dataclasses.replace(self, threshold=greys / 255)
+            left = sum(row.numel() for batch in batches for row in method.select(batch).indices)
+            return abs(left / len(tokens) - wanted)
+
+        return dataclasses.replace(self, threshold=min(_GREYS, key=distance) / 255)
 
     def select(self, signals: Signals) -> Selection:
         pixels = signals.pixels

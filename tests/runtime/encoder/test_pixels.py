@@ -19,6 +19,7 @@ from foveate import FoPru, FoveateError
 from foveate.core import Method, Selection, Signals, Site
 from foveate.families import family_of
 from foveate.methods.pixelprune import PixelPrune
+from foveate.runtime.encoder.observe import signals_of
 from foveate.runtime.encoder.pixels import normalised_by
 from foveate.runtime.encoder.share import share_encoding
 
@@ -237,6 +238,18 @@ def test_each_tile_has_a_raster_of_its_own() -> None:
     grids = sorted(one.grid for one in seen for _ in range(one.shape[0]) if one.grid is not None)
     assert sum(height * width for height, width in grids) == 32 + 48 + 64
     assert len(grids) == sum(one.shape[0] for one in seen)
+
+
+@pytest.mark.parametrize("family", ["llava-1.5", "llava-next", "qwen2.5-vl", "internvl"])
+def test_calibration_sees_what_a_call_sees(family: str) -> None:
+    """A call asks about its pictures tile by tile, too."""
+    model = tiny.model(family)
+    given = tiny.inputs(model, "2i3")
+    called = {tuple(row.flatten().tolist()) for one in look(model, given) for row in one.pixels}  # type: ignore[union-attr]
+    alone = {name: value for name, value in given.items() if "ids" not in name and "mask" not in name}
+    seen = signals_of(model, PixelPrune(), alone)
+    assert {tuple(row.flatten().tolist()) for one in seen for row in one.pixels} == called  # type: ignore[union-attr]
+    assert all(one.grid is not None for one in seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

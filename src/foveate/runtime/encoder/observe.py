@@ -15,6 +15,7 @@ from foveate.families import family_of
 from foveate.families.layouts import Layout, as_pictures, tiles_of
 from foveate.ops.device import on_device
 from foveate.runtime.encoder.encode import encode
+from foveate.runtime.encoder.pixels import Pixels
 from foveate.runtime.encoder.probe import Probe, missing_signals
 from foveate.runtime.encoder.tower import Brought, layouts_of
 
@@ -53,7 +54,7 @@ def observe(model: Any, pictures: Tensor | Mapping[str, Any], needs: Iterable[st
 
 
 def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -> list[Signals]:
-    """What a method would see of some pictures: inside the encoder, of each of their tiles.
+    """What a method would see of some pictures: before and inside the encoder, of each of their tiles.
 
     Returns:
         One Signals for all that have equally many tokens.
@@ -64,6 +65,8 @@ def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -
     family, given = family_of(model), _named(pictures)
     tower, row = family.tower_of(model)
     height, width = family.grid(model.config)
+    if part.site == "pixels":
+        return _signals_of_pixels(model, given)
     seen = observe(model, given, part.needs)
     values = (value for block in seen.values() for value in vars(block).values() if value is not None)
     entries = next((value.shape[0] for value in values), 0)
@@ -78,6 +81,36 @@ def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -
         tiling = None if layout.tile is None else tuple(layout.tile.tolist())
         groups.setdefault((layout.visual.numel(), layout.grid, tiling), []).append(number)
     return [_signals(blocks, layouts[numbers[0]], numbers, model.device) for numbers in groups.values()]
+
+
+def _signals_of_pixels(model: Any, given: Mapping[str, Any]) -> list[Signals]:
+    """What a method before the encoder would see."""
+    family = family_of(model)
+    tower, row = family.tower_of(model)
+    height, width = family.grid(model.config)
+    pixels = Pixels(model, tower, row)
+    pixels.install()
+    try:
+        with torch.no_grad():
+            encode(model, {name: _moved(value, model) for name, value in given.items()})
+        entries = 1 if row.packed else pixels.entries
+        told = Brought(given, lambda: [height * width] * entries)
+        tiles = tiles_of(layouts_of(family, model, tower, told, height * width, entries))
+        seen = pixels.of(tiles, told.kind)
+    finally:
+        pixels.remove()
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tile, values in zip((tile for tile in tiles if tile.tokens.numel()), seen, strict=True):
+        groups.setdefault((values.shape, tile.grid), []).append(values)
+    return [
+        Signals(
+            original=shape[0],
+            index=torch.arange(shape[0], device=model.device).expand(len(mine), -1),
+            grid=grid,
+            pixels=torch.stack(mine),
+        )
+        for (shape, grid), mine in groups.items()
+    ]
 
 
 def _signals(blocks: Mapping[int | str, Block], layout: Layout, numbers: list[int], device: torch.device) -> Signals:

@@ -60,6 +60,11 @@ class Pixels(Uncopied):
         if isinstance(pixels, Tensor):
             self._given = pixels.detach(), options.get("image_sizes")
 
+    @property
+    def entries(self) -> int:
+        """Pictures, tiles or patches in what the encoder was given last."""
+        return 0 if self._given is None else int(self._given[0].shape[0])
+
     def of(self, tiles: Sequence[Tile], kind: str) -> list[Tensor]:
         """(n, G * C * V) of each tile that has tokens, in [0, 1]; V counts the frames of a still picture once.
 
