@@ -153,7 +153,7 @@ def _groups(images: Sequence[Tokens], keeps: Sequence[int | None]) -> list[list[
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, (image, keep) in enumerate(zip(images, keeps, strict=True)):
         history = tuple(stage.after for stage in image.stages)
-        key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.whole, keep)
+        key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.untouched, keep)
         groups.setdefault(key, []).append(place)
     return list(groups.values())
 
@@ -257,7 +257,7 @@ def _signals(
         original=first.original,
         index=on_device(index, device),
         keep=keep,
-        grid=first.grid if first.whole else None,
+        grid=first.grid if first.untouched else None,
         tile=None if first.tile is None else on_device(torch.stack([_tile(tokens) for tokens in group]), device),
         features=torch.stack([image.features for image in images]) if "features" in part.needs else None,
         tower=blocks,
@@ -407,7 +407,7 @@ def _noted(
     return {
         "index": kept,
         "extra": answer.extra,
-        "whole": tokens.whole and kept.numel() == tokens.original and bool((kept[1:] > kept[:-1]).all()),
+        "untouched": tokens.untouched and kept.numel() == tokens.original and bool((kept[1:] > kept[:-1]).all()),
         "adapted": tokens.adapted or part.adaptive,
         "stages": (*stages, stage),
     }

@@ -33,7 +33,7 @@ class Tokens:
         index: (K,) original indices of those that are left.
         tile: (N,) tile of each original token, 0 = base; None without tiles.
         extra: (K,) bool, tokens that are not to be drawn; None for none.
-        whole: no stage has acted yet, or each has left everything where it was.
+        untouched: no stage has acted yet, or each has left everything where it was.
         adapted: an adaptive stage has acted.
         stages: what each stage did.
     """
@@ -43,7 +43,7 @@ class Tokens:
     index: Tensor
     tile: Tensor | None = None
     extra: Tensor | None = None
-    whole: bool = True
+    untouched: bool = True
     adapted: bool = False
     stages: tuple[StageRecord, ...] = ()
 

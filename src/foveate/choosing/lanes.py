@@ -39,7 +39,7 @@ class Lane:
         """`row`: (P, E), its patches before any stage."""
         self.tile, self.beside, self.device = tile, 0, row.device
         self.patches = tile.patches
-        self.present = self.whole = torch.arange(tile.length)
+        self.present = self.every = torch.arange(tile.length)
         self.rest = tile.rest  # these run along, or of a tile that has none but these, one of them
         self.left: TileTokens | None = None
         if tile.tokens.numel():
@@ -47,7 +47,7 @@ class Lane:
             group = every if put_back else None
             self.left = TileTokens(original=every.numel(), grid=tile.grid, index=every, share=tile.share, group=group)
         self.last = row if put_back else None
-        self.attended, self.outputs = ([self.whole] * blocks for _ in range(2))
+        self.attended, self.outputs = ([self.every] * blocks for _ in range(2))
         self._own_token: int | None = None  # block in which a token that is no patch took a patch's place
 
     @property
@@ -82,7 +82,7 @@ class Lane:
             FoveateError: it gave new tokens where these are no single patches, and did not give all their patches.
         """
         if outcome is None:
-            self.present = self.whole[:1]
+            self.present = self.every[:1]
             return row[:1]
         self.left, stream = outcome.tokens, outcome.stream
         width, patches = stream.shape[1], self.patches.shape[1]
@@ -194,14 +194,14 @@ class Lanes:
         counts = [(lane.outputs if output else lane.attended)[number].numel() for lane in self.lanes]
         return list(zip(self.lanes, value[0].split(counts, dim=axis - 1), strict=True))
 
-    def shown(self, block: Block, rows: Sequence[int], whole: Callable[[str], bool]) -> Block:
+    def shown(self, block: Block, rows: Sequence[int], joined: Callable[[str], bool]) -> Block:
         """Of what the block at hand shows of the patches, what some tiles, with equally many tokens left, have of it.
 
         A token has the mean of its patches.
 
         Args:
             rows: numbers among the tiles that have tokens.
-            whole: for these fields it has them behind each other instead, and what is no patch in each one's place.
+            joined: for these fields it has them behind each other instead, and what is no patch in each one's place.
         """
         numbers = [number for number, lane in enumerate(self.lanes) if lane.left is not None]
         mine = [(numbers[row], self.lanes[numbers[row]]) for row in rows]
@@ -218,8 +218,8 @@ class Lanes:
                 row = value[0 if self.packed and axis is not None else number]
                 if axis is not None:
                     first = starts[number] if self.packed else 0
-                    row = _of_tokens(row.narrow(axis - 1, first, lane.present.numel()), lane, axis - 1, whole(name))
-                elif whole(name):
+                    row = _of_tokens(row.narrow(axis - 1, first, lane.present.numel()), lane, axis - 1, joined(name))
+                elif joined(name):
                     row = row.repeat(lane.patches.shape[1])
                 found.append(row)
             fields[name] = torch.stack(found)
@@ -233,13 +233,13 @@ class Lanes:
         return list(found.values())
 
 
-def _of_tokens(values: Tensor, lane: Lane, axis: int, whole: bool) -> Tensor:
+def _of_tokens(values: Tensor, lane: Lane, axis: int, joined: bool) -> Tensor:
     """(..., L, ...) -> (..., K, ...), or with all its patches behind each other (K, G * E)."""
     if lane.tile.plain:
         return values
     where = lane.where
     found = values.index_select(axis, on_device(where.flatten(), values.device)).unflatten(axis, (-1, where.shape[1]))
-    return found.flatten(axis + 1, axis + 2) if whole else found.mean(dim=axis + 1)
+    return found.flatten(axis + 1, axis + 2) if joined else found.mean(dim=axis + 1)
 
 
 def settled(image: Image, lanes: Sequence[Lane], put_back: bool) -> Image:
@@ -261,7 +261,7 @@ def settled(image: Image, lanes: Sequence[Lane], put_back: bool) -> Image:
         image,
         index=index,
         extra=extra,
-        whole=all(left.whole for left in inside),
+        untouched=all(left.untouched for left in inside),
         adapted=any(left.adapted for left in inside),
         stages=tuple(_of_all(records, [lane for lane, _ in visible]) for records in stages),
         encoded=tuple(

@@ -31,13 +31,13 @@ class Group:
     kept: Tensor  # (R, n) layer-0 entry of each of this group's entries
     valid: Tensor  # (R, n) bool, False in padding and re-padding
     reach: int
-    whole: bool | None = None  # no padding among them; found out where it is not said, which waits for the device
+    unpadded: bool | None = None  # no padding among them; found out where it is not said, which waits for the device
     static: Tensor | None = None  # (R, width) layer-0 entry behind each slot of a static cache
     blocked: Tensor | None = None  # (R, width) bool, slots that hold padding
 
     def __post_init__(self) -> None:
-        if self.whole is None:
-            self.whole = bool(self.valid.all())
+        if self.unpadded is None:
+            self.unpadded = bool(self.valid.all())
 
     def columns(self, length: int) -> Tensor:
         """(R, ...) layer-0 entry of each entry when layer 0 holds `length`."""
@@ -94,17 +94,17 @@ class Held:
     prompts: list[int]  # of each row, those of them that the prompt left
 
     @property
-    def whole(self) -> bool:
+    def unpadded(self) -> bool:
         """No slot is padding."""
         return min(self.counts) == self.ages.shape[2]
 
     def cut(self, slots: int) -> None:
         """Only the last `slots` are left."""
         if slots < self.ages.shape[2]:
-            whole = self.whole
+            unpadded = self.unpadded
             self.ages, self.valid = self.ages[:, :, -slots:], self.valid[:, -slots:]
             self.scores = None if self.scores is None else self.scores[:, :, -slots:]
-            self.counts = [slots] * len(self.counts) if whole else self.valid.sum(dim=1).tolist()
+            self.counts = [slots] * len(self.counts) if unpadded else self.valid.sum(dim=1).tolist()
 
     def take(self, slots: Tensor, filled: Tensor, counts: list[int]) -> None:
         """Keep (R, Hkv, K) slots, of which (R, K), so many of each row, are no re-padding."""

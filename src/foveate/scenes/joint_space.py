@@ -85,7 +85,7 @@ def train_clip_text(
 
 
 @dataclass(frozen=True)
-class Seen:
+class TowerStates:
     """What the frozen tower made of one batch of pictures: K patches each, those of objects first.
 
     Attributes:
@@ -101,8 +101,8 @@ class Seen:
     pooled: Tensor
 
 
-def _look(clip: CLIPModel, pictures: int, batch: int, seed: int, until: float) -> list[Seen]:
-    bank: list[Seen] = []
+def _look(clip: CLIPModel, pictures: int, batch: int, seed: int, until: float) -> list[TowerStates]:
+    bank: list[TowerStates] = []
     for number in range(-(-pictures // batch)):
         if bank and time.monotonic() > until:
             break
@@ -112,13 +112,13 @@ def _look(clip: CLIPModel, pictures: int, batch: int, seed: int, until: float) -
         places = objects_first(wanted, PATCHES, torch.Generator().manual_seed(number))
         patches = patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
         scenes = dataclasses.replace(scenes, pixels=scenes.pixels[:, :, :0, :0])
-        bank.append(Seen(scenes, wanted.at(places), patches, pooled))
+        bank.append(TowerStates(scenes, wanted.at(places), patches, pooled))
     return bank
 
 
 def _train(
     clip: CLIPModel,
-    bank: list[Seen],
+    bank: list[TowerStates],
     steps: int,
     rate: float,
     seed: int,
@@ -181,7 +181,7 @@ def text_vectors(clip: CLIPModel, written: list[str]) -> Tensor:
     return functional.normalize(clip.text_projection(pooled), dim=-1)
 
 
-def _losses(clip: CLIPModel, seen: Seen, draw: random.Random) -> dict[str, Tensor]:
+def _losses(clip: CLIPModel, seen: TowerStates, draw: random.Random) -> dict[str, Tensor]:
     written, about = texts(seen.scenes, draw)
     patches, pictures = project(clip, seen.patches, seen.pooled)
     vectors = text_vectors(clip, written)

@@ -71,7 +71,7 @@ class Evictor:
         mask = options.get("attention_mask")
         new = timeline.seen - timeline.before
         window = window_of(self.layers[number])
-        if held.whole and window is None and (mask is None or new == 1):
+        if held.unpadded and window is None and (mask is None or new == 1):
             return {**options, "attention_mask": None}
         columns, valid = held.ages, held.valid
         fresh = self._fresh(timeline)
@@ -181,7 +181,7 @@ class Evictor:
     def _evict(self, layer: Any, held: Held, heard: _Heard, pictured: list[bool]) -> None:
         if not any(pictured):
             return
-        if not held.whole:
+        if not held.unpadded:
             self._compact(layer, held)
         counts, prompts = held.counts, held.prompts
         asking = heard.asking or [0 if heard.queries is None else heard.queries.shape[2]] * len(counts)

@@ -21,7 +21,7 @@ from foveate.choosing.timeline import Group, Timeline, group_of
 from foveate.choosing.widen import speakers
 from foveate.core import Block, FoveateError, Method
 from foveate.ops.device import on_device
-from foveate.runtime.decoder.probe import DecoderProbe, Seen
+from foveate.runtime.decoder.probe import DecoderProbe, QueriesAndKeys
 from foveate.runtime.seams import CACHE
 from foveate.runtime.shortened import Shortened
 
@@ -56,7 +56,7 @@ class Left:
     host_valid: Tensor
 
     @property
-    def whole(self) -> bool:
+    def unpadded(self) -> bool:
         """None of them is padding."""
         return bool(self.host_valid.all())
 
@@ -174,7 +174,7 @@ class Descent:
         new, reach = self.present(), self.call.entries + self.call.plan.index.shape[1]
         kept, valid = torch.cat([columns, new.rows + self.call.entries], dim=1), torch.cat([valid, new.valid], dim=1)
         # Of what is cached the device alone knows.
-        group = Group(number, kept, valid, reach, whole=None if self.call.entries else new.whole)
+        group = Group(number, kept, valid, reach, unpadded=None if self.call.entries else new.unpadded)
         self.call.timeline.groups = [*(one for one in self.call.timeline.groups if one.first < number), group]
 
     def present(self) -> Left:
@@ -273,7 +273,7 @@ class _View:
             fields["next_query"] = self._look_ahead().signals({"last_query"}, rows, visual, words, last)["last_query"]
         return Block(**fields)
 
-    def _look_ahead(self) -> Seen:
+    def _look_ahead(self) -> QueriesAndKeys:
         """The next block's queries and keys, with its own rows of masks and rotary embeddings as they stand now."""
         descent, options = self.descent, self.options
         if descent.call.timeline.group(self.number) is not None:
@@ -312,7 +312,7 @@ def decode_mask(timeline: Timeline, number: int, layer: nn.Module, options: dict
     cache, mask = options[CACHE], options.get("attention_mask")
     if group.static is not None:
         return {**options, "attention_mask": _static_mask(group, cache, mask)}
-    if mask is None and group.whole and window_of(layer) is None:
+    if mask is None and group.unpadded and window_of(layer) is None:
         return options
     length = int(cache.get_seq_length())  # layer 0 has this call's tokens already
     new = length - int(timeline_length(cache, number, group))
@@ -353,7 +353,7 @@ def narrow_mask(
         cut = max(0, before - (window - 1))
         columns, valid = columns[:, cut:], valid[:, cut:]
     if mask is None:
-        open_ = group.whole and cut == 0 and width is None
+        open_ = group.unpadded and cut == 0 and width is None
         return None if open_ else _causal(group, rows, past, columns, valid, window, width)
     if mask.ndim == 2:
         return mask.gather(1, columns) * valid.to(mask.dtype)

@@ -15,7 +15,7 @@ from foveate.runtime.seams import CACHE
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class QueriesAndKeys:
     """Queries and keys of one decoder block's prefill. R rows, H heads, Hkv of keys, L queries, C keys, d width."""
 
     queries: Tensor  # (R, H, L, d) after rotary embedding
@@ -83,7 +83,7 @@ class _DecoderWatch(Observed):
         self.open, self.stub = False, False
         self.past = 0  # entries of earlier prompts among the keys
         self.listener: Callable[..., None] | None = None
-        self.seen: Seen | None = None
+        self.seen: QueriesAndKeys | None = None
 
     def remove(self) -> None:
         """Stop; the block is as it was."""
@@ -105,7 +105,7 @@ class _DecoderWatch(Observed):
         if self.open:
             length = self.past + queries.shape[2]  # a static cache hands over its empty slots as well
             mask = mask if mask is None else mask[..., :length]
-            self.seen = Seen(queries, keys[:, :, :length], mask, scale, self.past, softcap)
+            self.seen = QueriesAndKeys(queries, keys[:, :, :length], mask, scale, self.past, softcap)
 
 
 class DecoderProbe:
@@ -162,13 +162,13 @@ class DecoderProbe:
         """Call `listener(number, queries, keys, mask, scale, softcap)` whenever this block attends."""
         self._watches[number].listener = partial(listener, number)
 
-    def seen(self, number: int) -> Seen | None:
+    def seen(self, number: int) -> QueriesAndKeys | None:
         """Queries and keys of a block, if it is observed."""
         watch = self._watches.get(number)
         return watch.seen if watch is not None else None
 
     @torch.no_grad()
-    def look_ahead(self, number: int, hidden: Tensor, options: dict[str, Any]) -> Seen:
+    def look_ahead(self, number: int, hidden: Tensor, options: dict[str, Any]) -> QueriesAndKeys:
         """Queries and keys that block `number` would compute of (R, L, D) hidden states, by its own norm and weights.
 
         The block's attention runs without cache and without attending; keys of an earlier prompt come from the cache.
@@ -187,4 +187,4 @@ class DecoderProbe:
         watch.seen = None
         keys = torch.cat([cache.layers[number].keys[:, :, :past], new.keys], dim=2) if past else new.keys
         mask = mask if mask is None else mask[..., : keys.shape[2]]
-        return Seen(new.queries, keys, mask, new.scale, past, new.softcap)
+        return QueriesAndKeys(new.queries, keys, mask, new.scale, past, new.softcap)

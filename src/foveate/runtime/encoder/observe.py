@@ -71,8 +71,8 @@ def signals_of(model: Any, part: Method, pictures: Tensor | Mapping[str, Any]) -
     values = (value for block in seen.values() for value in vars(block).values() if value is not None)
     entries = next((value.shape[0] for value in values), 0)
     # Without a prompt, tiles of one size stand for themselves.
-    told = Brought(given, lambda: [height * width] * entries)
-    layouts = layouts_of(family, model, tower, told, height * width, entries)
+    brought = Brought(given, lambda: [height * width] * entries)
+    layouts = layouts_of(family, model, tower, brought, height * width, entries)
     if part.site == "tower":
         layouts = as_pictures(tiles_of(layouts))
     blocks = to_tokens(seen, layouts, row.packed)

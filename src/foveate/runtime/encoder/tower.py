@@ -46,21 +46,21 @@ class Brought:
     kind: str = "image"
 
 
-def layouts_of(family: Family, model: Any, tower: Any, told: Brought, patches: int, entries: int) -> list[Layout]:
+def layouts_of(family: Family, model: Any, tower: Any, brought: Brought, patches: int, entries: int) -> list[Layout]:
     """How the pictures lie of which the encoder has seen so many entries of `patches`, its output not yet known.
 
     Raises:
         FoveateError: a size of the pictures is missing.
     """
-    describe = family.layouts if told.kind == "image" else family.videos
+    describe = family.layouts if brought.kind == "image" else family.videos
     assert describe is not None, "videos of other families are refused before"
     tokens = patches
     if not family.pointwise and not family.tower_of(model)[1].packed:
         height, width = family.grid(model.config)
         tokens = height * width
-    if told.kind == "video":
-        entries = int(told.given["pixel_values_videos"].shape[0])
-    return describe(Encoded(model, tower, told.given, [tokens] * entries, told.count_runs))
+    if brought.kind == "video":
+        entries = int(brought.given["pixel_values_videos"].shape[0])
+    return describe(Encoded(model, tower, brought.given, [tokens] * entries, brought.count_runs))
 
 
 def _encoded(tiles: Sequence[Tile], patches: Tensor, packed: bool) -> Sequence[Tile]:
@@ -299,8 +299,8 @@ class TowerStages(Uncopied):
         patches = hidden[..., self._lead :, :]
         before = sum(len(one.lanes) for one in self._done)
         entries = before + (1 if self.row.packed else patches.shape[0])
-        told = Brought({}, lambda: ()) if self._pictures is None else self._pictures
-        layouts = layouts_of(self.family, self.model, self.tower, told, patches.shape[-2], entries)
+        brought = Brought({}, lambda: ()) if self._pictures is None else self._pictures
+        layouts = layouts_of(self.family, self.model, self.tower, brought, patches.shape[-2], entries)
         tiles = _encoded(tiles_of(layouts)[before:], patches, self.row.packed)
         rows = patches.flatten(0, -2).split([tile.length for tile in tiles])
         lanes = [Lane(tile, row, len(self.blocks), self.put_back) for tile, row in zip(tiles, rows, strict=True)]
@@ -375,7 +375,7 @@ class TowerStages(Uncopied):
             lane.note(depth + part.merging, depth, end)
             if self.put_back:
                 for read in self.reads:
-                    lane.outputs[read] = lane.whole
+                    lane.outputs[read] = lane.every
         self._settle(hidden)
         return self._rows.join(hidden, left, self._lead)
 
@@ -394,7 +394,7 @@ class TowerStages(Uncopied):
             assert self.merging is not None
             if not shown:
                 shown.append(self.merging.shown(hidden, self._lead, wanted))
-            return left.shown(shown[0], numbers, whole={"hidden", "cross"}.__contains__)
+            return left.shown(shown[0], numbers, joined={"hidden", "cross"}.__contains__)
 
         stages = sum(one is part for _, _, one in self.stages)
 
