@@ -37,6 +37,20 @@ def test_the_unpruned_row_comes_first(evaluate: Any, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_objects_can_be_stamped_on_pages(evaluate: Any, tmp_path: Path) -> None:
+    """The file says of which pictures its rows are, so that rows of others are not put into it."""
+    files = [tmp_path / name for name in ("photos.json", "pages.json", "jpeg.json")]
+    for file, options in zip(files, ((), ("--pages",), ("--pages", "--jpeg", 75)), strict=True):
+        result = evaluate("--prune", "pixelprune", "--samples", 2, "--json", file, *options)
+        assert (result.code, result.err) == (0, "")
+    stored = [json.loads(file.read_text()) for file in files]
+    assert len({one["data"] for one in stored}) == 3
+    photos, pages, _ = (one["rows"][1] for one in stored)
+    assert photos["method"] == "pixelprune" and pages["tokens"] < photos["tokens"] <= tiny.TOKENS
+    refused = evaluate("--jpeg", 75)
+    assert refused.code == 2 and "--jpeg 75 is about pages; give --pages with it" in refused.err
+
+
 def test_every_method_is_asked_at_every_budget(evaluate: Any, tmp_path: Path) -> None:
     """Those that cannot reach one, or miss something, are named with the reason; those on the cache are left out."""
     file = tmp_path / "rows.json"

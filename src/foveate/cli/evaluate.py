@@ -38,6 +38,12 @@ Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where the answers about a folder are written down, and the rows.")
 ]
 
+Pages = Annotated[
+    bool, typer.Option("--pages", help="Objects are stamped on pages: letters, text, tables, boxes, screens.")
+]
+Jpeg = Annotated[
+    int | None, typer.Option(metavar="Q", help="Of --pages: their quality as JPEG, 1 to 95.", show_default="lossless")
+]
 Tasks = Annotated[
     list[str] | None, typer.Option("--tasks", metavar="TASK", help="scenes, or a folder with questions.jsonl.")
 ]
@@ -56,6 +62,8 @@ def command(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of pictures and questions.", show_default="0")] = None,
     clip: Clip = None,
     ceiling: Ceiling = False,
+    pages: Pages = False,
+    jpeg: Jpeg = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="F", help="Write the rows to this file too.")
     ] = None,
@@ -71,6 +79,7 @@ def command(
     place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     rivals = {"prune": prune or [], "batch": batch, "clip": clip}
     of_scenes = {"every": every, "seed": seed, "ceiling": ceiling or None, "json": json_file, "append": append}
+    of_scenes |= {"pages": pages or None, "jpeg": jpeg}
     of_folders = {"out": out, "resume": resume or None, "max-new-tokens": max_new_tokens}
     folder = folder_of(tasks)
     if folder is None:
@@ -78,7 +87,8 @@ def command(
 
         _refuse(of_folders, "a folder of questions; --tasks names one")
         wanted = {"model": model, "task": _task(tasks), "samples": samples, "seed": seed}
-        run(wanted, rivals, place, every=every, ceiling=ceiling, json_file=json_file, append=append)
+        files = {"json_file": json_file, "append": append}
+        run(wanted, rivals, place, every=every, ceiling=ceiling, pages=pages, jpeg=jpeg, **files)
     else:
         from foveate.cli.evaluate_folder import run_folder
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import usage
 
 if TYPE_CHECKING:
-    from foveate.evaluate.scenes_task import Row
+    from foveate.evaluate.scenes_task import Paper, Row
     from foveate.inference.loading import Loaded
     from foveate.report.tables import Column
 
@@ -22,6 +22,8 @@ def run(
     *,
     every: str | None,
     ceiling: bool,
+    pages: bool,
+    jpeg: int | None,
     json_file: Path | None,
     append: Path | None,
 ) -> None:
@@ -38,11 +40,12 @@ def run(
         from foveate.evaluate import scenes_task
 
         asked, found = _asked(wanted, json_file, append)
+        on = _paper(pages, jpeg)
         scenes_task.check(samples=asked["samples"], batch=given["batch"], seed=asked["seed"])
         rivals = scenes_task.parse_rivals(given["prune"])
         budgets = _budgets(every)
         if append is not None:
-            _check_append(append, found, asked, budgets, bool(rivals.keys() - {"none"} or budgets or ceiling))
+            _check_append(append, found, asked, budgets, bool(rivals.keys() - {"none"} or budgets or ceiling), on)
 
     from foveate.inference.loading import load
 
@@ -51,13 +54,14 @@ def run(
         loaded = load(asked["model"], **place)
     unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
     sizes = {name: asked[name] for name in ("samples", "seed")}
-    rows = _answered(loaded, rivals, console, **sizes, batch=given["batch"], ceiling=ceiling, clip=given["clip"])
+    settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on}
+    rows = _answered(loaded, rivals, console, **sizes, **settings)
     table = [row.to_dict() for row in rows]
     show(_columns(), table, title="{model}: {samples} questions of {task}, seed {seed}".format(**asked))
     for entry in unreached:
         budget = "/".join(map(str, entry["keep"]))
         console.print(f"{entry['method']} at {budget}: - ({entry['why']})", highlight=False, markup=False)
-    _write(json_file, append, asked, table, budgets, unreached)
+    _write(json_file, append, asked, table, budgets, unreached, on)
 
 
 def _asked(
@@ -83,7 +87,19 @@ def _asked(
     return {"samples": 500, "seed": 0, **given}, None
 
 
-def _check_append(file: Path, found: Any, asked: dict[str, Any], budgets: list[int], some: bool) -> None:
+def _paper(pages: bool, jpeg: int | None) -> Paper | None:
+    """The pages that objects are stamped on, or None."""
+    from foveate.core import FoveateError
+    from foveate.evaluate.scenes_task import Paper
+
+    if jpeg is not None and not pages:
+        raise FoveateError(f"--jpeg {jpeg} is about pages; give --pages with it")
+    return Paper(jpeg) if pages else None
+
+
+def _check_append(
+    file: Path, found: Any, asked: dict[str, Any], budgets: list[int], some: bool, on: Paper | None
+) -> None:
     """Refuse what cannot be added to a file, before a model is loaded."""
     from foveate.core import FoveateError
     from foveate.evaluate import results, scenes_task, task_names
@@ -92,7 +108,7 @@ def _check_append(file: Path, found: Any, asked: dict[str, Any], budgets: list[i
         raise FoveateError("--append adds rows, and no --prune, --every or --ceiling asks for one")
     task_names([asked["task"]])
     results.check_budgets(file, found, budgets)
-    asked["data"] = scenes_task.digest(asked["samples"], seed=asked["seed"])
+    asked["data"] = scenes_task.digest(asked["samples"], seed=asked["seed"], on=on)
     results.check_same(file, found, asked)
 
 
@@ -103,6 +119,7 @@ def _write(
     table: list[dict[str, Any]],
     budgets: list[int],
     unreached: list[dict[str, Any]],
+    on: Paper | None,
 ) -> None:
     """Write the file that was asked for, or put the rows into it."""
     from foveate.cli.output import stderr
@@ -115,7 +132,7 @@ def _write(
         for name in replaced:
             stderr().print(f"{append}: the row of {name} gave way to this one", highlight=False, markup=False)
     if json_file is not None:
-        data = scenes_task.digest(asked["samples"], seed=asked["seed"])
+        data = scenes_task.digest(asked["samples"], seed=asked["seed"], on=on)
         more = {"every": budgets, "unreached": unreached} if budgets else {}
         write_json(json_file, {"command": command, **asked, "data": data, "rows": table, **more})
 

@@ -14,7 +14,7 @@ from foveate.core import FoveateError, Method
 from foveate.evaluate.oracle import Box, Oracle
 from foveate.inference.answers import decode, encode, greedy
 from foveate.prune import prune, share_encoding
-from foveate.scenes import generator, questions, scoring
+from foveate.scenes import generator, pages, questions, scoring
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,6 +100,7 @@ def evaluate(
     ceiling: bool = False,
     clip: Any = None,
     progress: Progress | None = None,
+    on: Paper | None = None,
 ) -> list[Row]:
     """Greedy answers of the unpruned model and of each rival to the same questions about the split "test".
 
@@ -112,6 +113,7 @@ def evaluate(
             a question asks about no single one (counts, descriptions, things that are not there).
         clip: as `prune` takes it.
         progress: called with the number of answers given since the last call; `len(rows) * samples` in all.
+        on: pages that the objects are stamped on; None for photos.
 
     Raises:
         FoveateError: fewer than one sample or prompt at once, a seed out of range, or a spec that names no method.
@@ -124,7 +126,7 @@ def evaluate(
     ahead = ("pixels", "tower")
     together = [row for row in rows if all(part.site not in ahead for part in _parts(named.get(row.method, ())))]
     needs = {need for row in together for part in _parts(named.get(row.method, ())) for need in part.needs}
-    for group in _batches(samples, batch, seed):
+    for group in _batches(samples, batch, seed, on):
         asked = [sample.question for sample in group]
         inputs = encode(model, processor, [[sample.image] for sample in group], asked)
         ceilings = {CEILING: prune(model, Oracle([sample.boxes for sample in group]))} if ceiling else {}
@@ -173,24 +175,42 @@ def parse_rivals(rivals: Sequence[Rival]) -> dict[str, tuple[Method, ...]]:
     return named
 
 
-def draw_samples(count: int, *, seed: int) -> Iterator[Sample]:
+@dataclass(frozen=True)
+class Paper:
+    """Pages that objects are stamped on.
+
+    Attributes:
+        jpeg: the quality at which the pictures have been through JPEG; None for lossless ones.
+    """
+
+    jpeg: int | None = None
+
+    def __post_init__(self) -> None:
+        pages.check_quality(self.jpeg)
+
+
+def draw_samples(count: int, *, seed: int, on: Paper | None = None) -> Iterator[Sample]:
     """`count` questions about as many pictures of the split "test"; the same seed asks the same.
 
     A longer draw begins like a shorter one in steps of 100.
     """
     for number, start in enumerate(range(0, count, _CHUNK)):
         stream = seed * 100_000 + number  # chunks of two seeds meet beyond 10 million samples only
-        scenes = generator.generate(min(_CHUNK, count - start), seed=stream, split="test")
+        pictures = min(_CHUNK, count - start)
+        if on is None:
+            scenes = generator.generate(pictures, seed=stream, split="test")
+        else:
+            scenes = pages.stamped(pictures, seed=stream, jpeg=on.jpeg)
         for row, asked in enumerate(questions.sample(scenes, seed=stream)):
             objects = range(int(scenes.count[row])) if asked.target is None else [asked.target]
             boxes = tuple(tuple(edge / generator.SIZE for edge in scenes.boxes[row, one].tolist()) for one in objects)
             yield Sample(scenes.image(row), asked.kind, asked.text, asked.answer, boxes)
 
 
-def digest(count: int, *, seed: int) -> str:
+def digest(count: int, *, seed: int, on: Paper | None = None) -> str:
     """What tells the questions of `draw_samples` from those that another version or another seed draws: 64 digits."""
     found = hashlib.sha256()
-    for sample in draw_samples(count, seed=seed):
+    for sample in draw_samples(count, seed=seed, on=on):
         found.update(sample.image.tobytes())
         found.update(repr((sample.kind, sample.question, sample.answer)).encode())
     return found.hexdigest()
@@ -212,10 +232,10 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else 0.0
 
 
-def _batches(samples: int, batch: int, seed: int) -> Iterator[list[Sample]]:
+def _batches(samples: int, batch: int, seed: int, on: Paper | None) -> Iterator[list[Sample]]:
     """Batches of one kind of question as far as they go: rows with short answers wait for those with long ones."""
     drawn = list[Sample]()
-    for number, sample in enumerate(draw_samples(samples, seed=seed), start=1):
+    for number, sample in enumerate(draw_samples(samples, seed=seed, on=on), start=1):
         drawn.append(sample)
         if number % _CHUNK and number < samples:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
@@ -101,7 +102,14 @@ def _held_out_digit(name: Tensor, color: Tensor) -> Tensor:
     return -(7 * name + 3 * color) % len(DIGITS)
 
 
-def generate(batch: int, *, seed: int, split: Split = "train", device: str | torch.device = "cpu") -> Scenes:
+def generate(
+    batch: int,
+    *,
+    seed: int,
+    split: Split = "train",
+    device: str | torch.device = "cpu",
+    paper: Callable[[int], Tensor] | None = None,
+) -> Scenes:
     """Draw `batch` pictures.
 
     The same batch, seed and split give the same pictures; random numbers come from the CPU, so that every device shows
@@ -113,6 +121,7 @@ def generate(batch: int, *, seed: int, split: Split = "train", device: str | tor
         seed: 0 to 2**31 - 1.
         split: "train" or "test".
         device: where the pictures are drawn and stay.
+        paper: gives the background of each picture by its number, (3, 336, 336) uint8; None for crops of photos.
 
     Raises:
         FoveateError: an argument outside these ranges, or a CUDA device where there is none.
@@ -123,7 +132,10 @@ def generate(batch: int, *, seed: int, split: Split = "train", device: str | tor
     look = _draw_look(batch, generator)
     boxes, discs, tags = _place(table, look)
     place = torch.device(device)
-    pixels = _background(look["photo"].to(place))
+    if paper is None:
+        pixels = _background(look["photo"].to(place))
+    else:
+        pixels = torch.stack([paper(number) for number in range(batch)]).to(place)
     present = (table["names"] >= 0).nonzero().to(place)  # (M, 2): picture and place of each of the batch's M objects
     objects = {key: value.to(place)[present[:, 0], present[:, 1]] for key, value in {**table, **discs, **tags}.items()}
     _paint(pixels, present[:, 0], objects)
