@@ -122,8 +122,8 @@ def test_of_every_method_only_what_is_missing_is_measured(call: Any, evaluate: A
         (["--append", "{file}", "--prune", "pool"], "its questions were drawn by another version"),
         (["--append", "{file}", "--json", "{file}", "--prune", "pool"], "give one of them"),
         (["--append", "gone.json", "--prune", "pool"], "gone.json cannot be read"),
-        (["--tasks", "scenes"], "--model is missing"),
-        (["--model", "mini"], "--tasks is missing; such as --tasks scenes"),
+        (["--tasks", "scenes"], "Missing option '--model'; such as --model mini"),
+        (["--model", "mini"], "Missing option '--tasks'; such as --tasks scenes"),
     ],
 )
 def test_rows_that_do_not_belong_are_refused_before_a_model_is_loaded(
@@ -199,7 +199,7 @@ def test_a_folder_is_evaluated_with_the_baselines(call: Any, folder: Path, quest
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--out is missing; a folder of questions needs both"),
+        ([], "Missing option '--out'; a folder of questions needs both"),
         (["--out", "{out}", "--seed", "3"], "--seed is of --tasks scenes"),
         (["--out", "{out}", "--every", "9"], "--every is of --tasks scenes"),
         (["--out", "{out}", "--samples", "0"], "--samples 0 measures nothing"),

@@ -36,6 +36,7 @@ _MODULES = {
     "LlavaOnevisionProcessor": "llava_onevision",
     "VideoLlavaProcessor": "video_llava",
     "Glm4vProcessor": "glm4v",
+    "Glm46VProcessor": "glm46v",
     "VideoLlama3Processor": "video_llama_3",
     "PaddleOCRVLProcessor": "paddleocr_vl",
     "Qwen2VLProcessor": "qwen2_vl",
@@ -113,13 +114,16 @@ def _video_llava() -> Any:
     return _made("VideoLlavaProcessor", "<image>", **parts, patch_size=4)
 
 
-def _glm4v() -> Any:
-    sizes = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
-    pictures = _pictures("Glm4vImageProcessor", **sizes, size={"shortest_edge": 512, "longest_edge": 3072})
-    start, end = "<|begin_of_image|>", "<|end_of_image|>"
-    tokens = tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
-    parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
-    return _made("Glm4vProcessor", f"{start}<|image|>{end}", **parts)
+def _glm(name: str) -> Callable[[], Any]:
+    def made() -> Any:
+        sizes = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
+        pictures = _pictures(f"{name}ImageProcessor", **sizes, size={"shortest_edge": 512, "longest_edge": 3072})
+        start, end = "<|begin_of_image|>", "<|end_of_image|>"
+        tokens = tokenizer("<|image|>", "<|video|>", (start, end, "<|begin_of_video|>", "<|end_of_video|>"))
+        parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=_NO_VIDEOS)
+        return _made(f"{name}Processor", f"{start}<|image|>{end}", **parts)
+
+    return made
 
 
 def _video_llama_3() -> Any:
@@ -220,8 +224,9 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen3-vl-moe": _qwen("Qwen3VLProcessor"),
     "paddleocr-vl": _paddleocr,
     "video-llama-3": _video_llama_3,
-    "glm4v": _glm4v,
-    "glm4v-moe": _glm4v,
+    "glm4v": _glm("Glm4v"),
+    "glm4v-moe": _glm("Glm4v"),
+    "glm-ocr": _glm("Glm46V"),
     "internvl": _internvl,
     "gemma3": _gemma3,
     "idefics3": _idefics3,

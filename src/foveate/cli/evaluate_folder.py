@@ -39,7 +39,8 @@ def run_folder(
     longest = 32 if longest is None else longest
     with usage():
         if model is None or out is None:
-            raise UsageError(f"{'--model' if model is None else '--out'} is missing; a folder of questions needs both")
+            lacking = "--model" if model is None else "--out"
+            raise UsageError(f"Missing option '{lacking}'; a folder of questions needs both")
         for name, value in (("samples", samples), ("batch", given["batch"]), ("max-new-tokens", longest)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value} measures nothing; the smallest is 1")

@@ -83,7 +83,8 @@ def _asked(
         file_target(json_file, (".json",))
     for option, name in (("--model", "model"), ("--tasks", "task")):
         if name not in given:
-            raise FoveateError(f"{option} is missing; such as {option} {'mini' if name == 'model' else 'scenes'}")
+            such = "mini" if name == "model" else "scenes"
+            raise FoveateError(f"Missing option '{option}'; such as {option} {such}")
     return {"samples": 500, "seed": 0, **given}, None
 
 

@@ -57,6 +57,7 @@ def test_what_is_asked_travels_as_bytes() -> None:
         ({"foveate": 64}, "is no text"),
         ({"foveate": "@secrets.json"}, "names a file of the server"),
         ({"foveate": "lvpruning:from = weights"}, "names a file of the server"),
+        ({"foveate": "dynamicvit:keep=0.7,path=weights"}, "names a file of the server"),
         ({"foveate": "fastv:keep=0.5"}, r"acts inside the decoder, .*; the nearest that runs is \w+"),
         ({"foveate": "tome:keep=64"}, "acts inside the encoder"),
         ({"foveate": "h2o"}, "acts on the cache"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foveate import __version__
+from foveate.serve.specs import UNPRUNED, names_file
 from foveate.serve.vllm.rooms import (
     JOINT,
     Family,
@@ -29,7 +30,6 @@ SPEC, QUESTION = "foveate", "question"
 """Names in a request's mm_processor_kwargs; the first is the engine's in hf_overrides, too."""
 METHODS, ALL = "foveate_methods", "all"
 """Name in hf_overrides: which methods requests may ask for; and what it says for all that run on the model."""
-UNPRUNED = "none"
 _OF_TEXT = ("text", "text_mask", "after_image")
 
 
@@ -170,7 +170,7 @@ class Rules:
         """
         if spec.strip() == UNPRUNED:
             return UNPRUNED
-        if of_request and (spec.lstrip().startswith("@") or "from=" in spec.replace(" ", "")):
+        if of_request and names_file(spec):
             raise FoveateError(f"{spec!r} names a file of the server; a request writes its spec out")
         stages = parse_stages(spec)
         for stage in stages:

@@ -13,7 +13,8 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.utils import group_and_batch_mm_items
 
-from foveate.serve.vllm.asked import QUESTION, SPEC, UNPRUNED, Asked, parts_of, reads_question, reads_words
+from foveate.serve.specs import UNPRUNED
+from foveate.serve.vllm.asked import QUESTION, SPEC, Asked, parts_of, reads_question, reads_words
 from foveate.serve.vllm.outline import ENGINE, Outline
 from foveate.serve.vllm.positions import MOST
 from foveate.serve.vllm.rooms import FoveateError, check_reach, context_of
