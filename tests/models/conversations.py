@@ -127,18 +127,14 @@ def held_by(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def wide(core: dict[str, tuple[str, ...]], methods: Iterable[str], *, both: bool = False) -> Any:
-    """Every method on every decoder; outside the core it is slow.
-
-    Args:
-        both: under both kinds of attention; else these take turns.
-    """
+def wide(core: dict[str, tuple[str, ...]], methods: Iterable[str]) -> Any:
+    """Every method on every decoder, under both kinds of attention in turns; outside the core it is slow."""
     cases = []
     for row, name in enumerate(methods):
         for column, decoder in enumerate(DECODERS):
             for attn in ATTENTION:
                 fast = name in core.get(decoder, ()) and attn == "sdpa"
-                if fast or both or attn == ATTENTION[(row + column) % 2]:
+                if fast or attn == ATTENTION[(row + column) % 2]:
                     cases.append(pytest.param(name, decoder, attn, marks=() if fast else pytest.mark.slow))
     return pytest.mark.parametrize(("name", "decoder", "attn"), cases)
 

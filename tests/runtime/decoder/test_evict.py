@@ -56,7 +56,6 @@ ALONE = ("h2o", "h2o capped", "snapkv", "fopru+h2o")  # no stage inside the deco
 @wide(
     {"llama": tuple(METHODS), "qwen3": MAIN, "mistral, wide window": MAIN, "mistral-sliding": MAIN[:1]},
     METHODS,
-    both=True,
 )
 def test_a_padded_batch_equals_the_reference(name: str, decoder: str, attn: str) -> None:
     model = made(decoder, attn)

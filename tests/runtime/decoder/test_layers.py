@@ -33,9 +33,7 @@ from foveate.core import FoveateError, Method
 from foveate.runtime.seams import CACHE
 
 
-@wide(
-    {"llama": tuple(METHODS), "mistral, wide window": MAIN, "qwen2-mixed": MAIN, "qwen3": MAIN[:1]}, METHODS, both=True
-)
+@wide({"llama": tuple(METHODS), "mistral, wide window": MAIN, "qwen2-mixed": MAIN, "qwen3": MAIN[:1]}, METHODS)
 def test_a_padded_batch_equals_the_reference(name: str, decoder: str, attn: str) -> None:
     model = made(decoder, attn)
     out, turn = answered(model, tiny.inputs(model, *ROWS), METHODS[name])
