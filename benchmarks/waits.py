@@ -32,7 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import foveate
 from foveate.evaluate.bench_model import random_inputs, random_model
 
-METHODS = ("fopru", "divprune", "cdpruner", "fastv", "pyramiddrop", "sparsevlm", "h2o", "snapkv")
+METHODS = ("fopru", "divprune", "fastv", "pyramiddrop", "sparsevlm", "tome:keep=0.5", "h2o", "snapkv")
 
 _READING = {
     "_local_scalar_dense",
