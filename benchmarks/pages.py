@@ -68,6 +68,26 @@ def shares(seeds: int) -> list[dict[str, Any]]:
     return found
 
 
+def comparing() -> list[dict[str, Any]]:
+    """Milliseconds of one core's own time for 4,096 tokens of which most repeat, the least of some runs."""
+    torch.set_num_threads(1)
+    found = []
+    for values in (12, 588, 2352):
+        generator_ = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 256, (1, 4096, values), generator=generator_).float() * 257 / 65536
+        tokens[:, torch.rand(4096, generator=generator_) < 0.7] = 0.5
+        for grey in (0, 4):
+            times = []
+            for _ in range(9):
+                start = time.thread_time()
+                unpredicted(tokens, (64, 64), grey / 255)
+                times.append((time.thread_time() - start) * 1e3)
+            found.append({"values": values, "greys": grey, "ms": min(times)})
+            print(json.dumps(found[-1]), flush=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # seconds
 
@@ -196,7 +216,7 @@ def main() -> None:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer pages, rounds and questions")
-    parser.add_argument("--parts", default="shares,seconds,answers", help="some of these, comma-separated")
+    parser.add_argument("--parts", default="shares,comparing,seconds,answers", help="some of these, comma-separated")
     parser.add_argument("--rounds", type=int, default=5, help="of seconds")
     parser.add_argument("--pictures", default=",".join((*pages.KINDS, "photograph")), help="of seconds")
     parser.add_argument("--out", type=Path)
@@ -214,6 +234,8 @@ def main() -> None:
         found["shares"] = shares(2 if given.quick else 8)
         for row in found["shares"]:
             print(json.dumps(row), flush=True)
+    if "comparing" in parts:
+        found["comparing"] = comparing()
     if "seconds" in parts:
         with torch.no_grad():
             found["seconds"] = seconds(given.rounds, given.pictures.split(","))
