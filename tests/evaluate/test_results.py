@@ -128,5 +128,5 @@ def test_the_digest_tells_questions_apart(monkeypatch: pytest.MonkeyPatch) -> No
     drawn = list(scenes_task.draw_samples(3, seed=0))
     assert first != scenes_task.digest(2, seed=0)
     drawn[1].image.putpixel((0, 0), (1, 2, 3))
-    monkeypatch.setattr(scenes_task, "draw_samples", lambda count, *, seed: iter(drawn))
+    monkeypatch.setattr(scenes_task, "draw_samples", lambda count, **options: iter(drawn))
     assert scenes_task.digest(3, seed=0) != first
