@@ -21,6 +21,9 @@ from foveate.evaluate.scenes_task import draw_samples
 
 SPECS = ("fopru:keep=0.4", "divprune:keep=3", "none")
 """What is asked of the tiny families."""
+BEFORE = ("pixelprune:threshold=0.8", "pixelprune:threshold=0.8+fopru:keep=3")
+BEFORE_FAMILIES = ("llava-1.5", "qwen2.5-vl", "internvl")
+"""What is asked of some beside it: tokens leave before the encoder, as many as repeat."""
 TOKENS = 8
 MINI = ("fopru:keep=64", "divprune:keep=64", "visionzip:keep=64", "fastervlm:keep=64", "cdpruner:keep=64")
 MINI_SPECS = (*MINI, "uniform:keep=64", "none")
@@ -55,11 +58,12 @@ def of_family(folder: Path, family: str) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(place)
     holder = checkpoints.holder(processor)
-    found: dict[str, Any] = {spec: [] for spec in SPECS}
+    specs = (*SPECS, *BEFORE) if family in BEFORE_FAMILIES else SPECS
+    found: dict[str, Any] = {spec: [] for spec in specs}
     for prompt in checkpoints.PROMPTS:
         pictures, text = checkpoints.pictures(prompt), checkpoints.text(prompt, holder)
         inputs = processor(images=pictures, text=[text], return_tensors="pt")
-        for spec in SPECS:
+        for spec in specs:
             found[spec].append(generated(model, inputs, spec, TOKENS))
     return found
 

@@ -82,6 +82,14 @@ def test_a_method_needs_what_the_model_has() -> None:
         rules("fastv:keep=0.5")
 
 
+def test_before_the_encoder_a_method_may_decide_its_own_count() -> None:
+    assert rules(before=True).asked({"foveate": "pixelprune"}).spec == "pixelprune"
+    both = rules("pixelprune+fopru:keep=9", before=True)
+    assert [part.site for part in both.asked({}).parts] == ["pixels", "input"]
+    with pytest.raises(FoveateError, match=r"pixelprune acts before the encoder, which transformers' model .* alone"):
+        rules().asked({"foveate": "pixelprune"})
+
+
 def test_an_engine_may_allow_some_methods_beside_its_own() -> None:
     some = rules(allowed=("divprune",))
     assert some.asked({"foveate": "divprune:keep=9"}).spec == "divprune:keep=9"

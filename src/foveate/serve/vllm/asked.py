@@ -117,15 +117,22 @@ class Rules:
         allowed: names of methods that requests may ask for beside the engine's own; ("all",) for all that run on the
             model, None for those of them that read one block of the encoder and no text, and so cost little.
         joint: the model brings a CLIP, or one was given.
+        before: its encoder can run on a part of its patches.
 
     Attributes:
         allowed: the names of all methods that may run.
     """
 
     def __init__(
-        self, spec: str, family: Family, tower: Tower, allowed: tuple[str, ...] | None = None, joint: bool = False
+        self,
+        spec: str,
+        family: Family,
+        tower: Tower,
+        allowed: tuple[str, ...] | None = None,
+        joint: bool = False,
+        before: bool = False,
     ) -> None:
-        self.family, self.tower, self.joint = family, tower, joint
+        self.family, self.tower, self.joint, self.before = family, tower, joint, before
         self.spec = self._checked(spec, of_request=False)
         own = {_name(stage) for stage in parse_stages(self.spec)} if self.spec != UNPRUNED else set()
         running = self.running()
@@ -185,15 +192,12 @@ class Rules:
 
     def _check_part(self, part: Method) -> None:
         reason = None
-        if part.site != "input":
-            where = {
-                "pixels": "before the encoder",
-                "tower": "inside the encoder",
-                "layer": "inside the decoder",
-                "cache": "on the cache",
-            }[part.site]
-            reason = f"acts {where}, and vLLM prunes between encoder and decoder alone"
-        elif part.adaptive:
+        if part.site == "pixels" and not self.before:
+            reason = "acts before the encoder, which transformers' model inside vLLM alone allows (foveate_route)"
+        elif part.site not in ("pixels", "input"):
+            where = {"tower": "inside the encoder", "layer": "inside the decoder", "cache": "on the cache"}[part.site]
+            reason = f"acts {where}, and vLLM prunes before the encoder or between encoder and decoder alone"
+        elif part.adaptive and part.site == "input":
             reason = "decides its own count, and vLLM must know it before the picture is encoded"
         else:
             reason = why_not(part, self.family, self.tower)
@@ -211,7 +215,8 @@ class Rules:
         for name in working_methods(self.family, self.tower):
             parts = _example(name)
             joint = self.joint or not reads_joint_space(parts)
-            if joint and all(part.site == "input" and not part.adaptive for part in parts):
+            counted = all(part.site == "pixels" or (part.site == "input" and not part.adaptive) for part in parts)
+            if joint and counted and (self.before or all(part.site == "input" for part in parts)):
                 found.append(name)
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -36,9 +36,9 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from foveate.serve.vllm.model import Pruning
+from foveate.serve.vllm.model import Pruning, Taken
 from foveate.serve.vllm.processor import Shortening
-from foveate.serve.vllm.rooms import Block, PackedWatch
+from foveate.serve.vllm.rooms import Brought, Method, PackedWatch
 from foveate.serve.vllm.shards import EngineProbe, GatheringPackedWatch, GatheringWatch
 
 
@@ -106,7 +106,9 @@ class _InTree(Pruning):
         raise NotImplementedError
 
     @contextmanager
-    def _reading(self, needs: frozenset[str]) -> Iterator[Callable[[], Mapping[int | str, Block]]]:
+    def _reading(self, needs: frozenset[str], before: Sequence[Method], told: Brought) -> Iterator[Taken]:
+        if before:
+            raise RuntimeError("an encoder on vLLM's kernels runs on all of its patches")
         outline = self._foveate.outline
         vision = outline.config.vision_config
         many = getattr(vision, "num_hidden_layers", None) or vision.depth
@@ -121,7 +123,7 @@ class _InTree(Pruning):
         probe = _HookedProbe(view, outline.family, needs)
         probe.install()
         try:
-            yield probe.take
+            yield lambda: (probe.take(), None)
         finally:
             probe.remove()
 

@@ -21,10 +21,11 @@ from vllm.multimodal.inputs import (
 )
 
 from foveate.serve.vllm.asked import SPEC, Asked, parts_of, reads_joint_space
+from foveate.serve.vllm.before import before_encoder, behind_encoder
 from foveate.serve.vllm.outline import Outline
 from foveate.serve.vllm.positions import AXES, Span, columns_of, settled, waiting, with_places
 from foveate.serve.vllm.processor import ASKED, BATCHED, FIELDS, ROWS, SHARED, SOURCES, TOKENS
-from foveate.serve.vllm.rooms import Block, FoveateError, JointSpace, context_of
+from foveate.serve.vllm.rooms import Block, Brought, FoveateError, JointSpace, Lanes, Method, context_of
 from foveate.serve.vllm.selecting import Decoder, Item, choose_rows
 from foveate.serve.vllm.settings import clip_of, rules_of
 from foveate.serve.vllm.slots import count_of, fitted
@@ -33,7 +34,8 @@ logger = init_logger("vllm.foveate")
 
 _SIZES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
-Taken = Callable[[], Mapping[int | str, Block]]
+Taken = Callable[[], tuple[Mapping[int | str, Block], Lanes | None]]
+"""What the encoder showed, and what went into it; None for all."""
 
 
 class Pruning:
@@ -54,8 +56,12 @@ class Pruning:
 
     # -- what a subclass says --------------------------------------------------------------------------------------
 
-    def _reading(self, needs: frozenset[str]) -> AbstractContextManager[Taken]:
-        """While this is open the encoder shows what methods need; the call gives it."""
+    def _reading(self, needs: frozenset[str], before: Sequence[Method], told: Brought) -> AbstractContextManager[Taken]:
+        """While this is open the encoder shows what methods need, and runs on what those before it leave.
+
+        Args:
+            told: the pictures that it will be given.
+        """
         raise NotImplementedError
 
     def _project(self, encoded: Tensor) -> Tensor:
@@ -89,13 +95,14 @@ class Pruning:
         needs = frozenset(need for item in items for part in item.asked.parts for need in part.needs)
         if any(reads_joint_space(item.asked.parts) for item in items):
             needs |= {"tower.read.hidden"}
-        with self._reading(needs) as taken:
+        told = Brought(given, lambda: [int((item.tokens < 0).sum()) for item in items], kind)
+        with self._reading(needs, before_encoder(items[0].asked.parts), told) as taken:
             features = [one.flatten(0, -2) for one in super().embed_multimodal(**dict(given))]  # type: ignore[misc]
-            seen = taken()
+            seen, lanes = taken()
         counts = [one.shape[0] for one in features]
         layouts = state.outline.per_item(kind, given, counts)
         with torch.no_grad():
-            chosen = choose_rows(items, layouts, features, seen, state.outline.tower.packed, state.decoder)
+            chosen = choose_rows(items, layouts, features, seen, state.outline.tower.packed, state.decoder, lanes)
         made = []
         for number, (item, (rows, places)) in enumerate(zip(items, chosen, strict=True)):
             positions, extent = self._within(kind, item, given, number)
@@ -224,12 +231,14 @@ class _State:
     def batches(self, items: Sequence[Item]) -> Iterable[tuple[int, int]]:
         """Which items are encoded together: never more unpruned tokens than memory was profiled for, or one item.
 
-        The scheduler counts what is left of pictures, and so may hand over more of them.
+        The scheduler counts what is left of pictures, and so may hand over more of them. Those of which different
+        methods drop tokens before the encoder do not go into it together.
         """
         first = tokens = 0
         for number, item in enumerate(items):
             own = int((item.tokens < 0).sum())
-            if number > first and tokens + own > self._most:
+            other = before_encoder(item.asked.parts) != before_encoder(items[first].asked.parts)
+            if number > first and (other or tokens + own > self._most):
                 yield first, number
                 first, tokens = number, 0
             tokens += own
@@ -264,8 +273,10 @@ def said_at_start(config: Any, outline: Outline) -> str:
     height, width = outline.family.grid(config)
     tokens = height * width
     square = Layout(tokens, torch.arange(tokens), torch.arange(tokens)[:, None], (tokens,), grid=(height, width))
-    left = count_of(fitted(parts_of(spec), tokens), square)
-    return f"{config.model_type} with {spec}: {tokens} -> {left} tokens of a square picture, or of one tile"
+    parts = parts_of(spec)
+    left = count_of(fitted(behind_encoder(parts), tokens), square)
+    at_most = "at most " if before_encoder(parts) else ""
+    return f"{config.model_type} with {spec}: {tokens} -> {at_most}{left} tokens of a square picture, or of one tile"
 
 
 def check_engine(vllm_config: Any) -> None:

@@ -23,6 +23,7 @@ class Outline:
         config: of the whole model.
         family: its row.
         tower: the description of its encoder.
+        model, encoder: with configurations and nothing else.
 
     Raises:
         FoveateError: no row of the families describes the model.
@@ -35,10 +36,10 @@ class Outline:
         if self.family.check is not None:
             self.family.check(config, self.tower)
         # Layouts ask the model for its own packing of tiles, which reads nothing but the configuration.
-        self._model = SimpleNamespace(config=config, base_model=_hollow(config))
-        self._encoder = SimpleNamespace(config=config.vision_config)
+        self.model = SimpleNamespace(config=config, base_model=_hollow(config))
+        self.encoder = SimpleNamespace(config=config.vision_config)
         if self.tower.full_attention is not None:
-            self._encoder.window_size = config.vision_config.window_size
+            self.encoder.window_size = config.vision_config.window_size
 
     def layouts(self, kind: str, given: Mapping[str, Any], rows: Sequence[int]) -> list[Layout]:
         """How some items lie.
@@ -51,7 +52,7 @@ class Outline:
         describe = self.family.layouts if kind == "image" else self.family.videos
         if describe is None:  # nothing is pruned of them, so that nothing need be known
             return [_whole(count) for count in rows]
-        return describe(Encoded(self._model, self._encoder, given, rows, lambda: rows))
+        return describe(Encoded(self.model, self.encoder, given, rows, lambda: rows))
 
     def per_item(self, kind: str, given: Mapping[str, Any], rows: Sequence[int]) -> list[list[Layout]]:
         """The layouts of each item: one, or one for each tile where text stands between tiles."""

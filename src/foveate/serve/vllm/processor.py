@@ -15,9 +15,10 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 
 from foveate.serve.specs import UNPRUNED
 from foveate.serve.vllm.asked import QUESTION, SPEC, Asked, parts_of, reads_question, reads_words
+from foveate.serve.vllm.before import before_encoder, behind_encoder, left_of
 from foveate.serve.vllm.outline import ENGINE, Outline
 from foveate.serve.vllm.positions import MOST
-from foveate.serve.vllm.rooms import FoveateError, check_reach, context_of
+from foveate.serve.vllm.rooms import FoveateError, check_reach, context_of, format_spec
 from foveate.serve.vllm.settings import rules_of
 from foveate.serve.vllm.slots import sources_of, units_of
 
@@ -52,9 +53,12 @@ class Shortening:
         """The largest input; it asks something where a method reads the question, and prunes what can be pruned."""
         inputs = super().get_dummy_inputs(*arguments, **options)  # type: ignore[misc]
         more = {}
+        parts = parts_of(self.rules.spec)
+        if before_encoder(parts):  # no picture has less to drop than one that repeats nothing
+            more[SPEC] = format_spec(behind_encoder(parts)) if behind_encoder(parts) else UNPRUNED
         if inputs.mm_data_items.get("video") and self.outline.family.videos is None:
             more[SPEC] = UNPRUNED
-        elif reads_question(parts_of(self.rules.spec)):
+        elif reads_question(parts):
             more[QUESTION] = "what is it ?"
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, **more}
         return inputs
@@ -150,7 +154,9 @@ class Shortening:
         tokens = ids.masked_fill(embeds, -1)
         _, given = next(iter(group_and_batch_mm_items([item])))
         layouts = self.outline.layouts(kind, given, [int(embeds.sum())])
-        sources = sources_of(tokens, units_of(tokens, layouts, asked.parts))
+        before = before_encoder(asked.parts)
+        left = left_of(self.outline, before, kind, given, layouts) if before else None
+        sources = sources_of(tokens, units_of(tokens, layouts, behind_encoder(asked.parts), left))
         slots = sources < 0
         short = torch.where(slots, ids[embeds].mode().values, ids[sources.clamp(min=0)])
         rows = torch.tensor([_cut(item[name]) for name in sorted(item)])

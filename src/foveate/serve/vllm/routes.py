@@ -6,6 +6,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from foveate.serve.vllm.asked import SPEC, parts_of
 from foveate.serve.vllm.outline import Outline
 from foveate.serve.vllm.rooms import FAMILIES, Family, FoveateError, did_you_mean
 
@@ -48,8 +49,8 @@ def routes_of(name: str) -> list[str]:
     return own if family.deepstack is not None else [*own, TRANSFORMERS]
 
 
-def architecture(config: Any, outline: Outline) -> str:
-    """The class that runs a model: on vLLM's own kernels where there is one, or as hf_overrides say.
+def route_of(config: Any, outline: Outline) -> str:
+    """The way that runs a model: vLLM's own kernels where they do what the spec asks, or as hf_overrides say.
 
     Raises:
         FoveateError: there is no such way for the family.
@@ -65,8 +66,18 @@ def architecture(config: Any, outline: Outline) -> str:
         routes = [TRANSFORMERS]
     if asked is not None and asked not in routes:
         raise FoveateError(f"{ROUTE}={asked!r}: {name} with {outline.tower.type} runs {' or '.join(routes)} alone")
-    if (asked or routes[0]) == IN_TREE:
-        return IN_TREE_CLASSES[name]
+    before = any(part.site == "pixels" for part in parts_of(getattr(config, SPEC)))
+    return asked or (TRANSFORMERS if before and TRANSFORMERS in routes else routes[0])
+
+
+def architecture(config: Any, outline: Outline) -> str:
+    """The class that runs a model.
+
+    Raises:
+        FoveateError: there is none for the family.
+    """
+    if route_of(config, outline) == IN_TREE:
+        return IN_TREE_CLASSES[outline.family.name]
     decoder = config.get_text_config()
     experts = getattr(decoder, "num_experts", None) or getattr(decoder, "n_routed_experts", None)
     return ANY_MOE if experts else ANY

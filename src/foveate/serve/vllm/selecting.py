@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from foveate.serve.vllm.asked import Asked
-from foveate.serve.vllm.rooms import Block, Image, JointSpace, Layout, Prompt, Questions, choose, to_tokens
+from foveate.serve.vllm.before import behind_encoder
+from foveate.serve.vllm.rooms import (
+    Block,
+    Image,
+    JointSpace,
+    Lanes,
+    Layout,
+    Prompt,
+    Questions,
+    choose,
+    settled,
+    to_tokens,
+)
 from foveate.serve.vllm.slots import Unit, fitted, units_of
 
 
@@ -57,6 +69,7 @@ def choose_rows(
     seen: Mapping[int | str, Block],
     packed: bool,
     decoder: Decoder,
+    lanes: Lanes | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """What stands in the slots of each item: embeddings (slots, W), and which of its R tokens each is.
 
@@ -65,13 +78,19 @@ def choose_rows(
         features: (M of all its units, W) of each item.
         seen: what was read of the encoder, all items together.
         packed: the encoder ran the patches of all pictures as one row.
+        lanes: what went into it; None for all.
     """
-    units = [units_of(item.tokens, own, item.asked.parts) for item, own in zip(items, layouts, strict=True)]
+    units = [
+        units_of(item.tokens, own, behind_encoder(item.asked.parts)) for item, own in zip(items, layouts, strict=True)
+    ]
     owners = [item for item, own in zip(items, units, strict=True) for _ in own]
     flat = [unit for own in units for unit in own]
     rows = [row for own, whole in zip(units, features, strict=True) for row in _split(own, whole)]
     device = features[0].device
     images = [_image(unit, row, decoder.width) for unit, row in zip(flat, rows, strict=True)]
+    if lanes is not None:
+        images = [settled(image, own, True) for image, own in zip(images, lanes.pictures(), strict=True)]
+        images = [replace(image, features=image.features[image.index.to(device)]) for image in images]
     if any(item.asked.parts for item in items):
         blocks = to_tokens(seen, [unit.layout for unit in flat], packed)
         images = _choose(owners, images, blocks, decoder)
@@ -112,7 +131,7 @@ def _choose(
     for number, (item, image) in enumerate(zip(items, images, strict=True)):
         groups.setdefault((item.asked.spec, image.original), []).append(number)
     for (_, tokens), numbers in groups.items():
-        parts = fitted(items[numbers[0]].asked.parts, tokens)
+        parts = fitted(behind_encoder(items[numbers[0]].asked.parts), tokens)
         mine = [replace(images[number], row=row) for row, number in enumerate(numbers)]
         prompt = _prompt([items[number].asked for number in numbers], mine, decoder)
         seen = {name: _of(block, numbers) for name, block in blocks.items()}

@@ -39,13 +39,16 @@ class Unit:
         return self.kept + beside + self.between.numel()
 
 
-def units_of(tokens: Tensor, layouts: Sequence[Layout], parts: Sequence[Method]) -> list[Unit]:
+def units_of(
+    tokens: Tensor, layouts: Sequence[Layout], parts: Sequence[Method], left: Sequence[Tensor] | None = None
+) -> list[Unit]:
     """The units of an item, in their order.
 
     Args:
         tokens: (R,) ids, -1 at the placeholders.
         layouts: of its pictures.
-        parts: the methods that act on each; none keeps all.
+        parts: the methods that act on each behind the encoder; none keeps all.
+        left: of each, what goes into the encoder; None for all.
     """
     places = (tokens < 0).nonzero().flatten()
     expected = sum(layout.placeholders for layout in layouts)
@@ -55,11 +58,13 @@ def units_of(tokens: Tensor, layouts: Sequence[Layout], parts: Sequence[Method])
             "pictures out in another way than the family's row says, so they cannot be pruned"
         )
     found, start = [], 0
-    for layout in layouts:
+    for number, layout in enumerate(layouts):
         mine = places[start : start + layout.placeholders]
         start += layout.placeholders
         span = torch.arange(int(mine[0]), int(mine[-1]) + 1)
-        found.append(Unit(layout, mine, span[tokens[span] >= 0], count_of(parts, layout)))
+        kept = count_of(parts, layout)
+        kept = kept if left is None else min(kept, left[number].numel())
+        found.append(Unit(layout, mine, span[tokens[span] >= 0], kept))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,10 @@ from vllm.model_executor.models.transformers import (
 from vllm.model_executor.models.transformers.multimodal import MultiModalMixin
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from foveate.serve.vllm.model import Pruning
+from foveate.serve.vllm.before import dropping
+from foveate.serve.vllm.model import Pruning, Taken
 from foveate.serve.vllm.processor import Shortening
-from foveate.serve.vllm.rooms import Block
+from foveate.serve.vllm.rooms import Brought, Method
 from foveate.serve.vllm.shards import EngineProbe
 
 
@@ -37,11 +38,21 @@ class _Backend(Pruning):
         return SimpleNamespace(config=self.config, base_model=self.model, generate=None)  # type: ignore[attr-defined]
 
     @contextmanager
-    def _reading(self, needs: frozenset[str]) -> Iterator[Callable[[], Mapping[int | str, Block]]]:
-        probe = EngineProbe(self._view, self._foveate.outline.family, needs)
+    def _reading(self, needs: frozenset[str], before: Sequence[Method], told: Brought) -> Iterator[Taken]:
+        family = self._foveate.outline.family
+        probe = EngineProbe(self._view, family, needs)
         probe.install()
         try:
-            yield probe.take
+            if not before:
+                yield lambda: (probe.take(), None)
+                return
+            with dropping(self._view, family, before, probe, told) as stages:
+
+                def taken() -> Any:
+                    left = stages.take()
+                    return probe.take(None if left is None else left.full), left
+
+                yield taken
         finally:
             probe.remove()
 

@@ -38,6 +38,8 @@ def test_all_follows_from_the_spec() -> None:
     assert config.hf_config.foveate == "fopru:keep=0.25"
     other = configured(foveate="none", foveate_route="transformers")
     assert other.architecture == "FoveateForConditionalGeneration"
+    before = configured(foveate="pixelprune")
+    assert before.architecture == "FoveateForConditionalGeneration"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_all_follows_from_the_spec() -> None:
         ({"foveate": "fopruu"}, "unknown method 'fopruu'"),
         ({"foveate": "fastv:keep=0.5"}, "acts inside the decoder"),
         ({"foveate": "prumerge"}, "decides its own count"),
+        ({"foveate": "pixelprune", "foveate_route": "in-tree"}, "acts before the encoder, which transformers' model"),
         ({"foveate": "none", "foveate_route": "in tree"}, "is no route; did you mean 'in-tree'"),
         ({"foveate": "none", "foveate_methods": "fopru,divprun"}, "unknown method 'divprun'; did you mean 'divprune'"),
         ({"foveate": "none", "foveate_methods": "fopru,all"}, "unknown method 'all'"),

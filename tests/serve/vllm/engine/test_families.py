@@ -5,13 +5,13 @@ Pictures of several sizes, one to three in a prompt, prompts that begin and end 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import vllm_checkpoints as checkpoints
-from references.vllm_answers import SPECS, TOKENS, TWO_WAY
+from references.vllm_answers import BEFORE, BEFORE_FAMILIES, SPECS, TOKENS, TWO_WAY
 from vllm import SamplingParams
 
 from foveate.serve.vllm.routes import routes_of
@@ -38,10 +38,25 @@ def prompts(folder: Path, spec: str | None) -> list[dict[str, Any]]:
 def test_answers_are_those_on_transformers(
     family: str, route: str, folder: Path, reference: Callable[[str], Any], engine: Callable[..., Any]
 ) -> None:
-    expected = reference(family)
+    expected = reference(family)  # and the model with it
     llm = engine(str(folder / family), SPECS[0], route=route, max_model_len=400, max_num_seqs=8)
-    for spec in SPECS:
-        answers = llm.generate(prompts(folder / family, spec), SamplingParams(**GREEDY), use_tqdm=False)
+    check(llm, folder / family, SPECS, expected)
+
+
+@pytest.mark.parametrize("family", BEFORE_FAMILIES)
+def test_what_leaves_before_the_encoder_is_what_leaves_on_transformers(
+    family: str, folder: Path, reference: Callable[[str], Any], engine: Callable[..., Any]
+) -> None:
+    expected = reference(family)
+    lengths = [[right["length"] for right in expected[spec]] for spec in (BEFORE[0], "none")]
+    assert sum(lengths[0]) < sum(lengths[1])
+    llm = engine(str(folder / family), BEFORE[0], max_model_len=400, max_num_seqs=8)
+    check(llm, folder / family, (*BEFORE, *SPECS), expected)
+
+
+def check(llm: Any, folder: Path, specs: Sequence[str], expected: dict[str, Any]) -> None:
+    for spec in specs:
+        answers = llm.generate(prompts(folder, spec), SamplingParams(**GREEDY), use_tqdm=False)
         for answer, right in zip(answers, expected[spec], strict=True):
             (output,) = answer.outputs
             assert len(answer.prompt_token_ids) == right["length"], spec
