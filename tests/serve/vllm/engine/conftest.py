@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,15 @@ _WRITERS: list[subprocess.Popen[bytes]] = []
 
 @pytest.fixture(scope="session")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where other processes write the references that the chosen tests need, while the first engines start."""
+    """Where other processes write the references that the chosen tests need, while the first engines start.
+
+    A server that is needed later starts meanwhile, too.
+    """
     made = tmp_path_factory.mktemp("references")
-    script, environment = str(TESTS / "references" / "vllm_answers.py"), {**os.environ, "PYTHONPATH": str(TESTS)}
+    if any("launched" in item.fixturenames for item in request.session.items if isinstance(item, pytest.Function)):
+        request.getfixturevalue("launched")
+    script = str(TESTS / "references" / "vllm_answers.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     needed = {"families" if "families" in item.path.name else "mini" for item in request.session.items}
     commands = [[sys.executable, script, str(made), what] for what in sorted(needed)]
     _WRITERS.extend(subprocess.Popen(command, env=environment) for command in commands)
@@ -88,3 +97,33 @@ def engine() -> Callable[..., Any]:
         return _ENGINES[-1]
 
     return start
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A server that was started, and may not answer yet."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """`foveate serve`, as a user starts it."""
+    from references.vllm_answers import MINI
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = int(one.getsockname()[1])
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "foveate", "serve", "mini", "--engine", "vllm", "--prune", MINI[0]]
+    command += ["--foveate-methods", "visionzip,cdpruner", "--limit-mm-per-prompt", '{"image": 1}']
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
+    command += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as out:
+        running = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+    yield Launched(running, f"http://127.0.0.1:{port}", log)
+    os.killpg(running.pid, signal.SIGTERM)
+    running.wait(60)

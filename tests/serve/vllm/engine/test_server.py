@@ -5,15 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,35 +20,17 @@ SAMPLES = list(draw_samples(QUESTIONS, seed=3))[:3]
 PATIENCE = 600  # seconds until the server must answer
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server of `mini`, as a user starts it."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "foveate", "serve", "mini", "--engine", "vllm", "--prune", MINI[0]]
-    command += ["--foveate-methods", "visionzip,cdpruner"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
-    command += ["--limit-mm-per-prompt", '{"image": 1}']
-    command += ["--num-gpu-blocks-override", "256", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        running = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-    address, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+def server(launched: Any) -> str:
+    """Address of a server of `mini`, as a user starts it, once it answers."""
+    until = time.monotonic() + PATIENCE
     while True:
-        assert running.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+        assert launched.process.poll() is None and time.monotonic() < until, launched.log.read_text()[-3000:]
         try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            break
+            urllib.request.urlopen(f"{launched.address}/health", timeout=5).close()
+            return launched.address
         except OSError:
             time.sleep(0.5)
-    yield address
-    os.killpg(running.pid, signal.SIGTERM)
-    running.wait(60)
 
 
 def ask(server: str, sample: Any, pictures: int = 1, **more: Any) -> dict[str, Any]:
