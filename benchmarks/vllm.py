@@ -112,7 +112,7 @@ def _note(path: Path, model: str, found: dict[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.is_file() else {"runs": {}}
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     versions = {one.__name__: one.__version__ for one in (vllm, torch, transformers, foveate)}
-    noted = {"date": time.strftime("%Y-%m-%d"), **machine, **versions}
+    noted = {"date": time.strftime("%Y-%m-%d"), **machine, "versions": versions}
     made = {"runs": {**before["runs"], model: {**noted, **found}}}
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(made, indent=1) + "\n")
