@@ -79,6 +79,7 @@ def test_a_call_goes_through_json() -> None:
                 "row": 0,
                 "original": 6,
                 "grid": [2, 3],
+                "encoder_tokens": 6,
                 "stages": [
                     {**stage, "before": 6, "after": 4, "kept": [0, 1, 2, 3]},
                     {**stage, "before": 4, "after": 2, "kept": [0, 1]},
@@ -88,6 +89,7 @@ def test_a_call_goes_through_json() -> None:
                 "row": 1,
                 "original": 6,
                 "grid": [2, 3],
+                "encoder_tokens": 6,
                 "stages": [{**stage, "before": 6, "after": 3, "kept": [0, 1, 2]}],
             },
         ],

@@ -86,7 +86,8 @@ def test_rows_are_put_into_a_file(call: Any, evaluate: Any, folder: Path, tmp_pa
     after["rows"][2]["accuracy"] = 2.0
     file.write_text(json.dumps(after))
     said = call(*more, "--prune", "uniform:keep=9").err
-    assert f"{file}: the row of uniform:keep=9 gave way to this one" in " ".join(said.split())
+    # A long path is broken where the line ends.
+    assert f"{file}: the row of uniform:keep=9 gave way to this one".replace(" ", "") in "".join(said.split())
     assert json.loads(file.read_text())["rows"][2]["accuracy"] <= 1
 
 

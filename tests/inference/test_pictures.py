@@ -239,12 +239,12 @@ def test_no_other_format_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_else_opens_what_users_name() -> None:
-    """Scenes open pictures that ship with the package; processors are handed pictures, since they open any path."""
+    """Scenes open pictures that ship or that they drew; processors are handed pictures, since they open any path."""
     source = Path(foveate.__file__).parent
     opening = {
         path.relative_to(source).as_posix() for path in source.rglob("*.py") if "Image.open(" in path.read_text()
     }
-    assert opening == {"inference/pictures.py", "scenes/generator.py"}
+    assert opening == {"inference/pictures.py", "scenes/generator.py", "scenes/pages.py"}
     with pytest.raises(FoveateError, match=r"str is no PIL picture; open a file with PIL\.Image\.open first"):
         on_white("picture.png")  # type: ignore[arg-type]
 

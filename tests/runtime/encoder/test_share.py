@@ -176,7 +176,10 @@ def needs_of(name: str) -> frozenset[str]:
 
 
 # Methods that look at the encoding and leave it as it is.
-BEHIND = [name for name in methods.names() if all(part.site != "tower" for part in methods.get(name).example().parts())]
+CHANGING = ("pixels", "tower")
+BEHIND = [
+    name for name in methods.names() if all(part.site not in CHANGING for part in methods.get(name).example().parts())
+]
 # One of each set of needs: two methods share what the encoder shows, and those that need the same are alike to a third.
 KINDS = {needs_of(name): name for name in BEHIND}
 
