@@ -132,6 +132,25 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
+def drop_torn(path: Path) -> None:
+    """Cut off what follows the last end of a line: a kill can leave half of one behind `append_line`.
+
+    Raises:
+        FoveateError: it cannot be written; the message names `path`.
+    """
+    with _named(path), path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65_536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                file.truncate(start + found + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
 @contextmanager
 def hold(folder: Given) -> Iterator[Path]:
     """Keep the folder of a run to this process, and clear away what a killed one has left half-written.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from foveate.batch.rows import JSONL, PARQUET, Id, pyarrow_parquet
 from foveate.core import FoveateError
 from foveate.paths import Given, file_target
-from foveate.runs import append_line, check_run, run_folder, whole_file
+from foveate.runs import append_line, check_run, drop_torn, run_folder, whole_file
 
 RUN = ".run"
 """What follows the output's name in that of the folder that holds its settings and its lock."""
@@ -41,7 +40,7 @@ class Journal:
         self.lines = path if path.suffix.lower() in JSONL else _folder(path) / "rows.jsonl"
         self.done: set[Id] = set()
         if self.lines.exists():
-            _drop_torn(self.lines)
+            drop_torn(self.lines)
             self.done = {row["id"] for row in self.rows()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -92,18 +91,3 @@ def journal(path: Path, settings: dict[str, Any], resume: bool) -> Iterator[Jour
 
 def _folder(path: Path) -> Path:
     return path.with_name(path.name + RUN)
-
-
-def _drop_torn(path: Path) -> None:
-    """Cut off what follows the last end of a line: a kill can leave half of one."""
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 65_536)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                file.truncate(start + found + 1)
-                return
-            end = start
-        file.truncate(0)

@@ -15,7 +15,7 @@ from foveate.inference.answers import decode, encode, greedy
 from foveate.inference.pictures import load_image
 from foveate.paths import Given
 from foveate.prune import check_prunable, prune, share_encoding
-from foveate.runs import append_line, run_folder, write_bytes
+from foveate.runs import append_line, drop_torn, run_folder
 from foveate.texts import check_text
 
 ANSWERS = "answers.jsonl"
@@ -151,12 +151,9 @@ def read_answers(file: Path) -> list[Answered]:
     """
     if not file.exists():
         return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_bytes(file, whole)
+    drop_torn(file)
     found = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             found.append(Answered(**json.loads(line)))
         except (ValueError, TypeError) as error:
