@@ -16,6 +16,7 @@ from foveate.cli.train_learned import (
     Images,
     LogSteps,
     MaxSeconds,
+    Micro,
     Mix,
     Model,
     Out,
@@ -32,7 +33,6 @@ from foveate.inference.loading import Device, Dtype, Trust
 
 MINI = {"rate": 1e-2, "batch": 16, "micro": 16, "steps": 1000, "budgets": "144,64,32"}
 
-Micro = Annotated[int | None, typer.Option(metavar="N", help="Rows per process at once; 4, or what divides the batch.")]
 Budgets = Annotated[str | None, typer.Option(metavar="K,K,...", help="Each step leaves one of them, such as 144,0.1.")]
 
 

@@ -19,6 +19,7 @@ from foveate.cli.train_learned import (
     Layers,
     LogSteps,
     MaxSeconds,
+    Micro,
     Mix,
     Model,
     Out,
@@ -45,7 +46,6 @@ MINI = {
     "decision_clip": 0.05,
 }
 
-Micro = Annotated[int | None, typer.Option(metavar="N", help="Rows per process at once; 4, or what divides the batch.")]
 Budgets = Annotated[
     str | None, typer.Option(metavar="K/K/K,...", help="Each step draws one, such as 0.7/0.49/0.343,32/32/32.")
 ]

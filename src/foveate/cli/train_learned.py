@@ -27,6 +27,7 @@ Layers = Annotated[str | None, typer.Option(metavar="L/L/L", help="Blocks before
 Ratios = Annotated[str | None, typer.Option(metavar="R/R/R", help="Shares to aim at; the paper's.")]
 Rate = Annotated[float | None, typer.Option(metavar="R", help="Peak learning rate; mini has its own.")]
 Batch = Annotated[int | None, typer.Option(metavar="N", help="Rows per step over all processes; 64.")]
+Micro = Annotated[int | None, typer.Option(metavar="N", help="Rows per process at once; 4, or what divides the batch.")]
 Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option(metavar="N", help="Stop after N steps; scenes need it.")]
 CausalWeight = Annotated[float | None, typer.Option(metavar="W", help="Of the loss of the answers; 1.")]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foveate import __version__
-from foveate.serve.specs import UNPRUNED, names_file
+from foveate.serve.specs import UNPRUNED, stages_of
 from foveate.serve.vllm.rooms import (
     JOINT,
     Family,
@@ -175,11 +175,9 @@ class Rules:
         Raises:
             FoveateError: it cannot run here.
         """
-        if spec.strip() == UNPRUNED:
+        stages = stages_of(spec, of_request)
+        if not stages:
             return UNPRUNED
-        if of_request and names_file(spec):
-            raise FoveateError(f"{spec!r} names a file of the server; a request writes its spec out")
-        stages = parse_stages(spec)
         for stage in stages:
             for part in stage.parts():
                 self._check_part(part)
