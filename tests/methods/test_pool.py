@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.core import FoveateError, Grid, Selection, Signals
+from foveate.core import Block, FoveateError, Grid, Selection, Signals
 from foveate.methods.pool import Pool
 from foveate.ops.subsets import lattice
 
@@ -76,6 +76,20 @@ def test_every_token_is_the_mean_of_its_cell(
         assert sorted(cell[kept].tolist()) == list(range(count))
         means = torch.stack([features[image][cell == cell[one]].mean(dim=0) for one in kept])
         torch.testing.assert_close(selection.features[image], means)
+
+
+def test_means_can_be_taken_before_the_projector() -> None:
+    """FoPru's "w/o Significance": what is averaged are the encoder's tokens, and they are still to be projected."""
+    hidden = torch.tensor([[[0.0], [2.0], [4.0], [6.0]]])
+    method = Pool(keep=1, space="encoded")
+    assert method.needs == ("tower.read.hidden",) and method.encoded and not Pool().encoded
+    seen = Signals(original=4, index=torch.arange(4)[None], grid=(2, 2), tower={"read": Block(hidden=hidden)})
+    selection = method.select(seen)
+    selection.check(4, 1, str(method))
+    assert selection.space == "encoded" and selection.features is not None
+    assert selection.features[0].tolist() == [[3.0]]
+    with pytest.raises(FoveateError, match="space='pixels'"):
+        Pool(space="pixels")  # type: ignore[arg-type]
 
 
 def test_keeping_everything_changes_nothing() -> None:
