@@ -42,19 +42,23 @@ def prune(
         out of reach.
 
     Raises:
-        FoveateError: the model is no VLM of a known family, a method cannot run on it, or an argument is missing.
+        FoveateError: the model is no VLM of a known family, a method cannot run on it, an argument is missing, or the
+            model has an adapter that was tuned under another spec.
     """
     from foveate.runtime.encoder.joint_space import joint_space
     from foveate.runtime.handle import Handle
     from foveate.runtime.support import check_parts
+    from foveate.runtime.tuned import check_tuned
     from foveate.runtime.wrapped import is_pipeline, unwrapped
 
-    parts = tuple(part for method in _listed(methods) for part in method.parts())
+    stages = _listed(methods)
+    parts = tuple(part for method in stages for part in method.parts())
     if not parts:
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
     if processor is None and is_pipeline(model):
         processor = model.processor
     model = unwrapped(model)
+    check_tuned(model, stages)
     check_parts(model, parts)
     space = joint_space(model, parts, processor=processor, question=question, clip=clip)
     return Handle(model, parts, space, short_outputs)

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli import analyze, batch, bench, check, cost, demo, evaluate, methods, models, run, serve, train
+from foveate.cli import (
+    analyze,
+    batch,
+    bench,
+    check,
+    cost,
+    demo,
+    evaluate,
+    methods,
+    models,
+    reproduce,
+    run,
+    serve,
+    train,
+)
 from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, one_line
 from foveate.core import FoveateError, UsageError
 
@@ -28,6 +42,7 @@ _COMMANDS = {
     "run": run,
     "batch": batch,
     "eval": evaluate,
+    "reproduce": reproduce,
     "cost": cost,
     "bench": bench,
     "analyze": analyze,
