@@ -92,11 +92,11 @@ def beside_itself(device: torch.device, rounds: int) -> list[Row]:
     """N=2880, K=320, D=4096: whole, and the rounds alone on a table that is there."""
     tokens, count, width = 2880, 320, 4096
     features = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
-    table, own = distances(features), greedy._Cosines(features[None])
+    table, own = distances(features), greedy._Cosines(features[None], count)
     stock = greedy._Cosines
 
     def rounds_alone() -> Tensor:
-        greedy._Cosines = lambda _: own  # type: ignore[assignment, misc]
+        greedy._Cosines = lambda *_: own  # type: ignore[assignment, misc]
         try:
             return greedy.farthest(features[None], count)
         finally:

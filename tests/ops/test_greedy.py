@@ -192,6 +192,30 @@ CHOOSERS: dict[str, Chooser] = {
 each = pytest.mark.parametrize("choose", CHOOSERS.values(), ids=CHOOSERS.keys())
 
 
+@pytest.fixture
+def by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of any size are covered row by row, a few rows at once, as large ones are on a CPU."""
+    monkeypatch.setattr(greedy, "MANY", 1)
+    monkeypatch.setattr(greedy, "CACHED", 100)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_covering_row_by_row_equals_the_loops(seed: int, by_rows: None) -> None:
+    similarity, rows, weight = randn(2, 50, 40, seed=seed), rand(2, 50, seed=seed + 1), rand(2, 40, seed=seed + 2)
+    picks = covering(similarity, 30, rows, weight)
+    for image in range(2):
+        assert picks[image].tolist() == covering_by_loops(similarity[image], 30, rows[image], weight[image])
+        alone = covering(similarity[image : image + 1], 30, rows[image : image + 1], weight[image : image + 1])
+        assert torch.equal(alone[0], picks[image])
+
+
+def test_covering_row_by_row_adds_nothing_for_copies(by_rows: None) -> None:
+    """Four tokens, the others their copies: when these are taken, rounding is no gain and the lowest index is next."""
+    features = randn(1, 4, 30).repeat(1, 3, 1)
+    picks = covering(cosines(features, features), 12)[0].tolist()
+    assert sorted(picks[:4]) == [0, 1, 2, 3] and picks[4:] == list(range(4, 12))
+
+
 @each
 @given(data=st.data(), seed=SEEDS)
 def test_exactly_as_many_distinct_tokens_come_out(choose: Chooser, data: st.DataObject, seed: int) -> None:

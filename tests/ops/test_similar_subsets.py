@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from foveate.ops import subsets
 from foveate.ops.subsets import grid_neighbours, least_similar, with_neighbours, without_duplicates
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,6 +58,20 @@ def test_duplicates_leave_as_in_a_loop(data: st.DataObject) -> None:
     left = without_duplicates(similarity, order, keep, removed)
     assert left.tolist() == [
         rounds(alike, row, keep, removed) for alike, row in zip(similarity, order.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("removed", [1, 8])
+def test_lists_of_neighbours_find_what_comparing_all_finds(removed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three neighbours a token: often none of them is listed at the other kind of place, and lists grow old."""
+    monkeypatch.setattr(subsets, "NEAR", 12)
+    monkeypatch.setattr(subsets._Neighbours, "FEW", 3)
+    features = torch.randn(2, 90, 5, generator=torch.Generator().manual_seed(removed))
+    similarity = features @ features.mT
+    order = torch.stack([torch.randperm(90, generator=torch.Generator().manual_seed(seed))[:80] for seed in (0, 1)])
+    left = without_duplicates(similarity, order, 5, removed)
+    assert left.tolist() == [
+        rounds(alike, row, 5, removed) for alike, row in zip(similarity, order.tolist(), strict=True)
     ]
 
 

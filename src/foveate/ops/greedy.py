@@ -19,6 +19,18 @@ from torch import Tensor
 from foveate.core import FoveateError
 from foveate.ops.device import refuse_any
 
+LARGEST = 2**27
+"""Numbers of a table of cosines beyond which rows are computed as they are needed: half a GB, 11,585 tokens."""
+
+CACHED = 2**18
+"""Numbers that are worked on at once, so that they stay in a core's cache."""
+
+MANY = 2**20
+"""Numbers of a table to be covered from which on a CPU looks only at the rows that a pick changes."""
+
+NOTHING = 1e-6
+"""Share of its first gain below which a token adds nothing but rounding, where gains are what differences leave."""
+
 BLOCK = 384
 """Rows of a table of cosines that are computed at once, against the columns up to their own only."""
 
@@ -39,8 +51,8 @@ def farthest(
 ) -> Tensor:
     """Max-min: each pick is the token farthest from all taken before, in cosine distance times its weight.
 
-    O(N * D) memory: N x N cosines are kept only where they are smaller than the features. A token without length is at
-    distance 1 from every other.
+    A table of N x N cosines is kept where it is smaller than the features, or is read often and within `LARGEST`; else
+    O(N * D) memory. A token without length is at distance 1 from every other.
 
     Args:
         features: (B, N, D).
@@ -51,7 +63,7 @@ def farthest(
     """
     if first is None and free is not None:
         raise FoveateError("with padding the distance to the nearest other token is no first pick; give first=")
-    cosines = _Cosines(features)
+    cosines = _Cosines(features, features.shape[1] if first is None else count)
     _check_finite(first, weight)
     gain = 1.0 - cosines.nearest() if first is None else first.detach().float()
     weight = torch.ones_like(gain) if weight is None else weight.detach().float()
@@ -91,12 +103,32 @@ def covering(
     _check_finite(gain, weight)
     weight = torch.ones_like(gain) if weight is None else weight.detach().float()
     base = _closed(torch.zeros_like(gain), free)
+    total, least = gain.double(), NOTHING * gain  # many small differences are taken from the total
+    by_rows = rest.device.type == "cpu" and rest[0].numel() >= MANY
 
     def take(pick: Tensor) -> Tensor:
         added = rest.gather(2, pick[:, None].expand(-1, rest.shape[1], 1))
-        return rest.sub_(added).clamp_(min=0.0).sum(dim=1)
+        if not by_rows:
+            return rest.sub_(added).clamp_(min=0.0).sum(dim=1)
+        found = _cover_rows(rest, added, total).float()
+        return found.masked_fill_(found <= least, 0.0)
 
     return _greedy(count, torch.addcmul(base, gain, weight), base, weight, take)
+
+
+def _cover_rows(rest: Tensor, added: Tensor, total: Tensor) -> Tensor:
+    """Take `added` (B, R, 1) from `rest` (B, R, N) and what that loses from `total` (B, N): only rows that change.
+
+    The k-th pick covers about one row of k better than those before, so that all picks together read the table a few
+    times rather than K times. Which rows they are is a number for the host, which only a CPU has without waiting.
+    """
+    for table, amounts, sums in zip(rest, added.squeeze(2), total, strict=True):
+        for changed in amounts.nonzero().squeeze(1).split(max(1, CACHED // table.shape[1])):
+            before = table.index_select(0, changed)
+            after = (before - amounts[changed, None]).clamp_(min=0.0)
+            table.index_copy_(0, changed, after)
+            sums.sub_(before.sub_(after).sum(dim=0))
+    return total
 
 
 @torch.no_grad()
@@ -104,14 +136,15 @@ def diverse(features: Tensor, count: int, weight: Tensor, free: Tensor | None = 
     """Max-volume: each pick is the token of the largest conditional variance, given those taken, times its weight.
 
     Greedy maximisation of det(L_S) for L = diag(r) C diag(r), C the cosines and weight = r ** 2, by an incremental
-    Cholesky factor of C. O(N * (K + D)) memory. Once nothing new is left (K above the rank), the weight alone decides.
+    Cholesky factor of C. O(N * (K + D)) memory, and a table of cosines as in `farthest`. Once nothing new is left (K
+    above the rank), the weight alone decides.
 
     Args:
         features: (B, N, D).
         count: K, at most N.
         weight: (B, N), at least 0.
     """
-    cosines = _Cosines(features, beside=max(1, count))
+    cosines = _Cosines(features, count, beside=max(1, count))
     weight = weight.detach().float()
     _check_finite(weight)
     base = _closed(torch.zeros_like(weight), free)
@@ -176,19 +209,23 @@ def _unit(values: Tensor) -> Tensor:
 
 
 class _Cosines:
-    """Cosines among the tokens of each image: a table where that is smaller than the features, products on demand else.
+    """Cosines among the tokens of each image: a table where that is smaller or read often, products on demand else.
 
     The table is exactly symmetric, so that two mutual neighbours tie.
     """
 
-    def __init__(self, features: Tensor, beside: int = 0) -> None:
-        """`beside` rows of N values more stand ready for whoever reads the same column of both."""
+    def __init__(self, features: Tensor, reads: int, beside: int = 0) -> None:
+        """`reads` rows will be asked for; `beside` rows more stand ready for whoever reads the same column of both.
+
+        A row by itself moves all features, 24 times what a row of the table takes to compute.
+        """
         self.unit = _unit(features)
         batch, tokens, width = features.shape
         self.table: Tensor | None = None
-        self.all = self.unit.new_empty(batch, beside + (tokens if tokens <= width else 0), tokens)
+        kept = tokens <= width or (24 * reads >= tokens and batch * tokens**2 <= LARGEST)
+        self.all = self.unit.new_empty(batch, beside + (tokens if kept else 0), tokens)
         self.beside = self.all[:, :beside]
-        if tokens <= width:
+        if kept:
             self.table = self.all[:, beside:]
             for start, rows in self._blocks():
                 stop = rows.shape[2]

@@ -146,14 +146,65 @@ def without_duplicates(similarity: Tensor, order: Tensor, keep: int, removed: in
         order: (B, R) the positions listed at first.
         keep: 0..R.
     """
-    images = torch.arange(order.shape[0], device=order.device)[:, None, None]
+    nearest_of = _among if order.device.type != "cpu" or order.shape[1] < NEAR else _Neighbours()
     while (left := order.shape[1]) > keep > 0:
         even, odd = order[:, ::2], order[:, 1::2]
-        nearest = similarity[images, even[:, :, None], odd[:, None, :]].amax(dim=-1)
+        nearest = nearest_of(similarity, even, odd)
         by_nearest = nearest.sort(dim=-1, descending=True, stable=True).indices
         drop = min(removed, left - keep, even.shape[1])
         order = torch.cat([even.gather(1, by_nearest[:, drop:]), odd], dim=1)
     return order[:, :keep]
+
+
+NEAR = 256
+"""Listed tokens below which all even ones are compared with all odd ones, which is then as fast."""
+
+
+def _among(similarity: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """(B, E) largest similarity of each of `even` to any of `odd`, of all of them."""
+    images = torch.arange(even.shape[0], device=even.device)[:, None, None]
+    return similarity[images, even[:, :, None], odd[:, None, :]].amax(dim=-1)
+
+
+class _Neighbours:
+    """The same, by a short list of each token's nearest neighbours that are still listed.
+
+    Half of those listed are odd, so that one of the first few is; whether all have one is a number for the host, which
+    only a CPU has without waiting. Lists are made anew when half of what they were made of has left.
+    """
+
+    FEW = 16
+
+    def __init__(self) -> None:
+        self.made_of = 0
+
+    def __call__(self, similarity: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+        listed = even.shape[1] + odd.shape[1]
+        if listed < NEAR:
+            return _among(similarity, even, odd)
+        if 2 * listed < self.made_of or not self.made_of:
+            self._look(similarity, torch.cat([even, odd], dim=1))
+        opposite = torch.zeros(similarity.shape[:2], dtype=torch.bool)
+        opposite.scatter_(1, odd, True)
+        near = self.near.gather(1, even[..., None].expand(-1, -1, self.FEW))
+        there = opposite.gather(1, near.flatten(1)).view_as(near)
+        first = there.to(torch.uint8).argmax(dim=-1, keepdim=True)
+        value = self.value.gather(1, even[..., None].expand(-1, -1, self.FEW)).gather(2, first).squeeze(2)
+        for image, place in (~there.any(dim=-1)).nonzero().tolist():
+            value[image, place] = similarity[image, even[image, place], odd[image]].max()
+        return value
+
+    def _look(self, similarity: Tensor, listed: Tensor) -> None:
+        """Each listed token's nearest ones among the others, nearest first."""
+        batch, tokens = similarity.shape[:2]
+        self.made_of = listed.shape[1]
+        self.near = listed.new_zeros(batch, tokens, self.FEW)
+        self.value = similarity.new_zeros(batch, tokens, self.FEW)
+        for image, places in enumerate(listed):
+            table = similarity[image][places][:, places]
+            table.fill_diagonal_(-torch.inf)
+            value, near = table.topk(self.FEW, dim=-1)
+            self.near[image, places], self.value[image, places] = places[near], value
 
 
 def least_similar(similarity: Tensor, quota: Tensor, taken: Tensor) -> Tensor:
