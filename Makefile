@@ -24,7 +24,7 @@ NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lowest newest newest-torchvision test-vllm lint bench soak clean
+.PHONY: help demo test lowest newest newest-torchvision test-vllm lint look bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -63,6 +63,9 @@ test-vllm: $(STAMP)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/serve/vllm
 endif
 
+look: $(STAMP) ## pictures of what `foveate report` writes, at desktop and phone width, in look/; needs Debian's chromium
+	@HF_HUB_OFFLINE=1 $(BIN)/python tools/look.py
+
 bench: $(STAMP) ## run every file of benchmarks/ but the soak
 	@set -e; for file in $(filter-out benchmarks/soak.py benchmarks/serve.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; HF_HUB_OFFLINE=1 $(BIN)/python $$file; done
 
@@ -70,7 +73,7 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(VLLM) demo dist build
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(VLLM) demo look dist build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -40,7 +40,7 @@ AT_LOAD["calibrate"] = {"core", "prune", "inference", "runtime"}
 AT_LOAD["evaluate"] = AT_LOAD["inference"] | {"inference", "methods", "scenes"}
 AT_LOAD["train"] = AT_LOAD["evaluate"] | {"evaluate", "modules"}
 AT_LOAD["reproduce"] = AT_LOAD["evaluate"] | {"evaluate"}
-AT_LOAD["report"] = {"core", "trace", "cost", "runs", "inference", "evaluate"}
+AT_LOAD["report"] = {"core", "trace", "cost", "paths", "runs", "inference", "evaluate"}
 # An engine brings a runtime of its own: what it takes of ours is named in serve/vllm/rooms.py.
 AT_LOAD["serve"] = AT_LOAD["inference"] | {"inference", "foveate"}
 AT_LOAD["batch"] = AT_LOAD["inference"] | {"inference"}

@@ -306,8 +306,7 @@ class Selection:
     Output token k of an image takes the position id, the timeline slot and the place in the picture of the original
     token `indices[b][k]`; a merged token carries its representative's index. `features`, when given, has one row per
     index. `extra` marks tokens that are not to be drawn. `groups`, which a method that merges inside the encoder gives,
-    says of each token that was there (in the order of `Signals.index`) which output token it went into, -1 where it was
-    dropped; sizes add up along it.
+    says of each token that was there (in the order of `Signals.index`) which output token it went into, or -1.
     """
 
     indices: list[Tensor]  # B tensors (K_b,) int64, distinct
@@ -316,6 +315,7 @@ class Selection:
     extra: list[Tensor] | None = None  # B tensors (K_b,) bool
     ordered: bool = True
     groups: list[Tensor] | None = None  # B tensors (N,) int64, -1..K_b - 1
+    scores: Tensor | None = None  # (B, N) for those who look on: what a token is worth
 
     def check(self, original: int, batch: int, method: str, complaints: Complaints | None = None) -> Selection:
         """Refuse a selection that breaks the contract, naming the method and the image; what it says, on the host.

@@ -27,8 +27,10 @@ class Scorer(Method):
     def select(self, signals: Signals) -> Selection:
         from foveate.ops.subsets import top_k
 
-        kept = top_k(self.score(signals), self.wanted(signals))
-        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
+        scores = self.score(signals)
+        kept = top_k(scores, self.wanted(signals))
+        rows = zip(signals.index, kept, strict=True)
+        return Selection([row[chosen].sort().values for row, chosen in rows], scores=scores)
 
 
 @dataclass(frozen=True)

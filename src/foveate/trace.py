@@ -53,6 +53,7 @@ class StageRecord:
     kept: Tensor  # (K,) original indices
     extra: Tensor | None = None  # (K,) bool: tokens that are not to be drawn
     flops: int = 0  # operations of choosing, where modules of the method's own do it
+    scores: Tensor | None = None  # (before,) of the tokens that were there, where the method says what it made of them
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from foveate.evaluate.catalogue import at, describe
 
 @pytest.fixture
 def evaluate(call: Any, folder: Path) -> Any:
-    return lambda *options: call("eval", "--model", folder, "--tasks", "scenes", "--device", "cpu", *options)
+    fixed = ("--model", folder, "--tasks", "scenes", "--device", "cpu", "--timed", 0)
+    return lambda *options: call("eval", *fixed, *options)
 
 
 def test_the_unpruned_row_comes_first(evaluate: Any, tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_the_unpruned_row_comes_first(evaluate: Any, tmp_path: Path) -> None:
     assert [row["tokens"] for row in stored["rows"]][:3] == [tiny.TOKENS, 4, tiny.TOKENS // 4]
     assert stored["rows"][0].keys() == {
         "method", "accuracy", "interval", "existence", "color", "digit", "count", "describe",
-        "tokens", "equivalent_tokens", "prefill_flops_share", "kv_bytes_share", "samples",
+        "tokens", "equivalent_tokens", "layers", "prefill_flops_share", "kv_bytes_share", "samples",
     }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_of_every_method_only_what_is_missing_is_measured(call: Any, evaluate: A
             continue
     unreached = [{"method": "pool", "keep": [9], "why": "it was another version"}]
     file.write_text(json.dumps({**stored, "rows": [*stored["rows"], *there], "every": [9], "unreached": unreached}))
-    result = call("eval", "--append", file, "--every", "9", "--device", "cpu")
+    result = call("eval", "--append", file, "--every", "9", "--device", "cpu", "--timed", 0)
     assert [line.split()[0] for line in result.out.splitlines()[1:]] == ["none", "fopru:keep=9", "pool:keep=9"]
     found = json.loads(file.read_text())
     assert [row["method"] for row in found["rows"][len(there) + 1 :]] == ["fopru:keep=9", "pool:keep=9"]

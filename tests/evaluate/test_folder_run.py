@@ -133,7 +133,7 @@ def test_a_run_of_something_else_is_refused(
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     assert read_answers(file) == []
-    line = json.dumps(vars(Answered("none", 0, ["a"], [9], 9.0, [0.0, 0.0], [0, 0])))
+    line = json.dumps(vars(Answered("none", 0, ["a"], [9], [9.0], [0.0, 0.0], [0, 0])))
     file.write_text(f'{line}\n{{"rival": "none"}}\n{line}\n')
     with pytest.raises(FoveateError, match="is damaged in line 2"):
         read_answers(file)
@@ -146,7 +146,7 @@ def test_rows_by_hand(task: Folder) -> None:
         "random:keep=4": [["", "no", "no"], ["B", "A", "C"], ["X."]],
     }
     lines = [
-        Answered(rival, number, texts, [36 if rival == "none" else 4] * len(texts), 36.0, [1.0, 4.0], [1, 2])
+        Answered(rival, number, texts, [36 if rival == "none" else 4] * len(texts), [36.0, 12.0], [1.0, 4.0], [1, 2])
         for rival, batches in said.items()
         for number, texts in enumerate(batches)
     ]
@@ -195,7 +195,7 @@ main(sys.argv[1:])
 def test_a_killed_command_is_resumed(task: Folder, folder: Path, tmp_path: Path) -> None:
     """In a process of its own, killed while it writes: the rows are those of a run that was never stopped."""
     options = ["eval", "--model", str(folder), "--tasks", str(task.path), "--prune", "fopru:keep=4", "--batch", "3"]
-    options += ["--device", "cpu", "--max-new-tokens", "4", "--out"]
+    options += ["--device", "cpu", "--max-new-tokens", "4", "--timed", "0", "--pictures", "1", "--out"]
     from foveate.cli import main
 
     assert main([*options, str(tmp_path / "whole")]) == 0

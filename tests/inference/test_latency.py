@@ -39,11 +39,12 @@ def test_the_prompt_is_no_token(clock: list[float]) -> None:
 
 def test_first_token_and_gaps(model: Any, clock: list[float]) -> None:
     inputs = tiny.inputs(model, "2i3")
-    clock[:] = [10.0, 10.5, 10.6, 10.8, 10.9]  # called, then four tokens
+    clock[:] = [10.0, 10.5, 10.6, 10.8, 10.9, 11.0]  # called, then four tokens, then the end
     output, taken = timed(model, inputs, max_new_tokens=4)
     assert torch.equal(output, greedy(model, inputs, max_new_tokens=4))
     assert taken.first_token_ms == pytest.approx(500)
     assert taken.per_token_ms == pytest.approx(100)  # the median of 100, 200 and 100
+    assert taken.whole_ms == pytest.approx(1000)
 
 
 def test_an_answer_of_one_token_has_no_gap(model: Any) -> None:

@@ -143,6 +143,7 @@ class _Answer:
     groups: Tensor | None
     encoded: bool  # the features are still to be projected
     ordered: bool
+    scores: Tensor | None  # for those who look on; where the method left them
 
 
 def _groups(images: Sequence[Tokens], keeps: Sequence[int | None]) -> list[list[int]]:
@@ -216,7 +217,9 @@ def _ask(part: Method, images: Sequence[Tokens], sources: _Sources) -> list[_Ans
                 for rows in (selection.features, selection.extra, selection.groups)
             )
             encoded = selection.features is not None and selection.space == "encoded"
-            answers[number] = _Answer(selection.indices[place], features, extra, groups, encoded, selection.ordered)
+            scores = None if selection.scores is None else selection.scores[place].detach()
+            kept, ordered = selection.indices[place], selection.ordered
+            answers[number] = _Answer(kept, features, extra, groups, encoded, ordered, scores)
     return [answers[number] for number in range(len(images))]
 
 
@@ -403,7 +406,8 @@ def _noted(
     if part.merging and at is not None and at.stage and stages and stages[-1].method == name:
         before, stages = stages[-1].before, stages[:-1]  # the merges of all blocks count as one stage
     layer = None if at is None else at.layer
-    stage = StageRecord(name, part.site, layer, before, kept.numel(), kept, answer.extra, flops)
+    scores = None if part.merging else answer.scores  # those of one block say little of all
+    stage = StageRecord(name, part.site, layer, before, kept.numel(), kept, answer.extra, flops, scores)
     return {
         "index": kept,
         "extra": answer.extra,

@@ -284,4 +284,5 @@ def _of_all(records: Sequence[StageRecord], lanes: Sequence[Lane]) -> StageRecor
         after=kept.numel(),
         kept=kept,
         extra=torch.cat(extra)[order] if len(extra) == len(records) else None,
+        scores=None,  # those of tiles were never compared
     )

@@ -50,6 +50,16 @@ Tasks = Annotated[
 Longest = Annotated[
     int | None, typer.Option(metavar="N", help="Longest answer about a folder, in tokens.", show_default="32")
 ]
+Timed = Annotated[
+    int,
+    typer.Option(metavar="N", help="Questions whose answers are timed, each by itself, all rivals in turns; 0: none."),
+]
+Pictures = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="Put the first N pictures, and what every rival keeps of them, into the rows' file as well."
+    ),
+]
 
 
 def command(
@@ -61,6 +71,8 @@ def command(
     batch: Annotated[int, typer.Option(metavar="B", help="Questions answered at once.")] = 16,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of pictures and questions.", show_default="0")] = None,
     clip: Clip = None,
+    timed: Timed = 3,
+    pictures: Pictures = 0,
     ceiling: Ceiling = False,
     pages: Pages = False,
     jpeg: Jpeg = None,
@@ -77,7 +89,7 @@ def command(
 ) -> None:
     """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost."""
     place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    rivals = {"prune": prune or [], "batch": batch, "clip": clip}
+    rivals = {"prune": prune or [], "batch": batch, "clip": clip, "timed": timed, "pictures": pictures}
     of_scenes = {"every": every, "seed": seed, "ceiling": ceiling or None, "json": json_file, "append": append}
     of_scenes |= {"pages": pages or None, "jpeg": jpeg}
     of_folders = {"out": out, "resume": resume or None, "max-new-tokens": max_new_tokens}

@@ -27,10 +27,11 @@ def run_folder(
     """Answer or go on answering, print the table, and write the rows beside the answers.
 
     Args:
-        given: specs, batch and clip.
+        given: specs, batch and clip, and how many questions are timed and pictures shown.
         place: how the model is loaded.
         longest: new tokens of an answer.
     """
+    from foveate.cli.evaluate_looks import check_few, timed_and_seen
     from foveate.cli.output import show, stderr, working
     from foveate.evaluate import local_task, scenes_task
     from foveate.paths import checked
@@ -44,13 +45,16 @@ def run_folder(
         for name, value in (("samples", samples), ("batch", given["batch"]), ("max-new-tokens", longest)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value} measures nothing; the smallest is 1")
+        check_few(given)
         rivals = scenes_task.parse_rivals(given["prune"])
         task = local_task.read(folder, samples)
         check_run(out, resume)
         out = checked(out)
 
     from foveate.evaluate import folder_rows
+    from foveate.evaluate.looks import Shown
     from foveate.inference.loading import load
+    from foveate.inference.pictures import load_image
 
     console = stderr()
     with working(f"loading {model}"):
@@ -59,10 +63,15 @@ def run_folder(
     settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"]}
     lines = _answered(loaded, task, everyone, console, name=model, out=out, resume=resume, **settings)
     rows = folder_rows.rows(lines, task, batch=given["batch"], beside=beside)
+    shown = [
+        Shown(load_image(task.path / question.image), question.prompt, question.answers[0])
+        for question in task.questions[: max(given["timed"], given["pictures"])]
+    ]
+    seen = timed_and_seen(loaded, rows, everyone, shown, given, longest)
     show(columns(), [flat(row) for row in rows], title=f"{model}: {len(task.questions)} questions of {folder}")
     for spec, why in missing.items():
         console.print(f"{spec}: - ({why})", highlight=False, markup=False)
-    _write(out, model, task, rows)
+    _write(out, model, task, rows, seen)
 
 
 def _answered(loaded: Any, task: Any, everyone: dict[str, Any], console: Any, **settings: Any) -> Any:
@@ -98,6 +107,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def columns() -> list[Column]:
     """The columns of the table."""
+    from foveate.cli.evaluate_looks import time_columns
     from foveate.report.tables import Column
 
     def points(found: Any) -> str:
@@ -113,16 +123,17 @@ def columns() -> list[Column]:
         Column("equivalent_tokens", "equivalent", lambda value: f"{value:.4g}"),
         Column("prefill_flops_share", "prefill FLOPs", lambda value: f"{value:.0%}"),
         Column("kv_bytes_share", "KV bytes", lambda value: f"{value:.0%}"),
+        *time_columns(),
     ]
 
 
-def _write(out: Path, model: str, task: Any, rows: list[dict[str, Any]]) -> None:
+def _write(out: Path, model: str, task: Any, rows: list[dict[str, Any]], seen: list[dict[str, Any]]) -> None:
     """The rows as JSON, and as a Markdown table with what each benchmark reports below it."""
     from foveate.report.tables import Column, markdown
     from foveate.runs import write_json, write_text
 
     head = {"model": model, "task": str(task.path), "data": task.digest, "questions": len(task.questions)}
-    write_json(out / ROWS, {**head, "rows": rows})
+    write_json(out / ROWS, {**head, "rows": rows, **({"pictures": seen} if seen else {})})
     parts = [markdown(columns(), [flat(row) for row in rows])]
     for kind in rows[0]["measures"]:
         found = [{"method": row["method"], **row["measures"][kind]} for row in rows]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import usage
 
 if TYPE_CHECKING:
+    from foveate.evaluate.looks import Shown
     from foveate.evaluate.scenes_task import Paper, Row
     from foveate.inference.loading import Loaded
     from foveate.report.tables import Column
@@ -31,14 +32,16 @@ def run(
 
     Args:
         wanted: model, task, samples and seed as the user gave them, None where not.
-        given: specs, batch and clip.
+        given: specs, batch and clip, and how many questions are timed and pictures shown.
         place: how the model is loaded.
     """
     from foveate.cli.output import show, stderr, working
 
     with usage():
+        from foveate.cli.evaluate_looks import check_few, timed_and_seen
         from foveate.evaluate import scenes_task
 
+        check_few(given, "--json" if json_file is None else None)
         asked, found = _asked(wanted, json_file, append)
         on = _paper(pages, jpeg)
         scenes_task.check(samples=asked["samples"], batch=given["batch"], seed=asked["seed"])
@@ -57,11 +60,21 @@ def run(
     settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on}
     rows = _answered(loaded, rivals, console, **sizes, **settings)
     table = [row.to_dict() for row in rows]
+    seen = timed_and_seen(loaded, table, rivals, _shown(given, asked["seed"], on), given, scenes_task.LONGEST)
     show(_columns(), table, title="{model}: {samples} questions of {task}, seed {seed}".format(**asked))
     for entry in unreached:
         budget = "/".join(map(str, entry["keep"]))
         console.print(f"{entry['method']} at {budget}: - ({entry['why']})", highlight=False, markup=False)
-    _write(json_file, append, asked, table, budgets, unreached, on)
+    _write(json_file, append, asked, table, budgets, unreached, seen, on)
+
+
+def _shown(given: dict[str, Any], seed: int, on: Paper | None) -> list[Shown]:
+    """The first questions of the task."""
+    from foveate.evaluate.looks import Shown
+    from foveate.evaluate.scenes_task import draw_samples
+
+    drawn = draw_samples(max(given["timed"], given["pictures"]), seed=seed, on=on)
+    return [Shown(sample.image, sample.question, sample.answer) for sample in drawn]
 
 
 def _asked(
@@ -120,6 +133,7 @@ def _write(
     table: list[dict[str, Any]],
     budgets: list[int],
     unreached: list[dict[str, Any]],
+    seen: list[dict[str, Any]],
     on: Paper | None,
 ) -> None:
     """Write the file that was asked for, or put the rows into it."""
@@ -134,7 +148,8 @@ def _write(
             stderr().print(f"{append}: the row of {name} gave way to this one", highlight=False, markup=False)
     if json_file is not None:
         data = scenes_task.digest(asked["samples"], seed=asked["seed"], on=on)
-        more = {"every": budgets, "unreached": unreached} if budgets else {}
+        more: dict[str, Any] = {"every": budgets, "unreached": unreached} if budgets else {}
+        more |= {"pictures": seen} if seen else {}
         write_json(json_file, {"command": command, **asked, "data": data, "rows": table, **more})
 
 
@@ -204,6 +219,7 @@ def _add_every(
 
 
 def _columns() -> list[Column]:
+    from foveate.cli.evaluate_looks import time_columns
     from foveate.report.tables import Column
     from foveate.scenes.questions import KINDS
 
@@ -219,4 +235,5 @@ def _columns() -> list[Column]:
         Column("equivalent_tokens", "equivalent", lambda value: f"{value:.4g}"),
         Column("prefill_flops_share", "prefill FLOPs", lambda value: f"{value:.0%}"),
         Column("kv_bytes_share", "KV bytes", lambda value: f"{value:.0%}"),
+        *time_columns(),
     ]

@@ -14,13 +14,11 @@ from foveate.evaluate.folder_run import Answered, each
 from foveate.evaluate.local_task import Folder
 from foveate.evaluate.measures import Scored, measures, scores
 from foveate.evaluate.paired import bootstrap, difference
+from foveate.evaluate.results import BASELINES
 from foveate.evaluate.scenes_task import NONE
 from foveate.evaluate.scoring import score
 from foveate.prune import check_prunable
 from foveate.spec import format as format_spec
-
-BASELINES = ("random", "uniform", "pool")
-"""What every method has to beat: tokens drawn at random, an even lattice, and means of neighbours."""
 
 
 def with_baselines(
@@ -102,14 +100,17 @@ def rows(
     return found
 
 
-def _cost(lines: Sequence[Answered]) -> dict[str, float]:
+def _cost(lines: Sequence[Answered]) -> dict[str, Any]:
     """Tokens, and shares of what the unpruned prompts cost."""
     flops = [sum(line.flops[place] for line in lines) for place in (0, 1)]
     held = [sum(line.bytes[place] for line in lines) for place in (0, 1)]
     prompts = sum(len(line.answers) for line in lines)
+    weighted = [[count * len(line.answers) for count in line.layers] for line in lines]
+    layers = [sum(counts) / prompts for counts in zip(*weighted, strict=True)]
     return {
         "tokens": statistics.fmean(count for line in lines for count in line.tokens),
-        "equivalent_tokens": sum(line.equivalent * len(line.answers) for line in lines) / prompts,
+        "equivalent_tokens": statistics.fmean(layers),
+        "layers": layers,
         "prefill_flops_share": flops[0] / flops[1] if flops[1] else 1.0,
         "kv_bytes_share": held[0] / held[1] if held[1] else 1.0,
     }

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from foveate.checkpoints import fingerprint
 from foveate.core import FoveateError, Method
 from foveate.evaluate.local_task import Folder, Question, turns
+from foveate.evaluate.unpruned import decoder_layers
 from foveate.inference.answers import decode, encode, greedy
 from foveate.inference.pictures import load_image
 from foveate.paths import Given
@@ -41,7 +42,7 @@ class Answered:
         batch: which of the batches of `asks`.
         answers: of its prompts, in their order.
         tokens: visual tokens of each prompt that reached the end of the prefill.
-        equivalent: the same averaged over the decoder's layers, a mean of the batch.
+        layers: visual tokens of a prompt that each decoder layer sees, a mean of the batch.
         flops, bytes: of all prompts together, pruned and unpruned; of the unpruned model both are 0.
     """
 
@@ -49,7 +50,7 @@ class Answered:
     batch: int
     answers: list[str]
     tokens: list[int]
-    equivalent: float
+    layers: list[float]
     flops: list[float]
     bytes: list[int]
 
@@ -188,14 +189,15 @@ class _Run:
         if not self.rivals[spec]:
             output = greedy(self.model, inputs, max_new_tokens=self.max_new_tokens)
             tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(dim=1).tolist()
-            figures: dict[str, Any] = {"equivalent": sum(tokens) / rows, "flops": [0.0, 0.0], "bytes": [0, 0]}
+            layers = [sum(tokens) / rows] * decoder_layers(self.model)
+            figures: dict[str, Any] = {"layers": layers, "flops": [0.0, 0.0], "bytes": [0, 0]}
         else:
             with self._handle(spec) as trace:
                 output = greedy(self.model, inputs, max_new_tokens=self.max_new_tokens)
             images = trace.images
             tokens = [sum(image.after for image in images if image.row == row) for row in range(rows)]
             figures = {
-                "equivalent": trace.budget.equivalent_tokens * len(images) / rows,
+                "layers": [count * len(images) / rows for count in trace.budget.tokens],
                 "flops": [trace.budget.prefill_flops, trace.unpruned.prefill_flops],
                 "bytes": [trace.budget.kv_bytes, trace.unpruned.kv_bytes],
             }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from foveate import spec
 from foveate.core import FoveateError, Method
 from foveate.evaluate.oracle import Box, Oracle
+from foveate.evaluate.unpruned import decoder_layers
 from foveate.inference.answers import decode, encode, greedy
 from foveate.prune import prune, share_encoding
 from foveate.scenes import generator, pages, questions, scoring
@@ -28,7 +29,8 @@ NONE = "none"
 MOST_SEED = 9_999
 
 _CHUNK = 100  # pictures drawn at once: a multiple of the kinds of questions, so that each chunk is balanced
-_LONGEST = 32  # tokens of an answer; seven objects are described in 22
+LONGEST = 32
+"""Tokens of an answer; seven objects are described in 22."""
 
 Rival: TypeAlias = "str | Method | Sequence[Method] | None"
 Progress: TypeAlias = Callable[[int], None]
@@ -54,6 +56,7 @@ class Row:
         scores: of each answer, from 0 to 1, by kind of question.
         tokens: visual tokens of each picture that reached the end of the prefill.
         equivalent: the same averaged over the decoder's layers, mean of its batch.
+        layers: sums over the pictures of the visual tokens that each decoder layer sees.
         prefill_flops, unpruned_flops: of all prompts.
         kv_bytes, unpruned_bytes: of all prompts.
     """
@@ -62,6 +65,7 @@ class Row:
     scores: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in questions.KINDS})
     tokens: list[int] = field(default_factory=list)
     equivalent: list[float] = field(default_factory=list)
+    layers: list[float] = field(default_factory=list)
     prefill_flops: float = 0.0
     unpruned_flops: float = 0.0
     kv_bytes: int = 0
@@ -83,6 +87,7 @@ class Row:
             **{kind: _mean(scores) if scores else None for kind, scores in self.scores.items()},
             "tokens": _mean(self.tokens),
             "equivalent_tokens": _mean(self.equivalent),
+            "layers": [total / len(self.tokens) for total in self.layers],
             "prefill_flops_share": self.prefill_flops / self.unpruned_flops if self.unpruned_flops else 1.0,
             "kv_bytes_share": self.kv_bytes / self.unpruned_bytes if self.unpruned_bytes else 1.0,
             "samples": count,
@@ -247,22 +252,28 @@ def _batches(samples: int, batch: int, seed: int, on: Paper | None) -> Iterator[
 def _answer(model: Any, processor: Any, handle: Handle | None, inputs: Any, group: list[Sample], row: Row) -> None:
     """Answer one batch, through `handle` where there is one, and add its figures to `row`."""
     if handle is None:
-        output = greedy(model, inputs, max_new_tokens=_LONGEST)
+        output = greedy(model, inputs, max_new_tokens=LONGEST)
         visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
         row.tokens += [visual // len(group)] * len(group)
         row.equivalent += [float(visual // len(group))] * len(group)
+        _add_layers(row, [float(visual)] * decoder_layers(model))
     else:
         with handle as trace:
-            output = greedy(model, inputs, max_new_tokens=_LONGEST)
+            output = greedy(model, inputs, max_new_tokens=LONGEST)
         _add(trace, row)
     answers = decode(processor, model, output, inputs["input_ids"].shape[1])
     for sample, answer in zip(group, answers, strict=True):
         row.scores[sample.kind].append(scoring.score(sample.kind, answer, sample.answer))
 
 
+def _add_layers(row: Row, more: Sequence[float]) -> None:
+    row.layers = [before + count for before, count in zip(row.layers or [0.0] * len(more), more, strict=True)]
+
+
 def _add(trace: Trace, row: Row) -> None:
     row.tokens += [image.after for image in trace.images]
     row.equivalent += [trace.budget.equivalent_tokens] * len(trace.images)
+    _add_layers(row, [count * len(trace.images) for count in trace.budget.tokens])
     row.prefill_flops += trace.budget.prefill_flops
     row.unpruned_flops += trace.unpruned.prefill_flops
     row.kv_bytes += trace.budget.kv_bytes

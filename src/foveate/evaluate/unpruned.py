@@ -10,6 +10,11 @@ from foveate.runtime.support import shape_of
 from foveate.trace import Budget
 
 
+def decoder_layers(model: Any) -> int:
+    """How many layers the decoder has."""
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
 def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:
     """The budget of one unpruned prompt, counted as a trace counts: convention `roofline`, tower and projector too.
 

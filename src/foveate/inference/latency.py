@@ -25,11 +25,13 @@ class Latency:
         first_token_ms: from the call to the first token on the host; tower, choosing and prefill included.
         per_token_ms: from one token to the next; None for answers of a single token.
         runs: calls behind the medians.
+        whole_ms: from the call to the end of the answer; None where it was not noted.
     """
 
     first_token_ms: float
     per_token_ms: float | None
     runs: int = 1
+    whole_ms: float | None = None
 
 
 class Ticks:
@@ -62,9 +64,10 @@ def timed(model: Any, inputs: Any, *, max_new_tokens: int, full: bool = False) -
         torch.cuda.synchronize(model.device)
     start = time.perf_counter()
     output = greedy(model, inputs, max_new_tokens=max_new_tokens, streamer=ticks, **options)
+    whole = (time.perf_counter() - start) * 1e3
     gaps = [after - before for before, after in zip(ticks.times, ticks.times[1:], strict=False)]
     per_token = statistics.median(gaps) * 1e3 if gaps else None
-    return output, Latency((ticks.times[0] - start) * 1e3, per_token)
+    return output, Latency((ticks.times[0] - start) * 1e3, per_token, whole_ms=whole)
 
 
 def settled(model: Any, inputs: Any, *, max_new_tokens: int, repeats: int = 3) -> tuple[Tensor, Latency]:
@@ -104,8 +107,10 @@ def interleaved(runs: Mapping[str, Callable[[], Latency]], *, repeats: int = 5, 
 def medians(latencies: Sequence[Latency]) -> Latency:
     """The median of each time over several calls."""
     per_token = [latency.per_token_ms for latency in latencies if latency.per_token_ms is not None]
+    whole = [latency.whole_ms for latency in latencies if latency.whole_ms is not None]
     return Latency(
         first_token_ms=statistics.median(latency.first_token_ms for latency in latencies),
         per_token_ms=statistics.median(per_token) if per_token else None,
         runs=len(latencies),
+        whole_ms=statistics.median(whole) if whole else None,
     )

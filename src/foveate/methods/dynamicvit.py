@@ -96,8 +96,9 @@ class DynamicViT(TrainedStages):
     def select(self, signals: Signals) -> Selection:
         hidden = signals.tower["latest"].hidden
         assert hidden is not None
-        kept = top_k(self._score(signals.stage, hidden), self.wanted(signals))
-        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
+        scores = self._score(signals.stage, hidden)
+        rows = zip(signals.index, top_k(scores, self.wanted(signals)), strict=True)
+        return Selection([row[chosen].sort().values for row, chosen in rows], scores=scores)
 
     @torch.no_grad()
     def _score(self, stage: int, hidden: Tensor) -> Tensor:

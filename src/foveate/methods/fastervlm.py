@@ -50,5 +50,6 @@ class FasterVLM(Scorer):
     def select(self, signals: Signals) -> Selection:
         if signals.tile is None or self.budget == "image":
             return super().select(signals)
-        kept = top_k_by_tile(self.score(signals), signals.tile, self.wanted(signals))
-        return Selection([index[row].sort().values for index, row in zip(signals.index, kept, strict=True)])
+        scores = self.score(signals)
+        rows = zip(signals.index, top_k_by_tile(scores, signals.tile, self.wanted(signals)), strict=True)
+        return Selection([index[row].sort().values for index, row in rows], scores=scores)

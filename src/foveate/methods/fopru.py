@@ -76,7 +76,7 @@ class FoPru(Method):
         indices = [row[positions] for row, positions in zip(signals.index, kept, strict=True)]
         if self.reorder:
             indices = [index.sort().values for index in indices]
-        return Selection(indices, ordered=self.reorder)
+        return Selection(indices, ordered=self.reorder, scores=significance)
 
     def _best_tokens(self, significance: Tensor, signals: Signals) -> list[Tensor]:
         order = descending(significance)

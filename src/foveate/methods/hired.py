@@ -95,7 +95,8 @@ class HiRED(Method):
         else:
             budgets = self.budgets(first, signals, total)
             kept = [best_of_tiles(*row) for row in zip(order, signals.tile, budgets, strict=True)]
-        return Selection([index[row].sort().values for index, row in zip(signals.index, kept, strict=True)])
+        rows = zip(signals.index, kept, strict=True)
+        return Selection([index[row].sort().values for index, row in rows], scores=read)
 
     def budgets(self, first: Tensor, signals: Signals, total: int) -> list[list[int]]:
         """Tokens to keep of every tile of every image, the base tile first.

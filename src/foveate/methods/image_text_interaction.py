@@ -126,7 +126,7 @@ class ImageTextInteraction(Method):
         else:
             counts = [self.wanted(signals)] * len(similarity)
         rows = zip(signals.index, descending(similarity), counts, strict=True)
-        return Selection([index[order[:count]].sort().values for index, order, count in rows])
+        return Selection([index[order[:count]].sort().values for index, order, count in rows], scores=similarity)
 
     def calibrate(self, signals: Signals | Iterable[Signals], target: Keep) -> ImageTextInteraction:
         """The same method with the alpha whose average count over these images is nearest to `target`.

@@ -134,7 +134,8 @@ class LVPruning(TrainedStages):
             kept = top_k(scores, keep)
         else:
             kept = best_and_even(scores, _even_ranks(signals), keep, [round(share * keep) for share in shares])
-        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
+        rows = zip(signals.index, kept, strict=True)
+        return Selection([row[chosen].sort().values for row, chosen in rows], scores=scores)
 
     @torch.no_grad()
     def _score(self, signals: Signals) -> Tensor:

@@ -44,8 +44,6 @@ class PyramidDrop(Method):
 
     def select(self, signals: Signals) -> Selection:
         assert signals.decoder is not None and signals.decoder.next_query is not None
-        kept = top_k(
-            signals.decoder.next_query.float().mean(dim=1),
-            self.wanted(signals),
-        )
-        return Selection([row[chosen].sort().values for row, chosen in zip(signals.index, kept, strict=True)])
+        scores = signals.decoder.next_query.float().mean(dim=1)
+        rows = zip(signals.index, top_k(scores, self.wanted(signals)), strict=True)
+        return Selection([row[chosen].sort().values for row, chosen in rows], scores=scores)

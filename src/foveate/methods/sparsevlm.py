@@ -87,16 +87,17 @@ class SparseVLM(Method):
     def select(self, signals: Signals) -> Selection:
         assert signals.decoder is not None and signals.decoder.text_query is not None
         left, kept = signals.shape[1], self.wanted(signals)
-        order = descending(rated(signals.decoder.text_query, self._raters(signals)))
+        scores = rated(signals.decoder.text_query, self._raters(signals))
+        order = descending(scores)
         if not self.recycle or kept == left:
             best = zip(signals.index, order[:, :kept], strict=True)
-            return Selection([row[places].sort().values for row, places in best])
+            return Selection([row[places].sort().values for row, places in best], scores=scores)
         assert signals.decoder.hidden is not None
         rows = zip(order, signals.decoder.hidden, signals.index, strict=True)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + signals.original) % 2**63)
         noise = (1e-6 * torch.rand(left, generator=generator)).to(order.device)
         merged = [_recycled(places, hidden, index, kept, noise) for places, hidden, index in rows]
-        return Selection([index for index, _ in merged], features=[features for _, features in merged])
+        return Selection([index for index, _ in merged], features=[features for _, features in merged], scores=scores)
 
     def _raters(self, signals: Signals) -> Tensor:
         """(B, T) bool, chosen at the first stage and remembered."""
