@@ -48,11 +48,12 @@ def test_hints_put_wanted_tokens_first_and_distracting_ones_last() -> None:
     scores, wanted = torch.tensor([[2.0, 0.0, 0.0, -1.0]]), torch.tensor([[1, 0, 0, -1]])
     wants = 0.5 * math.log(2) + 0.5 * (2 * softplus(-2) + softplus(-3)) / 3  # the border at 2
     distracts = 0.5 * (softplus(-4) + 2 * softplus(-2)) / 3 + 0.5 * softplus(1)  # the one at -2
-    assert hint_loss([scores], wanted).item() == pytest.approx((wants + distracts) / 2)
+    first = (wants + distracts) / 2 + softplus(-3)  # the wanted one lies 3 above the distracting one
+    assert hint_loss([scores], wanted).item() == pytest.approx(first)
     again = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 4  # 0 for all: each border is 2 away
     flat = hint_loss([torch.zeros(1, 4)], wanted).item()
-    assert flat == pytest.approx(2 * again)
-    assert hint_loss([scores, torch.zeros(1, 4)], wanted).item() == pytest.approx(((wants + distracts) / 2 + flat) / 2)
+    assert flat == pytest.approx(2 * again + math.log(2))
+    assert hint_loss([scores, torch.zeros(1, 4)], wanted).item() == pytest.approx((first + flat) / 2)
 
 
 def test_hints_judge_what_a_stage_could_choose_and_rows_that_want_something() -> None:

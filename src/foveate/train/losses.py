@@ -74,10 +74,12 @@ MARGIN = 2.0
 
 
 def hint_loss(scores: Sequence[Tensor], wanted: Tensor, left: Sequence[Tensor] | None = None) -> Tensor:
-    """How well the scores put wanted tokens first and distracting ones last: ordinal logistic, mean over stages.
+    """How well the scores put wanted tokens first and distracting ones last: ordinal and pairwise logistic, mean over stages.
 
     Wanted tokens are to score above `MARGIN`, distracting ones below its negative, the others in between. Either side
-    of either border weighs half. Rows without a wanted token say nothing.
+    of either border weighs half. Within a row each wanted token is also to score above each distracting one, whatever
+    the borders: both are objects, and without this modules learn that objects distract and never which one is asked
+    about. Rows without a wanted token say nothing.
 
     Args:
         scores: of each stage (B, N), by how much keeping outweighs removing.
@@ -85,11 +87,12 @@ def hint_loss(scores: Sequence[Tensor], wanted: Tensor, left: Sequence[Tensor] |
         left: of each stage (B, N) bool, the tokens that it could choose from; None is all at all stages.
     """
     told = (wanted > 0).any(dim=1, keepdim=True).expand_as(wanted)
-    found = []
+    borders, pairs = [], []
     for number, one in enumerate(scores):
         counts = told if left is None else told & left[number]
-        found += [_border(one - MARGIN, wanted > 0, counts), _border(one + MARGIN, wanted >= 0, counts)]
-    return torch.stack(found).mean()
+        borders += [_border(one - MARGIN, wanted > 0, counts), _border(one + MARGIN, wanted >= 0, counts)]
+        pairs.append(_apart(one, counts & (wanted > 0), counts & (wanted < 0)))
+    return torch.stack(borders).mean() + torch.stack(pairs).mean()
 
 
 def _border(scores: Tensor, above: Tensor, counts: Tensor) -> Tensor:
@@ -97,6 +100,14 @@ def _border(scores: Tensor, above: Tensor, counts: Tensor) -> Tensor:
     loss = functional.binary_cross_entropy_with_logits(scores.float(), above.float(), reduction="none")
     sides = [counts & above, counts & ~above]
     return torch.stack([0.5 * (loss * side).sum() / side.sum().clamp(min=1) for side in sides]).sum()
+
+
+def _apart(scores: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """Logistic loss of every pair of a row that holds one of `above` and one of `below`, mean over pairs, then rows."""
+    pairs = above[:, :, None] & below[:, None, :]
+    loss = functional.softplus(scores.float()[:, None, :] - scores.float()[:, :, None]) * pairs
+    count = pairs.sum(dim=(1, 2))
+    return (loss.sum(dim=(1, 2)) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
 
 
 def even_loss(odds: Sequence[Tensor], even: Sequence[Tensor]) -> Tensor:
