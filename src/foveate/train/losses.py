@@ -74,12 +74,12 @@ MARGIN = 2.0
 
 
 def hint_loss(scores: Sequence[Tensor], wanted: Tensor, left: Sequence[Tensor] | None = None) -> Tensor:
-    """How well the scores put wanted tokens first and distracting ones last: ordinal and pairwise logistic, mean over stages.
+    """How well the scores put wanted tokens first and distracting ones last, mean over stages.
 
-    Wanted tokens are to score above `MARGIN`, distracting ones below its negative, the others in between. Either side
-    of either border weighs half. Within a row each wanted token is also to score above each distracting one, whatever
-    the borders: both are objects, and without this modules learn that objects distract and never which one is asked
-    about. Rows without a wanted token say nothing.
+    Ordinal logistic: wanted tokens are to score above `MARGIN`, distracting ones below its negative, the others in
+    between. Either side of either border weighs half. Within a row each wanted token is also to score above each
+    distracting one, whatever the borders: both are objects, and without this modules learn that objects distract and
+    never which one is asked about. Rows without a wanted token say nothing.
 
     Args:
         scores: of each stage (B, N), by how much keeping outweighs removing.
