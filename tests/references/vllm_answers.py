@@ -1,6 +1,7 @@
 """The reference for the plug-in: stock transformers and Foveate, in a process of its own, since vLLM changes classes.
 
 python vllm_answers.py FOLDER families|mini writes FOLDER/NAME.json; for a family also its checkpoint, FOLDER/NAME.
+python vllm_answers.py FOLDER near SPEC NUMBER writes FOLDER/near.json: what `mini` may answer but for rounding.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ MINI_SPECS = (*MINI, "uniform:keep=64", "none")
 QUESTIONS = int(os.environ.get("FOVEATE_QUESTIONS", "20"))
 """About scenes, for each spec."""
 LONGEST = 24
+MOVED, ROUNDING = 16, 1e-6
+"""How often, and by which share of itself, each pixel is moved to see which tokens tie."""
 TWO_WAY = "gemma3"
 """The family that shows why pictures that look both ways are refused."""
 
@@ -82,37 +85,60 @@ def of_two_way() -> dict[str, Any]:
     return {name: generated(model, given, "none", TOKENS) for name, given in found.items()}
 
 
-def of_mini() -> dict[str, Any]:
-    """Answers of `mini` to questions about scenes, by spec, and to the second question about one."""
-    model = AutoModelForImageTextToText.from_pretrained(foveate.MINI, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(foveate.MINI)
-    samples = list(draw_samples(QUESTIONS, seed=3))
+class Mini:
+    """`mini` on stock transformers, asked about scenes."""
 
-    def asked(chat: list[dict[str, Any]], pictures: list[Any], spec: str, question: str) -> dict[str, Any]:
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-        inputs = processor(images=pictures, text=prompt, return_tensors="pt")
-        made = generated(model, inputs, spec, LONGEST, processor=processor, question=question)
-        made["text"] = processor.tokenizer.decode(made.pop("ids"), skip_special_tokens=True).strip()
+    def __init__(self) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(foveate.MINI, dtype=torch.float32)
+        self.processor = AutoProcessor.from_pretrained(foveate.MINI)
+        self.samples = list(draw_samples(QUESTIONS, seed=3))
+
+    def asked(self, chat: list[dict[str, Any]], sample: Any, spec: str, question: str, noise: float = 0.0) -> Any:
+        """Text of an answer, its first log-probability and the prompt's length."""
+        prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        inputs = self.processor(images=[sample.image], text=prompt, return_tensors="pt")
+        inputs["pixel_values"] *= 1 + noise * torch.randn(inputs["pixel_values"].shape)
+        made = generated(self.model, inputs, spec, LONGEST, processor=self.processor, question=question)
+        made["text"] = self.processor.tokenizer.decode(made.pop("ids"), skip_special_tokens=True).strip()
         return made
 
+    @staticmethod
     def turn(question: str) -> dict[str, Any]:
+        """A user's, with the picture."""
         return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
 
-    found: dict[str, Any] = {
-        spec: [asked([turn(one.question)], [one.image], spec, one.question) for one in samples] for spec in MINI_SPECS
-    }
-    first, second = samples[:2]
+    def one(self, spec: str, number: int, noise: float = 0.0) -> dict[str, Any]:
+        """Answer to one question, and which it was."""
+        sample = self.samples[number]
+        answer = self.asked([self.turn(sample.question)], sample, spec, sample.question, noise)
+        return {**answer, "spec": spec, "number": number}
+
+
+def of_mini() -> dict[str, Any]:
+    """Answers of `mini` to questions about scenes, by spec, and to the second question about one."""
+    mini = Mini()
+    found: dict[str, Any] = {spec: [mini.one(spec, number) for number in range(QUESTIONS)] for spec in MINI_SPECS}
+    first, second = mini.samples[:2]
     more = {"role": "user", "content": [{"type": "text", "text": second.question}]}
-    chat = [turn(first.question), {"role": "assistant", "content": [{"type": "text", "text": first.answer}]}, more]
-    found["conversation"] = asked(chat, [first.image], MINI[0], second.question)
+    chat = [mini.turn(first.question), {"role": "assistant", "content": [{"type": "text", "text": first.answer}]}, more]
+    found["conversation"] = mini.asked(chat, first, MINI[0], second.question)
     return found
+
+
+def near(spec: str, number: int) -> list[dict[str, Any]]:
+    """What `mini` answers when its pixels are moved by rounding: a choice between two tokens that tie may fall so."""
+    mini = Mini()
+    torch.manual_seed(0)
+    return [mini.one(spec, number, ROUNDING) for _ in range(MOVED)]
 
 
 def main() -> None:
     """Write what was asked for."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    work = {"mini": of_mini} if sys.argv[2] == "mini" else {}
+    work: dict[str, Any] = {"mini": of_mini} if sys.argv[2] == "mini" else {}
+    if sys.argv[2] == "near":
+        work["near"] = lambda: near(sys.argv[3], int(sys.argv[4]))
     if sys.argv[2] == "families":
         work = {family: lambda family=family: of_family(folder, family) for family in checkpoints.FAMILIES}
         work[TWO_WAY] = of_two_way
