@@ -26,12 +26,15 @@ from foveate import methods
 from foveate.core import Block, CacheBlock, FoveateError, Signals, described
 from foveate.evaluate.catalogue import ACTS, about, at, describe
 from foveate.evaluate.support_table import families_markdown, markdown
+from foveate.families.rows import FAMILIES as FAMILY_ROWS
 from foveate.runs import make_folder, write_bytes
+from foveate.runtime.support import first_refused, why_not
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "methods"
 KEPT = 144  # tokens in the pictures
 QUESTION = "what color is behind the dog ?"
+NOTHING = {"picture": "width and height of the picture"}  # what a method sees that reads no signal
 MADE = "<!-- {name}: made by tools/render_docs.py -->", "<!-- /{name} -->"
 ORDER = tuple(ACTS)
 
@@ -82,6 +85,15 @@ that does not fit; `foveate check MODEL` says what works on any model, and tries
 takes several encoders, the column is about its usual one.
 
 {methods}
+
+## Before the processor
+
+`resize` scales the picture down to what its budget buys, where the table says `yes`: the largest picture of the same
+proportions of which the processor makes no more tokens, bicubic, as if its user had scaled it. `foveate eval`, `run`
+and `bench` do that, and `foveate.scale_down(model, processor, picture, keep)` in Python; `prune()` refuses it, since it
+is given what the processor has made. How small a picture can be is the processor's affair: what is below its least is
+refused with the nearest budget. Elsewhere the processor scales a small picture up again, to the encoder's one grid or
+to tiles of one size, so that nothing would be saved.
 
 ## Before the encoder
 
@@ -138,7 +150,7 @@ def page(name: str) -> str:
     facts = [
         ("paper", f"<{row['paper']}>" if row["paper"] else "none: a baseline"),
         ("acts", row["acts"]),
-        ("sees", "; ".join(sees(row["needs"])) or "nothing but the number of tokens"),
+        ("sees", "; ".join(sees(row["needs"])) or NOTHING.get(row["site"], "nothing but the number of tokens")),
         ("in Python", f"`foveate.{row['class']}`"),
         (
             "follows released code",
@@ -247,8 +259,30 @@ def accuracy(found: dict[str, Any]) -> str:
     for entry in found["unreached"]:
         if entry["method"] in named:
             lines.append(f"- `{entry['method']}` at {', '.join(map(str, entry['keep']))}: {entry['why']}")
+    told = {entry["method"] for entry in found["unreached"]}
+    for name in named:
+        why = None if name in told else never(name, budgets)
+        if why is not None:
+            lines.append(f"- `{name}` at any: {why}")
     lines += [line for note in found.get("notes", []) for line in ("", note)]
     return "\n".join(lines) + "\n"
+
+
+def never(name: str, budgets: Iterable[int]) -> str | None:
+    """Why no budget of a method can be measured on `mini`; None where one can."""
+    reasons = []
+    for keep in budgets:
+        try:
+            parts = budgeted(name, keep).parts()
+        except FoveateError as error:
+            reasons.append(str(error))
+            continue
+        family = next(one for one in FAMILY_ROWS if AutoConfig.from_pretrained(foveate.MINI).model_type in one.types)
+        refused = first_refused(parts, family, family.described(family.towers[0]))
+        if refused is None:
+            return None
+        reasons.append(f"it {why_not(refused, family, family.described(family.towers[0]))}")
+    return reasons[0]
 
 
 def measured(scores: dict[str, Any], name: str, keep: int) -> str:
@@ -322,7 +356,10 @@ def latest(name: str) -> Path | None:
 
 
 def shown(name: str) -> str:
-    """The method as the pictures show it; nothing for one that drops no visual tokens or has no weights for `mini`."""
+    """The method as the pictures show it; nothing for one that drops none of the tokens that a whole picture has, or
+    that has no weights for `mini`."""
+    if describe(name)["site"] == "picture":
+        return ""
     try:
         return str(budgeted(name, KEPT))
     except FoveateError:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveate.core import Signals as Signals
     from foveate.forms import Merger as Merger
     from foveate.forms import Scorer as Scorer
+    from foveate.inference.resizing import scale_down as scale_down
     from foveate.methods.cdpruner import CDPruner as CDPruner
     from foveate.methods.crossget import CrossGET as CrossGET
     from foveate.methods.dart import DART as DART
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from foveate.methods.prumerge_plus import PruMergePlus as PruMergePlus
     from foveate.methods.pyramiddrop import PyramidDrop as PyramidDrop
     from foveate.methods.random import Random as Random
+    from foveate.methods.resize import Resize as Resize
     from foveate.methods.scope import SCOPE as SCOPE
     from foveate.methods.score_cover import ScoreCover as ScoreCover
     from foveate.methods.snapkv import SnapKV as SnapKV
@@ -78,6 +80,7 @@ _HOMES = {
     "calibrate": "calibrate",
     "Handle": "runtime.handle",
     "prune": "prune",
+    "scale_down": "inference.resizing",
     "restore": "prune",
     "draw": "report.draw",
 }

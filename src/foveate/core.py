@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Keep: TypeAlias = int | float
 Grid: TypeAlias = tuple[int, int]
-Site: TypeAlias = Literal["pixels", "tower", "input", "layer", "cache"]
+Site: TypeAlias = Literal["picture", "pixels", "tower", "input", "layer", "cache"]
 
 
 class FoveateError(ValueError):

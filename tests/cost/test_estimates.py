@@ -278,6 +278,10 @@ def test_every_method_that_states_its_count_saves(name: str, preset: str, visual
         with pytest.raises(FoveateError, match="decides its own count from the image"):
             estimate(preset, visual, methods=method)
         return
+    if method.site == "picture":  # these presets bring all pictures to one size
+        with pytest.raises(FoveateError, match="brings all pictures to one size"):
+            estimate(preset, visual, methods=method)
+        return
     cost = estimate(preset, visual, methods=method)
     assert cost.prefill.flops <= plain.prefill.flops
     assert cost.projector.flops <= plain.projector.flops
@@ -393,6 +397,9 @@ def test_tiles_and_pictures_of_their_own_size() -> None:
         ({"convention": "roof"}, "'roof' is no way of counting operations; did you mean 'roofline'?"),
         ({"methods": "fopru:keep=600"}, "keep=600 asks for 600 tokens but the image has 576 tokens; the most is"),
         ({"methods": "prumerge"}, "PruMerge decides its own count from the image, so nothing can be planned"),
+        ({"methods": "fopru", "kept": 0.5}, "kept=0.5 is for methods that decide their own count, and none is given"),
+        ({"methods": "prumerge", "kept": 600}, "kept=600 asks for 600 tokens but the image has 576 tokens"),
+        ({"methods": "prumerge", "kept": 1.5}, "kept=1.5"),
         ({"methods": "dynamicvit:layers=23,keep=5"}, "DynamicViT acts after 23 encoder blocks, outside 1..22"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from foveate.cost import equivalent_tokens, visual_per_layer
 from foveate.cost.plan import token_plan
 from foveate.cost.shapes import shape
 from foveate.methods.pixelprune import PixelPrune
+from foveate.methods.resize import Resize
 
 
 @dataclass(frozen=True)
@@ -164,5 +166,21 @@ def test_what_leaves_before_the_encoder_enters_no_block_of_it() -> None:
 
 
 def test_a_method_without_a_budget_is_not_told_to_get_one() -> None:
-    with pytest.raises(FoveateError, match="nothing can be planned with it; measure it and give the counts"):
+    with pytest.raises(FoveateError, match="nothing can be planned with it; measure it and say with kept="):
         visual_per_layer(PixelPrune(), 576, 4)
+
+
+def test_what_a_method_that_decides_left_is_planned_with() -> None:
+    """Of 1,296 tokens 40 % are 518, behind which stand 4 patches each, in all blocks; a later stage has its count."""
+    planned = token_plan(shape("qwen2.5-vl-7b"), [PixelPrune(), Single(keep=100, layer=1)], 1296, kept=0.4)
+    assert set(planned.tower) == {518 * 4}
+    assert planned.visual[0] == 518 and set(planned.visual[1:]) == {100}
+    assert token_plan(shape("qwen2.5-vl-7b"), PixelPrune(), 1296, kept=518).visual == (518,) * 28
+
+
+def test_a_picture_that_is_scaled_down_is_planned_as_a_small_one() -> None:
+    sizes = shape("qwen2.5-vl-7b")
+    small, planned = token_plan(sizes, None, 324), token_plan(sizes, Resize(keep=0.25), 1296)
+    assert planned == dataclasses.replace(small, parts=(Resize(keep=0.25),))
+    with pytest.raises(FoveateError, match="Resize scales the picture and stands alone, and 2 methods were given"):
+        token_plan(sizes, [Resize(keep=0.25), Single(keep=100, layer=1)], 1296)

@@ -164,13 +164,14 @@ def test_rows_by_hand(task: Folder) -> None:
     assert against["mean"] == pytest.approx(rival["accuracy"] - none["accuracy"])
 
 
-def test_baselines_stand_beside_every_rival(model: Any) -> None:
+def test_baselines_stand_beside_every_rival(model: Any, task: Folder) -> None:
     rivals = parse_rivals(["fopru:keep=9", "random:keep=9", "pyramiddrop:keep=16/9/4", "h2o"])
-    everyone, beside, missing = folder_rows.with_baselines(model, tiny.processor(model), rivals)
+    everyone, beside, missing = folder_rows.with_baselines(model, tiny.processor(model), rivals, task)
     assert beside["fopru:keep=9"] == ["random:keep=9", "uniform:keep=9", "pool:keep=9"]
     assert beside["random:keep=9"] == ["uniform:keep=9", "pool:keep=9"]
     assert beside["pyramiddrop:keep=16/9/4"] == ["random:keep=4", "uniform:keep=4", "pool:keep=4"]
-    assert next(iter(everyone)) == "none" and missing == {}
+    assert next(iter(everyone)) == "none" and missing.keys() == {"resize:keep=9", "resize:keep=4"}
+    assert "makes as many tokens of a small one" in missing["resize:keep=9"]
     assert set(everyone) == {"none", *rivals, *(name for names in beside.values() for name in names)}
 
 

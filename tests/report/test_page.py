@@ -89,6 +89,7 @@ def found() -> dict[str, Any]:
     seen = {
         "none": {"answer": "yes", "stages": []},
         "fopru:keep=4": {"answer": HOSTILE, "stages": [{**stage, "scores": [6.0, 5.0, 4.0, 1.0, None, 3.0]}]},
+        "resize:keep=4": {"answer": "no", "stages": [], "scaled": {"size": [28, 14], "before": 6, "after": 2}},
     }
     return {
         "command": "foveate eval --model mini & more",
@@ -130,7 +131,7 @@ FIXED = {
     "command", "model", "task", "samples", "rows", "unreached", "pictures", "method", "accuracy", "interval", "tokens",
     "equivalent_tokens", "layers", "prefill_flops_share", "kv_bytes_share", "first_token_ms", "whole_ms", "keep", "why",
     "question", "right", "png", "grid", "rivals", "answer", "stages", "kept", "scores", "site", "layer", "before",
-    "after", "measures", "against",
+    "after", "measures", "against", "scaled", "size",
 }  # fmt: skip
 
 
@@ -199,6 +200,10 @@ def test_pictures_show_what_stays(found: dict[str, Any], tmp_path: Path) -> None
     assert len([d for name, d in paths if name == "heat"]) == 5
 
 
+def test_a_picture_that_was_scaled_down_says_to_how_many_tokens(found: dict[str, Any], tmp_path: Path) -> None:
+    assert "“no” · 6 → 2 tokens" in rendered(found, tmp_path)
+
+
 def test_rivals_with_the_same_steps_share_a_figure(found: dict[str, Any], tmp_path: Path) -> None:
     text = rendered(found, tmp_path)
     assert 'aria-label="Tokens by layer of random:keep=4, fopru:keep=4"' in text
@@ -248,6 +253,8 @@ def test_axes_by_hand() -> None:
         (("pictures", 0, "rivals", "fopru:keep=4", "stages", 0, "scores"), [1.0], "does not fit"),
         (("pictures", 0, "rivals", "fopru:keep=4", "stages", 0, "before"), "<b>", "does not fit"),
         (("pictures", 0, "rivals", "none", "answer"), None, "none lacks its answer"),
+        (("pictures", 0, "rivals", "resize:keep=4", "scaled"), {"before": 6}, "to how many tokens it was scaled down"),
+        (("pictures", 0, "rivals", "resize:keep=4", "scaled", "after"), "<b>", "to how many tokens it was scaled down"),
         (("pictures", 0, "png"), "no base64!", "its bytes are not written in base64"),
         (("pictures", 0, "png"), base64.b64encode(b"<svg onload=x>").decode(), "picture 1 of the report"),
     ],

@@ -12,6 +12,7 @@ import torch
 from models import tiny, tiny_families
 from models.untouched import untouched
 from references import family_reference
+from references.contract import RUNNABLE
 
 import foveate
 from foveate import methods
@@ -47,7 +48,7 @@ def reach_of(model: Any, given: Any) -> int:
 # -- pixels -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_every_method_refuses_pixels_that_are_no_numbers(name: str) -> None:
     model = tiny.model(blocks=6)
     given = tiny.inputs(model, "3i4", "2i1i5")

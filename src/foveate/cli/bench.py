@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foveate.evaluate.bench import Result, Setting
 
 Stages = tuple["Method", ...]
+Prompts = Callable[[Any], Any]  # a method that scales pictures, or None, to the inputs of a batch
 
 
 def command(
@@ -64,11 +65,11 @@ def command(
     needs = {need for stages in rivals for stage in stages for part in stage.parts() for need in part.needs}
     if random_weights is not None:
         made = _random(random_weights, layers, place, dtype, needs)
-        inputs = _random_prompts(made[0], text, batch)
+        prompts = _random_prompts(made[0], text, batch)
     else:
         assert model is not None
-        made, inputs = _loaded(model, place, dtype, trust_remote_code, clip, batch)
-    results = _measure(made, inputs, rivals, setting, predicted_for)
+        made, prompts = _loaded(model, place, dtype, trust_remote_code, clip, batch)
+    results = _measure(made, prompts, rivals, setting, predicted_for)
     _show(results, names if paper_table else None, predicted_for)
     if json_file is not None:
         from foveate.runs import write_json
@@ -113,11 +114,14 @@ def _check(
 
 def _rivals(specs: list[str] | None, paper_table: bool) -> tuple[list[Stages], list[str]]:
     """The rivals, and for the paper's table the name of each method, which then stands at each ratio."""
+    from foveate.inference.resizing import scaling
     from foveate.methods import name_of
     from foveate.report.bench_tables import at_ratios
     from foveate.spec import parse_stages
 
     given = [parse_stages(spec) for spec in specs or (["fopru"] if paper_table else []) if spec != "none"]
+    for stages in given:
+        scaling(stages)  # refuses what cannot be joined
     if not paper_table:
         return given, []
     rivals: list[Stages] = [stages for one in given for stages in at_ratios(one)]
@@ -159,32 +163,42 @@ def _random(preset: str, layers: int | None, place: Any, dtype: str, needs: set[
     return model, options
 
 
-def _random_prompts(model: Any, text: int, batch: int) -> Any:
+def _random_prompts(model: Any, text: int, batch: int) -> Prompts:
+    """Prompts about pictures of noise; about smaller ones for a method that scales them."""
     from foveate.evaluate.bench_model import random_inputs
 
-    return random_inputs(model, text=text, batch=batch)
+    def made(method: Any) -> Any:
+        return random_inputs(model, text=text, batch=batch, keep=None if method is None else method.keep)
+
+    return made
 
 
 def _loaded(
     name: str, place: Any, dtype: str, trust: bool, clip: str | None, batch: int
-) -> tuple[tuple[Any, dict[str, Any]], Any]:
+) -> tuple[tuple[Any, dict[str, Any]], Prompts]:
     """A checkpoint with what `prune` needs besides, and prompts about pictures of noise."""
     from PIL import Image
 
     from foveate.cli.output import working
     from foveate.inference.answers import encode
     from foveate.inference.loading import load
+    from foveate.inference.resizing import Scaler
 
     with working(f"loading {name}"):
         loaded = load(name, device=str(place), dtype=dtype, trust_remote_code=trust)
     picture = Image.effect_noise((672, 672), 90).convert("RGB")
     questions = ["what color is behind the dog ?"] * batch
-    inputs = encode(loaded.model, loaded.processor, [[picture]] * batch, questions)
-    return (loaded.model, {"processor": loaded.processor, "clip": clip}), inputs
+
+    def made(method: Any) -> Any:
+        if method is None:
+            return encode(loaded.model, loaded.processor, [[picture]] * batch, questions)
+        return Scaler(loaded.model, loaded.processor, method).encode([[picture]] * batch, questions)
+
+    return (loaded.model, {"processor": loaded.processor, "clip": clip}), made
 
 
 def _measure(
-    made: tuple[Any, dict[str, Any]], inputs: Any, rivals: Sequence[Stages], setting: Setting, hardware: Any
+    made: tuple[Any, dict[str, Any]], prompts: Prompts, rivals: Sequence[Stages], setting: Setting, hardware: Any
 ) -> list[Result]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -201,7 +215,8 @@ def _measure(
             bar.advance(task, count)
             bar.refresh()
 
-        return measure(made[0], inputs, rivals, setting, hardware=hardware, options=made[1], progress=progress)
+        options = {"hardware": hardware, "options": made[1], "smaller": prompts, "progress": progress}
+        return measure(made[0], prompts(None), rivals, setting, **options)
 
 
 def _show(results: Sequence[Result], names: Sequence[str] | None, hardware: Any) -> None:

@@ -71,7 +71,10 @@ def _runs(name: str, why: str | None) -> str:
 
     if why is not None:
         return f"no: it {why}"
-    needs = {need for part in methods.get(name).example().parts() for need in part.needs}
+    parts = methods.get(name).example().parts()
+    if any(part.site == "picture" for part in parts):
+        return "yes, by foveate eval, run and bench"
+    needs = {need for part in parts for need in part.needs}
     return "yes, with a CLIP (--clip) and a question" if needs.intersection(JOINT) else "yes"
 
 

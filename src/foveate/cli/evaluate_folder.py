@@ -59,7 +59,7 @@ def run_folder(
     console = stderr()
     with working(f"loading {model}"):
         loaded = load(model, **place)
-    everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals)
+    everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
     settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"]}
     lines = _answered(loaded, task, everyone, console, name=model, out=out, resume=resume, **settings)
     rows = folder_rows.rows(lines, task, batch=given["batch"], beside=beside)

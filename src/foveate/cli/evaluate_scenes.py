@@ -196,7 +196,8 @@ def _add_every(
     from foveate.evaluate.catalogue import at
     from foveate.evaluate.results import rows_of
     from foveate.families import family_of
-    from foveate.prune import check_prunable
+    from foveate.inference.resizing import check_runnable
+    from foveate.scenes.generator import SIZE
 
     if not budgets:
         return []
@@ -209,7 +210,7 @@ def _add_every(
         for keep in budgets:
             try:
                 made = at(name, keep, height * width, model if (folder / name).is_dir() else None)
-                check_prunable(loaded.model, made, processor=loaded.processor)
+                check_runnable(loaded.model, loaded.processor, (made,), [(SIZE, SIZE)])
             except FoveateError as error:
                 unreached.setdefault((name, str(error)), []).append(keep)
             else:

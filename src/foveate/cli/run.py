@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from foveate.inference.loading import Loaded
+    from foveate.inference.resizing import Scaler
     from foveate.trace import Trace
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -45,7 +46,7 @@ def command(
     """Ask MODEL a QUESTION about one or more IMAGEs and print the answer, what was kept, and what it took."""
     with usage():
         methods = _one_method(prune)
-        targets = _targets(draw, len(images), pruned=bool(methods))
+        targets = _targets(draw, len(images), methods)
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens {max_new_tokens} leaves no answer; the smallest is 1")
         if not question.strip():
@@ -83,14 +84,16 @@ def _one_method(specs: list[str] | None) -> tuple[Any, ...]:
     return parse_stages(specs[0])
 
 
-def _targets(draw: Path | None, count: int, pruned: bool) -> list[Path]:
+def _targets(draw: Path | None, count: int, methods: tuple[Any, ...]) -> list[Path]:
     """Where each picture's drawing goes: F itself for one picture, else F with -1, -2, ... before its suffix."""
     if draw is None:
         return []
     from foveate.paths import file_target
 
-    if not pruned:
+    if not methods:
         raise UsageError("--draw shows which patches are kept; say with --prune which method keeps them")
+    if any(part.site == "picture" for method in methods for part in method.parts()):
+        raise UsageError("--draw shows which patches are kept, and a picture that is scaled down has others")
     draw = file_target(draw, PICTURES)
     if count == 1:
         return [draw]
@@ -115,19 +118,29 @@ def _answer(
     from foveate import spec
     from foveate.inference.answers import decode, encode
     from foveate.inference.latency import settled
+    from foveate.inference.resizing import Scaler, scaling
     from foveate.prune import prune
 
     model, processor = loaded.model, loaded.processor
-    inputs = encode(model, processor, [pictures], [question])
-    handle = prune(model, methods, processor=processor, question=question, clip=clip) if methods else nullcontext()
+    whole = inputs = encode(model, processor, [pictures], [question])
+    scales = scaling(methods)
+    scaler = None if scales is None else Scaler(model, processor, scales)
+    if scaler is not None:
+        inputs = scaler.encode([pictures], [question])
+    pruned = bool(methods) and scaler is None
+    handle = prune(model, methods, processor=processor, question=question, clip=clip) if pruned else nullcontext()
     with handle as trace:
         output, latency = settled(model, inputs, max_new_tokens=max_new_tokens)
+    if scaler is not None:
+        spent = _scaled(model, scaler, pictures, whole, inputs)
+    else:
+        spent = _saved(trace) if trace is not None else _spent(model, inputs, len(pictures))
     report = {
         "answer": decode(processor, model, output, inputs["input_ids"].shape[1])[0],
         "model": loaded.name,
         "prune": spec.format(methods) if methods else None,
         "question": question,
-        **(_saved(trace) if trace is not None else _spent(model, inputs, len(pictures))),
+        **spent,
         "choosing_ms": trace.milliseconds if trace is not None else None,
         "first_token_ms": latency.first_token_ms,
         "per_token_ms": latency.per_token_ms,
@@ -155,6 +168,24 @@ def _saved(trace: Trace) -> dict[str, Any]:
         ),
         "prefill_flops": {"before": trace.unpruned.prefill_flops, "after": trace.budget.prefill_flops},
         "kv_bytes": {"before": trace.unpruned.kv_bytes, "after": trace.kv_bytes},
+    }
+
+
+def _scaled(model: Any, scaler: Scaler, pictures: list[Image.Image], whole: Any, inputs: Any) -> dict[str, Any]:
+    """The same of pictures that were scaled down, each with its new width and height."""
+    from foveate.evaluate.unpruned import unpruned_budget
+
+    sizes = [scaler.size(picture.size) for picture in pictures]
+    tokens = [(scaler.tokens(picture.size), scaler.tokens(size)) for picture, size in zip(pictures, sizes, strict=True)]
+    before, after = (unpruned_budget(model, one, len(pictures)) for one in (whole, inputs))
+    return {
+        "images": [
+            {"tokens": _tokens(first, [last]), "size": [*size]}
+            for (first, last), size in zip(tokens, sizes, strict=True)
+        ],
+        "tokens": _tokens(sum(first for first, _ in tokens), [sum(last for _, last in tokens)]),
+        "prefill_flops": {"before": before.prefill_flops, "after": after.prefill_flops},
+        "kv_bytes": {"before": before.kv_bytes, "after": after.kv_bytes},
     }
 
 

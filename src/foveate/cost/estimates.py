@@ -27,7 +27,7 @@ from foveate.cost.shapes import shape
 from foveate.families.shapes import DecoderShape, ModelShape
 
 if TYPE_CHECKING:
-    from foveate.core import Grid, Method
+    from foveate.core import Grid, Keep, Method
 
 STAGES = ("tower", "choosing", "projector", "prefill", "decode")
 
@@ -156,6 +156,7 @@ def estimate(
     convention: Convention = "roofline",
     grid: Grid | None = None,
     tiles: int | None = None,
+    kept: Keep | None = None,
 ) -> Cost:
     """The cost of answering `batch` prompts with one image each.
 
@@ -170,9 +171,12 @@ def estimate(
         convention: what `flops` counts, "roofline" or "weights" (see `foveate.cost.flops`); nothing else depends on it.
         grid: (h, w) of one tile's tokens, None for a square.
         tiles: pictures that the encoder runs on, None for as few as hold the tokens.
+        kept: tokens that a method that decides its own count leaves at each of its stages, or a share of `visual`: what
+            its trace shows on pictures like yours.
 
     Raises:
-        FoveateError: an unknown name, a count below 1 (text: below 0), or methods whose counts cannot be planned.
+        FoveateError: an unknown name, a count below 1 (text: below 0), methods whose counts cannot be planned, or
+            `kept` where no method decides its own count.
     """
     for name, value, least in (("visual", visual, 1), ("text", text, 0), ("batch", batch, 1), ("answer", answer, 1)):
         if value < least:
@@ -181,7 +185,12 @@ def estimate(
         choices = did_you_mean(str(convention), get_args(Convention))
         raise FoveateError(f"{convention!r} is no way of counting operations; {choices}")
     sizes, device, bits = shape(model), _hardware(hardware), precision(dtype)
-    planned = token_plan(sizes, _methods(methods), visual, grid=grid, tiles=tiles)
+    stages = _methods(methods)
+    if kept is not None and not any(part.adaptive for stage in stages for part in stage.parts()):
+        raise FoveateError(
+            f"kept={kept} is for methods that decide their own count, and none is given; say keep= in one"
+        )
+    planned = token_plan(sizes, stages, visual, grid=grid, tiles=tiles, kept=kept)
     return _Account(sizes, planned, text, batch, answer, device, bits, convention).cost()
 
 

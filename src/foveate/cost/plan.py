@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, check_keep, tokens_to_keep
 from foveate.families.shapes import ModelShape
 from foveate.forms import Merger
 
 if TYPE_CHECKING:
-    from foveate.core import Grid, Method
+    from foveate.core import Grid, Keep, Method
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def token_plan(
     *,
     grid: Grid | None = None,
     tiles: int | None = None,
+    kept: Keep | None = None,
 ) -> Plan:
     """Where an image of `visual` tokens loses how many.
 
@@ -54,9 +55,11 @@ def token_plan(
     Args:
         grid: (h, w) of one tile's tokens; None is the square that they fill, if they fill one.
         tiles: pictures that the encoder runs on; None is as few as hold the tokens.
+        kept: what a method that decides its own count leaves, tokens or a share of `visual`, as its trace shows.
 
     Raises:
-        FoveateError: as `visual_per_layer`; or a method acts after encoder blocks that are not there.
+        FoveateError: as `visual_per_layer`; a method acts after encoder blocks that are not there; or it scales the
+            picture down for an encoder that all pictures are brought to one size for, or before other methods.
     """
     if visual < 1:
         raise FoveateError(f"visual={visual} is below 1; the smallest is 1")
@@ -68,18 +71,40 @@ def token_plan(
         grid = (side, side) if side * side * tiles == visual else None
     given = () if methods is None else methods if isinstance(methods, Iterable) else (methods,)
     parts = tuple(part for method in given for part in method.parts())
+    if any(part.site == "picture" for part in parts):
+        return _of_small(shape, parts, visual)
     blocks = shape.tower.reads or shape.tower.layers
-    seen = visual_per_layer(parts, visual, shape.decoder.layers, grid=grid, tiles=tiles, blocks=blocks)
+    seen = visual_per_layer(parts, visual, shape.decoder.layers, grid=grid, tiles=tiles, blocks=blocks, kept=kept)
     patches = shape.patches_of(visual)
     ahead = [part for part in parts if part.site in ("pixels", "tower")]
-    tower, left = _tower(shape, ahead, visual, patches, tiles, grid)
+    tower, left = _tower(shape, ahead, visual, patches, tiles, grid, kept)
     whole = visual if shape.tower.own_size else tiles * shape.projector.tokens
     projected = left * tiles if not shape.tower.put_back and left < patches else whole
     return Plan(seen, tower, tiles, patches, projected, parts)
 
 
+def _of_small(shape: ModelShape, parts: tuple[Method, ...], visual: int) -> Plan:
+    """That of a picture with no more tokens than the budget, which nothing leaves."""
+    name = type(parts[0]).__name__
+    if len(parts) > 1:
+        raise FoveateError(f"{name} scales the picture and stands alone, and {len(parts)} methods were given")
+    if not shape.tower.own_size:
+        raise FoveateError(
+            f"{name} scales the picture down, and {shape.name} brings all pictures to one size, so that nothing is "
+            "saved; the nearest that leaves tokens out evenly is Uniform"
+        )
+    plan = token_plan(shape, None, _counts(parts[0], visual, None, 1)[0])
+    return dataclasses.replace(plan, parts=parts)
+
+
 def _tower(
-    shape: ModelShape, parts: Sequence[Method], visual: int, patches: int, tiles: int, grid: Grid | None
+    shape: ModelShape,
+    parts: Sequence[Method],
+    visual: int,
+    patches: int,
+    tiles: int,
+    grid: Grid | None,
+    kept: Keep | None,
 ) -> tuple[tuple[int, ...], int]:
     """Tokens that each encoder block's attention runs on, of one tile, and the patches left at the end."""
     blocks, reads = shape.tower.layers, shape.tower.reads or shape.tower.layers
@@ -93,7 +118,7 @@ def _tower(
                 beside[:reads] = [part.beside] * reads
                 left[reads:] = [count + part.beside for count in left[reads:]]  # a token like the others by then
             continue
-        counts = _counts(part, visual, grid, tiles)
+        counts = _counts(part, visual, grid, tiles, kept=kept)
         before = part.site == "pixels"  # the first block
         for depth, count in zip((0,) if before else part.depths(blocks), counts, strict=True):
             if not before and not 1 <= depth <= reads - 1:
@@ -131,6 +156,7 @@ def visual_per_layer(
     grid: Grid | None = None,
     tiles: int = 1,
     blocks: int | None = None,
+    kept: Keep | None = None,
 ) -> tuple[int, ...]:
     """Visual tokens of one image in each of the decoder's `layers`, in the order in which the methods act on it.
 
@@ -143,10 +169,11 @@ def visual_per_layer(
         grid: (h, w) of the image's tokens, for methods that keep whole rows or blocks.
         tiles: tiles of the image, for methods that split their budget over them.
         blocks: encoder blocks up to the one that the projector reads, for methods that merge in each of them.
+        kept: what a method that decides its own count leaves, tokens or a share of `original`, as its trace shows.
 
     Raises:
-        FoveateError: a method decides its own count, asks for more tokens than are left, or acts at a layer outside
-            1..layers-1.
+        FoveateError: a method decides its own count and `kept` does not say it, asks for more tokens than are left, or
+            acts at a layer outside 1..layers-1.
     """
     for name, value in (("original", original), ("layers", layers)):
         if value < 1:
@@ -156,7 +183,7 @@ def visual_per_layer(
         stage
         for method in given
         for part in method.parts()
-        for stage in _stages(part, original, layers, grid, tiles, blocks)
+        for stage in _stages(part, original, layers, grid, tiles, blocks, kept)
     ]
     visual = [original] * layers
     for first, _, count, name in sorted(stages, key=lambda stage: stage[:2]):  # stable: as listed where they tie
@@ -170,15 +197,21 @@ def visual_per_layer(
 
 
 def _stages(
-    part: Method, original: int, layers: int, grid: Grid | None, tiles: int, blocks: int | None
+    part: Method,
+    original: int,
+    layers: int,
+    grid: Grid | None,
+    tiles: int,
+    blocks: int | None,
+    kept: Keep | None,
 ) -> list[tuple[int, int, int, str]]:
     """Each stage of a part: the first decoder layer it shortens, its order before that layer, its count, its name."""
     name = type(part).__name__
     if part.site == "cache":
         return []
-    counts = _counts(part, original, grid, tiles, blocks)
+    counts = _counts(part, original, grid, tiles, blocks, kept)
     if part.site != "layer":
-        order = {"pixels": 0, "tower": 1}.get(part.site, 2)
+        order = {"picture": 0, "pixels": 1, "tower": 2}.get(part.site, 3)
         return [(0, order, count, name) for count in counts]
     depths = part.depths(layers)
     for depth in depths:
@@ -191,21 +224,31 @@ def _stages(
     return [(depth, 0, count, f"{name} at layer {depth}") for depth, count in zip(depths, counts, strict=True)]
 
 
-def _counts(part: Method, original: int, grid: Grid | None, tiles: int, blocks: int | None = None) -> tuple[int, ...]:
+def _counts(
+    part: Method,
+    original: int,
+    grid: Grid | None,
+    tiles: int,
+    blocks: int | None = None,
+    kept: Keep | None = None,
+) -> tuple[int, ...]:
     """Tokens left after each stage of a part.
 
     Raises:
-        FoveateError: the part decides its own count from the image.
+        FoveateError: the part decides its own count from the image, and `kept` does not say it.
     """
     counts = part.count(original, grid, tiles)
     if counts is None and isinstance(part, Merger) and blocks is not None:  # known once the blocks are
         each, over = divmod(original, tiles)
         left = [(size, size - sum(part.schedule(size, blocks))) for size in [each + 1] * over + [each] * (tiles - over)]
         counts = (sum(count + part.beside if count < size else count for size, count in left),)
+    if counts is None and kept is not None:
+        check_keep(kept, "kept")
+        counts = (tokens_to_keep(kept, original, name="kept"),)
     if counts is None:
         budget = "give it keep=, or " if hasattr(part, "keep") else ""
         raise FoveateError(
             f"{type(part).__name__} decides its own count from the image, so nothing can be planned with it; "
-            f"{budget}measure it and give the counts that its trace shows"
+            f"{budget}measure it and say with kept= what its trace shows"
         )
     return counts

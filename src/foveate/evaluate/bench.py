@@ -17,6 +17,7 @@ from foveate.core import FoveateError, Method
 from foveate.cost import Hardware, ModelShape, estimate, fitted
 from foveate.cost import hardware as row
 from foveate.inference.answers import end_tokens, greedy
+from foveate.inference.resizing import scaling
 from foveate.trace import Trace
 
 
@@ -183,6 +184,7 @@ def measure(
     *,
     hardware: str | Hardware | None = None,
     options: Mapping[str, Any] | None = None,
+    smaller: Callable[[Method], Mapping[str, Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Result]:
     """The unpruned model and its rivals, taking turns, so that a machine that slows down slows all of them.
@@ -192,33 +194,42 @@ def measure(
         rivals: the stages of each; the unpruned model runs besides and comes first.
         hardware: to predict with, a row's name or your own; None predicts nothing.
         options: further arguments of `foveate.prune`, such as `processor` and `clip`.
+        smaller: the same prompts about pictures as a method scales them that acts before the processor.
         progress: told the answers that are done.
 
     Raises:
-        FoveateError: a method cannot run on this model; nothing has run by then.
+        FoveateError: a method cannot run on this model, or scales pictures where `smaller` is not given; nothing has
+            run by then.
     """
     from foveate import spec
     from foveate.prune import prune
 
     setting = setting or Setting()
     handles: list[AbstractContextManager[Trace | None]] = [nullcontext()]
-    handles += [prune(model, list(stages), **(options or {})) for stages in rivals]
+    own: dict[int, Mapping[str, Any]] = {}  # by place, of rivals whose pictures are smaller
+    for stages in rivals:
+        scales = None if smaller is None else scaling(stages)
+        if smaller is None or scales is None:
+            handles.append(prune(model, list(stages), **(options or {})))
+        else:
+            own[len(handles)] = smaller(scales)
+            handles.append(nullcontext())
     names = [None, *(spec.format(tuple(stages)) for stages in rivals)]
     runs: list[list[Run]] = [[] for _ in handles]
     traces: list[Trace | None] = [None] * len(handles)
     for turn in range(setting.warmup + setting.repeats):
         for place, handle in enumerate(handles):
             with handle as trace:
-                run = run_once(model, inputs, setting.answer, trace)
+                run = run_once(model, own.get(place, inputs), setting.answer, trace)
             traces[place] = trace
             if turn >= setting.warmup:
                 runs[place].append(run)
             progress(1)
     counts = _counts(model, inputs, [trace for trace in traces if trace is not None])
-    return [
-        _result(name, mine, trace, counts, setting, predict(model, counts, stages, setting, hardware))
-        for name, mine, trace, stages in zip(names, runs, traces, [(), *rivals], strict=True)
-    ]
+    predicted = [predict(model, counts, stages, setting, hardware) for stages in [(), *rivals]]
+    seen = [_counts(model, own[place], []) if place in own else counts for place in range(len(handles))]
+    each = zip(names, runs, traces, seen, predicted, strict=True)
+    return [_result(name, mine, trace, of, setting, before) for name, mine, trace, of, before in each]
 
 
 @dataclass(frozen=True)

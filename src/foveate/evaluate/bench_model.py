@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import FoveateError
+from foveate.core import FoveateError, Keep, tokens_to_keep
 from foveate.cost import ModelShape, shape
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,10 +134,11 @@ def _tile_and_whole(model: Any, batch: int, generator: torch.Generator) -> tuple
     return 5 * round(patches * model.config.downsample_ratio**2), {"pixel_values": pixels}
 
 
-def _any_size(model: Any, batch: int, generator: torch.Generator) -> tuple[int, dict[str, Tensor]]:
-    """A square picture of 896 pixels."""
+def _any_size(model: Any, batch: int, generator: torch.Generator, keep: Keep = 1.0) -> tuple[int, dict[str, Tensor]]:
+    """A square picture of 896 pixels, or the largest one of `keep` of its tokens."""
     vision = model.config.vision_config
-    row = 896 // (vision.patch_size * vision.spatial_merge_size) * vision.spatial_merge_size
+    tokens = 896 // (vision.patch_size * vision.spatial_merge_size)
+    row = math.isqrt(tokens_to_keep(keep, tokens**2)) * vision.spatial_merge_size
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return row**2 // vision.spatial_merge_size**2, {
         "pixel_values": torch.rand(batch * row**2, values, generator=generator),
@@ -226,21 +228,29 @@ def random_model(
     return model.eval()
 
 
-def random_inputs(model: Any, *, text: int = 60, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
+def random_inputs(
+    model: Any, *, text: int = 60, batch: int = 1, seed: int = 0, keep: Keep | None = None
+) -> dict[str, Tensor]:
     """`batch` prompts of one picture of noise between two halves of `text` random tokens.
 
     Args:
         model: of `random_model`.
+        keep: tokens to which the picture is scaled down, or a share of those of the whole one; None for the whole.
 
     Raises:
-        FoveateError: fewer than one prompt or one token of text.
+        FoveateError: fewer than one prompt or one token of text, or `keep` where all pictures are brought to one size.
     """
     for name, value in (("text", text), ("batch", batch)):
         if value < 1:
             raise FoveateError(f"{name}={value} is below 1; the smallest is 1")
     config, generator = model.config, torch.Generator().manual_seed(seed)
     recipe = next(one for one in _RECIPES if type(model).__name__ == f"{one.kind}ForConditionalGeneration")
-    tokens, given = recipe.picture(model, batch, generator)
+    if keep is not None and recipe.picture is not _any_size:
+        raise FoveateError(
+            f"keep={keep} scales the picture down, and {type(model).__name__} is given pictures of one size; the "
+            "nearest that leaves tokens out evenly is uniform"
+        )
+    tokens, given = recipe.picture(model, batch, generator, **({} if keep is None else {"keep": keep}))
     highest = min(config.image_token_id, 5000)  # far from the ids of what a prompt's pictures begin and end with
     words = torch.randint(min(5, highest - 1), highest, (batch, text), generator=generator)
     picture = torch.full((batch, tokens), config.image_token_id)

@@ -10,6 +10,7 @@ from foveate import methods
 from foveate.core import FoveateError, Keep, Method
 
 ACTS = {
+    "picture": "before the processor",
     "pixels": "before the encoder",
     "tower": "inside the encoder",
     "input": "before the decoder",

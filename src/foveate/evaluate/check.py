@@ -17,7 +17,7 @@ from foveate.evaluate.statements import Outcome, Run, apart, stated, tolerance
 from foveate.families import family_of
 from foveate.families.rows import FAMILIES
 from foveate.prune import prune
-from foveate.runtime.support import assumptions, first_refused, why_not
+from foveate.runtime.support import assumptions, first_refused, why_not, working_methods
 from foveate.runtime.wrapped import unwrapped
 from foveate.spec import parse
 from foveate.trace import Call
@@ -133,7 +133,9 @@ def check(model: Any, inputs: Mapping[str, Any]) -> Found:
         tokens = tuple(image.original for image in calls[0].images) if calls else ()
         for method in _halves(found, max(1, min(tokens) // 2)) if tokens else ():
             outcomes += _half(model, inputs, method, plain)
-        outcomes += further(model, inputs, [name for name, why in found.methods.items() if why is None], plain)
+        family = family_of(unwrapped(model))
+        names = working_methods(family, family.tower_of(unwrapped(model))[1])
+        outcomes += further(model, inputs, names, plain)
     changed = [name for name, value in _state(unwrapped(model)).items() if before.get(name) != value]
     detail = f"changed: {', '.join(changed[:3])}" if changed else f"{len(before)} tensors, settings and hooks"
     outcomes.append(Outcome("the model is untouched", not changed, detail))

@@ -10,21 +10,24 @@ from typing import Any
 
 from foveate import methods
 from foveate.core import FoveateError, Method
-from foveate.evaluate.folder_run import Answered, each
+from foveate.evaluate.folder_run import Answered, each, sizes_of
 from foveate.evaluate.local_task import Folder
 from foveate.evaluate.measures import Scored, measures, scores
 from foveate.evaluate.paired import bootstrap, difference
 from foveate.evaluate.results import BASELINES
 from foveate.evaluate.scenes_task import NONE
 from foveate.evaluate.scoring import score
-from foveate.prune import check_prunable
+from foveate.inference.resizing import check_runnable
 from foveate.spec import format as format_spec
 
 
 def with_baselines(
-    model: Any, processor: Any, rivals: Mapping[str, Sequence[Method]]
+    model: Any, processor: Any, rivals: Mapping[str, Sequence[Method]], folder: Folder
 ) -> tuple[dict[str, tuple[Method, ...]], dict[str, list[str]], dict[str, str]]:
     """The rivals, and the baselines at the `keep` of each one's last stage.
+
+    Args:
+        folder: whose pictures a baseline must be able to scale to its budget.
 
     Returns:
         the stages of all of them by spec, the unpruned model first; of each rival the specs of its baselines; and why
@@ -33,6 +36,7 @@ def with_baselines(
     everyone = {NONE: (), **{spec: tuple(stages) for spec, stages in rivals.items()}}
     beside: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
+    sizes = sizes_of(folder)
     for spec, stages in rivals.items():
         keep = getattr(stages[-1], "keep", None) if stages else None
         keep = keep[-1] if isinstance(keep, tuple) else keep
@@ -46,7 +50,7 @@ def with_baselines(
             if written in missing or written == spec:
                 continue
             try:
-                check_prunable(model, made, processor=processor)
+                check_runnable(model, processor, (made,), sizes if name == "resize" else ())
             except FoveateError as error:
                 missing[written] = str(error)
                 continue

@@ -6,18 +6,23 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from foveate.checkpoints import fingerprint
 from foveate.core import FoveateError, Method
 from foveate.evaluate.local_task import Folder, Question, turns
-from foveate.evaluate.unpruned import decoder_layers
+from foveate.evaluate.scenes_task import AHEAD
+from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all
 from foveate.inference.answers import decode, encode, greedy
-from foveate.inference.pictures import load_image
+from foveate.inference.pictures import load_image, upright_size
+from foveate.inference.resizing import Scaler, check_runnable, scalers_of, scaling
 from foveate.paths import Given
-from foveate.prune import check_prunable, prune, share_encoding
+from foveate.prune import prune, share_encoding
 from foveate.runs import append_line, drop_torn, run_folder
 from foveate.texts import check_text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ANSWERS = "answers.jsonl"
 """One line for each batch that a rival has answered, whole or not there."""
@@ -120,28 +125,40 @@ def answer_folder(
     for ask in prompts:
         check_text(processor, ask.question.prompt, f"the question {ask.question.id!r}")
     groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
-    for stages in rivals.values():
-        if stages:
-            check_prunable(model, [*stages], processor=processor, clip=clip)
+    _check_rivals(model, processor, folder, rivals, clip)
     parts = {spec: [part for stage in stages for part in stage.parts()] for spec, stages in rivals.items()}
     # Whatever acts behind the encoder looks at the same encoding; the others make their own.
-    together = [spec for spec in rivals if all(part.site != "tower" for part in parts[spec])]
+    together = [spec for spec in rivals if all(part.site not in AHEAD for part in parts[spec])]
     needs = {need for spec in together for part in parts[spec] for need in part.needs}
     identity = settings(name, model, folder, rivals, batch=batch, max_new_tokens=max_new_tokens)
     with run_folder(out, identity, resume) as path:
-        run = _Run(model, processor, rivals, clip, path / ANSWERS, max_new_tokens, progress or (lambda count: None))
+        scalers = scalers_of(model, processor, rivals)
+        told = progress or (lambda count: None)
+        run = _Run(model, processor, rivals, scalers, clip, path / ANSWERS, max_new_tokens, told)
         done = {(line.rival, line.batch): line for line in read_answers(run.file)}
         run.progress(sum(len(line.answers) for line in done.values()))
         for number, group in enumerate(groups):
             missing = [spec for spec in rivals if (spec, number) not in done]
             if not missing:
                 continue
-            inputs = _inputs(model, processor, folder, group)
+            asked = _asked(folder, group)
+            inputs = encode(model, processor, *asked)
             with share_encoding(model, needs):
                 lines = [run.answer(spec, number, inputs) for spec in missing if spec in together]
-            lines += [run.answer(spec, number, inputs) for spec in missing if spec not in together]
+            others = [spec for spec in missing if spec not in together]
+            lines += [run.answer_alone(spec, number, asked, inputs) for spec in others]
             done |= {(line.rival, line.batch): line for line in lines}
     return [done[spec, number] for spec in rivals for number in range(len(groups))]
+
+
+def _check_rivals(
+    model: Any, processor: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], clip: Any
+) -> None:
+    """Refuse rivals that cannot run on the model, or cannot scale a picture of the folder to their budget."""
+    sizes = sizes_of(folder) if any(scaling(stages) is not None for stages in rivals.values()) else []
+    for stages in rivals.values():
+        if stages:
+            check_runnable(model, processor, stages, sizes, clip=clip)
 
 
 def read_answers(file: Path) -> list[Answered]:
@@ -164,10 +181,16 @@ def read_answers(file: Path) -> list[Answered]:
     return found
 
 
-def _inputs(model: Any, processor: Any, folder: Folder, group: Sequence[Ask]) -> Any:
+def sizes_of(folder: Folder) -> list[tuple[int, int]]:
+    """Width and height of a folder's pictures, as their headers say them; each size once."""
+    names = dict.fromkeys(question.image for question in folder.questions)
+    return list(dict.fromkeys(upright_size(folder.path / name) for name in names))
+
+
+def _asked(folder: Folder, group: Sequence[Ask]) -> tuple[list[list[Image.Image]], list[str]]:
+    """The picture of each prompt, and its text."""
     pictures = {ask.question.image: load_image(folder.path / ask.question.image) for ask in group}
-    texts = [ask.question.prompt for ask in group]
-    return encode(model, processor, [[pictures[ask.question.image]] for ask in group], texts)
+    return [[pictures[ask.question.image]] for ask in group], [ask.question.prompt for ask in group]
 
 
 @dataclass(frozen=True)
@@ -177,6 +200,7 @@ class _Run:
     model: Any
     processor: Any
     rivals: Mapping[str, Sequence[Method]]
+    scalers: Mapping[str, Scaler]
     clip: Any
     file: Path
     max_new_tokens: int
@@ -201,9 +225,31 @@ class _Run:
                 "flops": [trace.budget.prefill_flops, trace.unpruned.prefill_flops],
                 "bytes": [trace.budget.kv_bytes, trace.unpruned.kv_bytes],
             }
-        line = Answered(spec, number, decode(self.processor, self.model, output, length), tokens, **figures)
+        return self._written(
+            Answered(spec, number, decode(self.processor, self.model, output, length), tokens, **figures)
+        )
+
+    def answer_alone(self, spec: str, number: int, asked: Any, whole: Any) -> Answered:
+        """Answer one batch by a rival that changes what is encoded, or the pictures themselves, and write it down.
+
+        Args:
+            asked: pictures and questions.
+            whole: the inputs of the whole pictures.
+        """
+        if spec not in self.scalers:
+            return self.answer(spec, number, whole)
+        inputs = self.scalers[spec].encode(*asked)
+        output = greedy(self.model, inputs, max_new_tokens=self.max_new_tokens)
+        said = decode(self.processor, self.model, output, inputs["input_ids"].shape[1])
+        tokens, flops, held = unpruned_of_all(self.model, inputs)
+        _, of_whole, held_whole = unpruned_of_all(self.model, whole)
+        layers = [sum(tokens) / len(tokens)] * decoder_layers(self.model)
+        costs: dict[str, Any] = {"flops": [flops, of_whole], "bytes": [held, held_whole]}
+        return self._written(Answered(spec, number, said, tokens, layers, **costs))
+
+    def _written(self, line: Answered) -> Answered:
         append_line(self.file, json.dumps(vars(line)))
-        self.progress(rows)
+        self.progress(len(line.answers))
         return line
 
     def _handle(self, spec: str) -> Any:

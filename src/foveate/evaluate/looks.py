@@ -15,12 +15,14 @@ import torch
 from foveate.core import Method
 from foveate.inference.answers import decode, encode, greedy
 from foveate.inference.pictures import on_white, visible
+from foveate.inference.resizing import scalers_of
 from foveate.prune import prune
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from foveate.inference.resizing import Scaler
     from foveate.trace import ImageRecord, StageRecord, Trace
 
 LONGEST_SIDE = 448
@@ -50,6 +52,7 @@ def looks(
     A picture is written down as the model sees it, PNG in base64. Of each rival there is its `answer` and its `stages`;
     of a stage `method`, `site`, `layer`, `before`, `after`, `kept` (raster numbers of the tokens that stay, those that
     stand at no patch left out), and of one that rates tokens `scores`, by raster number, null where none is left.
+    A rival that scales the picture has no stages; `scaled` says its `size`, and tokens `before` and `after`.
     `grid` is the raster's height and width; it is null where tokens form none, and then nothing is kept of them.
 
     Args:
@@ -59,25 +62,36 @@ def looks(
     Raises:
         FoveateError: a method cannot run on this model.
     """
+    scalers = scalers_of(model, processor, rivals)
     handles = {
-        spec: prune(model, [*stages], processor=processor, clip=clip) if stages else nullcontext()
+        spec: prune(model, [*stages], processor=processor, clip=clip) if stages and spec not in scalers else None
         for spec, stages in rivals.items()
     }
     found = []
     for one in shown:
-        inputs = encode(model, processor, [[one.image]], [one.question])
-        length = inputs["input_ids"].shape[1]
-        seen, grid = {}, None
+        whole = encode(model, processor, [[one.image]], [one.question])
+        seen: dict[str, dict[str, Any]] = {}
+        grid = None
         for spec, handle in handles.items():
-            with handle as trace:
+            small = scalers.get(spec)
+            inputs = whole if small is None else small.encode([[one.image]], [one.question])
+            length = inputs["input_ids"].shape[1]
+            with handle or nullcontext() as trace:
                 output = greedy(model, inputs, max_new_tokens=max_new_tokens)
             stages, raster = ([], None) if trace is None else _stages(trace)
             grid = grid or raster
             seen[spec] = {"answer": decode(processor, model, output, length)[0], "stages": stages}
+            if small is not None:
+                seen[spec]["scaled"] = _scaled(small, one.image.size)
         png = _png(visible(on_white(one.image), processor.image_processor))
         head = {"question": one.question, "right": one.answer, "png": png, "grid": grid}
         found.append({**head, "rivals": seen})
     return found
+
+
+def _scaled(scaler: Scaler, whole: tuple[int, int]) -> dict[str, Any]:
+    size = scaler.size(whole)
+    return {"size": [*size], "before": scaler.tokens(whole), "after": scaler.tokens(size)}
 
 
 def _stages(trace: Trace) -> tuple[list[dict[str, Any]], list[int] | None]:

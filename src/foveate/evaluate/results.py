@@ -11,8 +11,8 @@ from foveate.paths import Given, checked, read_json
 from foveate.runs import write_json
 
 UNPRUNED = "none"
-BASELINES = ("random", "uniform", "pool")
-"""What every method has to beat: tokens drawn at random, an even lattice, and means of neighbours."""
+BASELINES = ("random", "uniform", "pool", "resize")
+"""What every method has to beat: tokens drawn at random, an even lattice, means of neighbours, a smaller picture."""
 
 SAME = ("model", "task", "samples", "seed", "data")
 """What rows of one file have in common. `data` is a digest of the questions; files without one are older than it."""

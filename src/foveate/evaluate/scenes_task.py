@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from foveate import spec
 from foveate.core import FoveateError, Method
 from foveate.evaluate.oracle import Box, Oracle
-from foveate.evaluate.unpruned import decoder_layers
+from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all
 from foveate.inference.answers import decode, encode, greedy
+from foveate.inference.resizing import scalers_of, scaling
 from foveate.prune import prune, share_encoding
 from foveate.scenes import generator, pages, questions, scoring
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 CEILING = "ceiling (tokens of the object asked about)"
 NONE = "none"
+
+AHEAD = ("picture", "pixels", "tower")
+"""Sites of methods that change what is encoded, or how."""
 
 MOST_SEED = 9_999
 
@@ -126,10 +130,13 @@ def evaluate(
     check(samples=samples, batch=batch, seed=seed)
     named = parse_rivals(rivals)
     rows = [Row(name) for name in named] + ([Row(CEILING)] if ceiling else [])
-    handles = {name: prune(model, stages, processor=processor, clip=clip) for name, stages in named.items() if stages}
+    scalers = scalers_of(model, processor, named)
+    for scaler in scalers.values():
+        scaler.check([(generator.SIZE, generator.SIZE)])
+    pruning = {name: stages for name, stages in named.items() if stages and name not in scalers}
+    handles = {name: prune(model, stages, processor=processor, clip=clip) for name, stages in pruning.items()}
     # Whatever acts behind the encoder looks at the same encoding; the others make their own.
-    ahead = ("pixels", "tower")
-    together = [row for row in rows if all(part.site not in ahead for part in _parts(named.get(row.method, ())))]
+    together = [row for row in rows if all(part.site not in AHEAD for part in _parts(named.get(row.method, ())))]
     needs = {need for row in together for part in _parts(named.get(row.method, ())) for need in part.needs}
     for group in _batches(samples, batch, seed, on):
         asked = [sample.question for sample in group]
@@ -139,7 +146,11 @@ def evaluate(
             for row in together:
                 _answer(model, processor, {**handles, **ceilings}.get(row.method), inputs, group, row)
         for row in rows:
-            if row not in together:
+            if row.method in scalers:
+                own = scalers[row.method].encode([[sample.image] for sample in group], asked)
+                _answer(model, processor, None, own, group, row)
+                _compare(model, own, inputs, row)
+            elif row not in together:
                 _answer(model, processor, handles[row.method], inputs, group, row)
             if progress is not None:
                 progress(len(group))
@@ -167,7 +178,7 @@ def parse_rivals(rivals: Sequence[Rival]) -> dict[str, tuple[Method, ...]]:
     """The stages of each rival by its spec, the unpruned model first; rivals that are the same occur once.
 
     Raises:
-        FoveateError: a spec that names no method, or that gives one a wrong value.
+        FoveateError: a spec that names no method, that gives one a wrong value, or that joins stages that cannot be.
     """
     named: dict[str, tuple[Method, ...]] = {NONE: ()}
     for rival in rivals:
@@ -175,6 +186,7 @@ def parse_rivals(rivals: Sequence[Rival]) -> dict[str, tuple[Method, ...]]:
             continue
         stages = spec.parse_stages(rival) if isinstance(rival, str) else rival
         stages = (stages,) if isinstance(stages, Method) else tuple(stages)
+        scaling(stages)  # refuses what cannot be joined
         if stages:
             named[spec.format(stages)] = stages
     return named
@@ -268,6 +280,16 @@ def _answer(model: Any, processor: Any, handle: Handle | None, inputs: Any, grou
 
 def _add_layers(row: Row, more: Sequence[float]) -> None:
     row.layers = [before + count for before, count in zip(row.layers or [0.0] * len(more), more, strict=True)]
+
+
+def _compare(model: Any, own: Any, whole: Any, row: Row) -> None:
+    """Add what prompts about smaller pictures cost, beside those about whole ones."""
+    _, flops, held = unpruned_of_all(model, own)
+    _, of_whole, held_whole = unpruned_of_all(model, whole)
+    row.prefill_flops += flops
+    row.unpruned_flops += of_whole
+    row.kv_bytes += held
+    row.unpruned_bytes += held_whole
 
 
 def _add(trace: Trace, row: Row) -> None:

@@ -85,5 +85,6 @@ def _general(reason: str) -> str:
         for tower in family.towers:
             reason = reason.replace(f"{family.name} with {tower}", "the family's encoder")
         reason = reason.replace(f"which {family.name} does not", "which the family does not")
+        reason = reason.replace(f"processor of {family.name} makes", "processor of the family makes")
         reason = reason.replace(f"projector of {family.name} takes", "projector of the family takes")
     return reason

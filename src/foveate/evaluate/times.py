@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import FoveateError, Method
 from foveate.inference.answers import encode
 from foveate.inference.latency import Latency, interleaved, timed
+from foveate.inference.resizing import scalers_of
 from foveate.prune import prune
 
 if TYPE_CHECKING:
@@ -50,11 +51,15 @@ def answer_times(
     """
     if not prompts:
         raise FoveateError("no prompt was given, so there is nothing to time; give at least one")
-    inputs = [encode(model, processor, [[image]], [question]) for image, question in prompts]
+    scalers = scalers_of(model, processor, rivals)
+    whole = [encode(model, processor, [[image]], [question]) for image, question in prompts]
 
-    def asked(stages: Sequence[Method]) -> Callable[[], Latency]:
-        handle = prune(model, [*stages], processor=processor, clip=clip) if stages else nullcontext()
-        turn = itertools.cycle(inputs)
+    def asked(spec: str, stages: Sequence[Method]) -> Callable[[], Latency]:
+        pruned = bool(stages) and spec not in scalers
+        handle = prune(model, [*stages], processor=processor, clip=clip) if pruned else nullcontext()
+        small = scalers.get(spec)
+        own = whole if small is None else [small.encode([[image]], [question]) for image, question in prompts]
+        turn = itertools.cycle(own)
 
         def one() -> Latency:
             with handle:
@@ -64,7 +69,7 @@ def answer_times(
 
         return one
 
-    runs = {spec: asked(stages) for spec, stages in rivals.items()}
+    runs = {spec: asked(spec, stages) for spec, stages in rivals.items()}
     found = interleaved(runs, repeats=ROUNDS * len(prompts), warmup=1)
     return {
         spec: {"first_token_ms": latency.first_token_ms, "whole_ms": latency.whole_ms or 0.0}

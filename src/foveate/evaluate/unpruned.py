@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.cost import kv_bytes, prefill_flops
+from torch import Tensor
+
+from foveate.cost import kv_bytes, prefill_flops, projector_flops, tower_flops
 from foveate.families import family_of
 from foveate.runtime.support import shape_of
 from foveate.trace import Budget
@@ -29,8 +31,28 @@ def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:
     length = inputs["input_ids"].shape[1]
     visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
     layers = shape.decoder.layers
-    flops = prefill_flops(
-        shape, visual=(visual,) * layers, text=length - visual, convention="roofline", tiles=images, tower=True
-    )
+    given: dict[str, Any] = {"visual": (visual,) * layers, "text": length - visual, "convention": "roofline"}
+    if shape.tower.own_size:  # as many patches as the pictures have, which are taken as alike
+        patches = shape.patches_of(round(visual / images))
+        flops = prefill_flops(shape, **given, tower=False) + projector_flops(shape.projector, tokens=visual)
+        flops += images * tower_flops(shape.tower, convention="roofline", patches=patches)
+    else:
+        flops = prefill_flops(shape, **given, tiles=images, tower=True)
     held = kv_bytes(shape.decoder, (length,) * layers, model.dtype.itemsize)
     return Budget((visual / images,) * layers, float(flops), held)
+
+
+def unpruned_of_all(model: Any, inputs: Any) -> tuple[list[int], float, int]:
+    """Visual tokens of each prompt of a batch with one picture each, and prefill FLOPs and cache bytes of all.
+
+    Padding is not counted.
+
+    Raises:
+        FoveateError: as `unpruned_budget`.
+    """
+    prompts: list[Tensor] = [
+        ids[mask.bool()][None] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
+    budgets = [unpruned_budget(model, {"input_ids": ids}, 1) for ids in prompts]
+    tokens = [round(budget.tokens[0]) for budget in budgets]
+    return tokens, sum(budget.prefill_flops for budget in budgets), sum(budget.kv_bytes for budget in budgets)

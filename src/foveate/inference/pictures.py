@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from foveate.core import FoveateError
 from foveate.paths import checked
@@ -71,6 +71,20 @@ def check_image(path: str | Path) -> None:
     _check_file(path)
     with _opened(path, path):
         pass
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of the picture that `load_image` gives, from the header.
+
+    Raises:
+        FoveateError: as `check_image`.
+    """
+    path = checked(path)
+    _check_file(path)
+    with _opened(path, path) as image:
+        width, height = image.size
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+        return (height, width) if on_its_side else (width, height)
 
 
 @contextmanager

@@ -120,6 +120,8 @@ def _picture(path: Path, number: int, found: dict[str, Any]) -> dict[str, Any]:
             raise FoveateError(f"{where}: {short(name)} lacks its answer or its stages")
         if not all(_is_stage(stage, places) for stage in stages):
             raise FoveateError(f"{where}: a stage of {short(name)} does not fit a raster of {places} tokens")
+        if not _is_scaled(one.get("scaled")):
+            raise FoveateError(f"{where}: {short(name)} does not say to how many tokens it was scaled down")
     return found
 
 
@@ -135,6 +137,14 @@ def _is_stage(stage: Any, places: int) -> bool:
         return False
     finite = [None if one is None else isinstance(one, int | float) and math.isfinite(one) for one in scores or []]
     return scores is None or (isinstance(scores, list) and len(scores) == places and False not in finite)
+
+
+def _is_scaled(scaled: Any) -> bool:
+    """None is of a rival that scales nothing."""
+    if scaled is None:
+        return True
+    counts = [scaled.get(name) for name in ("before", "after")] if isinstance(scaled, dict) else [None]
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in counts)
 
 
 def _side(value: Any) -> bool:

@@ -187,6 +187,8 @@ def _picture(number: int, found: dict[str, Any]) -> Markup:
                 figures.append(rasters.heat(number, size, grid, stage["scores"], f"{at}: how tokens are ranked"))
             figures.append(rasters.kept(number, size, grid, stage["kept"], f"{at}: what is kept"))
         counts = [*(stage["before"] for stage in one["stages"][:1]), *(stage["after"] for stage in one["stages"])]
+        if one.get("scaled"):  # the picture has no stages then
+            counts = [one["scaled"]["before"], one["scaled"]["after"]]
         said = " → ".join(map(str, counts)) + " tokens" if counts else "all tokens"
         missing = "its tokens form no single raster" if one["stages"] and grid is None else None
         words = [element("code", name), element("br"), f"“{one['answer']}” · {said}", missing and f" · {missing}"]

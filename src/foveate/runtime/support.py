@@ -57,6 +57,11 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
         )
     layers = len(model.get_decoder().layers)
     for part in parts:
+        if part.site == "picture":
+            raise FoveateError(
+                f"{format_spec(part)} scales the picture before the processor makes tokens of it, and prune() is given "
+                "what the processor has made; foveate eval, run and bench scale it, and so does foveate.scale_down"
+            )
         if part.site not in SITES:
             name, sites = format_spec(part), ", ".join(SITES)
             raise FoveateError(f"{name} acts at site {part.site!r}; sites that can be used: {sites}")
@@ -130,6 +135,9 @@ def first_refused(parts: Sequence[Method], family: Family, tower: Tower) -> Meth
 
 
 def _reason(part: Method, family: Family, tower: Tower) -> str | None:
+    if part.site == "picture":
+        small = f"scales the picture down, and the processor of {family.name} makes as many tokens of a small one"
+        return None if tower.packed else f"{small}: it scales it up again, to one grid or to tiles of one size"
     if part.site in ("pixels", "tower") and family.closed_encoder is not None:
         where = "inside" if part.site == "tower" else "before"
         return f"acts {where} the encoder, which {family.name} does not allow: {family.closed_encoder}"

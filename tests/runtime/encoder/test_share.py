@@ -176,7 +176,7 @@ def needs_of(name: str) -> frozenset[str]:
 
 
 # Methods that look at the encoding and leave it as it is.
-CHANGING = ("pixels", "tower")
+CHANGING = ("picture", "pixels", "tower")
 BEHIND = [
     name for name in methods.names() if all(part.site not in CHANGING for part in methods.get(name).example().parts())
 ]

@@ -190,7 +190,9 @@ class Rules:
 
     def _check_part(self, part: Method) -> None:
         reason = None
-        if part.site == "pixels" and not self.before:
+        if part.site == "picture":
+            reason = "scales the picture before it is sent; send one that foveate.scale_down has made"
+        elif part.site == "pixels" and not self.before:
             reason = "acts before the encoder, which transformers' model inside vLLM alone allows (foveate_route)"
         elif part.site not in ("pixels", "input"):
             where = {"tower": "inside the encoder", "layer": "inside the decoder", "cache": "on the cache"}[part.site]
