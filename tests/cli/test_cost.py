@@ -97,6 +97,9 @@ def test_a_folder(call: Any, folder: Path) -> None:
         (["mini", "--convention", "w"], "'w' is no way of counting operations"),
         (["mini", "--prune", "fopro"], "did you mean 'fopru'?"),
         (["mini", "--prune", "trim"], "decides its own count from the image"),
+        (["mini", "--prune", "fopru", "--kept", "40%"], "--kept 40% is for a --prune that decides its own count"),
+        (["mini", "--prune", "trim", "--kept", "some"], "--kept some is no number; write tokens such as 400"),
+        (["mini", "--prune", "resize"], "mini brings all pictures to one size, so that nothing is saved"),
         (["mini", "--sweep", "keep"], "say with --prune which"),
         (["mini", "--sweep", "batch", "--prune", "fopru"], "--sweep batch cannot be swept; Choices: keep."),
         (["mini", "--sweep", "keep", "--prune", "h2o"], "H2O has no keep to sweep"),
@@ -107,3 +110,15 @@ def test_refused(call: Any, arguments: list[str], message: str) -> None:
     result = call("cost", *arguments)
     assert (result.code, result.out) == (2, "")
     assert message in result.err
+
+
+def test_what_a_method_that_decides_left_is_said_with_kept(call: Any) -> None:
+    """The others count for themselves."""
+    rivals = ("--prune", "pixelprune", "--prune", "fopru:keep=0.25")
+    rows = json.loads(call("cost", "llava-1.5-7b", *rivals, "--kept", "40%", "--json").out)["rows"]
+    assert [row["visual"][0] for row in rows] == [576, 230, 144]
+    assert rows[1] == {"prune": "pixelprune", **json.loads(json.dumps(pruned_to(230)))}
+
+
+def pruned_to(kept: int) -> Any:
+    return estimate("llava-1.5-7b", methods="pixelprune", kept=kept).to_dict()

@@ -10,6 +10,7 @@ import typer
 from foveate.core import UsageError, usage
 
 if TYPE_CHECKING:
+    from foveate.core import Keep, Method
     from foveate.cost import Cost
     from foveate.report.tables import Column
 
@@ -35,6 +36,12 @@ def command(
     tiles: Annotated[
         int | None, typer.Option(metavar="N", help="Pictures that the encoder runs on; as few as hold the tokens.")
     ] = None,
+    kept: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K", help="What methods that decide their own count leave: tokens, or a share such as 40%."
+        ),
+    ] = None,
     stages: Annotated[bool, typer.Option("--stages", help="Every stage by itself.")] = False,
     sweep: Annotated[
         str | None, typer.Option(metavar="keep", help="Each rival at budgets of 5, 10, ... 100 %.")
@@ -49,26 +56,16 @@ def command(
     if published:
         _published(as_json)
         return
-    options = {
-        "visual": visual,
-        "text": text,
-        "batch": batch,
-        "answer": answer,
-        "hardware": hardware,
-        "dtype": dtype,
-        "convention": convention,
-        "tiles": tiles,
-    }
+    options: dict[str, Any] = {"visual": visual, "text": text, "batch": batch, "answer": answer, "tiles": tiles}
+    options |= {"hardware": hardware, "dtype": dtype, "convention": convention}
     with usage():
         if model is None:
             raise UsageError("which MODEL? Give a preset such as llava-1.5-7b, or a folder with a config.json")
         _check(sweep, plot, prune or [])
-        rows = _sweep(model, prune or [], options) if sweep else _rivals(model, prune or [], options)
+        left = _kept(kept, prune or [], sweep)
+        rows = _sweep(model, prune or [], options) if sweep else _rivals(model, prune or [], left, options)
     if plot is not None:
-        from foveate.report.bench_figures import stages_figure, sweep_figure
-        from foveate.report.figures import save_figure
-
-        save_figure(sweep_figure(rows) if sweep else stages_figure(rows), plot)
+        _draw(rows, sweep, plot)
     if as_json:
         from foveate.cli.output import show_json
 
@@ -76,6 +73,13 @@ def command(
         show_json({"model": model, "rows": stored})
         return
     _print(rows, stages, plot)
+
+
+def _draw(rows: list[dict[str, Any]], sweep: str | None, plot: Path) -> None:
+    from foveate.report.bench_figures import stages_figure, sweep_figure
+    from foveate.report.figures import save_figure
+
+    save_figure(sweep_figure(rows) if sweep else stages_figure(rows), plot)
 
 
 def _check(sweep: str | None, plot: Path | None, prune: list[str]) -> None:
@@ -94,16 +98,40 @@ def _check(sweep: str | None, plot: Path | None, prune: list[str]) -> None:
         check_drawing()
 
 
-def _rivals(model: str, specs: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
+def _kept(text: str | None, specs: list[str], sweep: str | None) -> Keep | None:
+    """What --kept says, tokens or a share of them, as a spec writes it."""
+    from foveate.core import check_keep
+    from foveate.spec import parse_stages
+
+    if text is None:
+        return None
+    if sweep is not None or not any(_own_count(parse_stages(spec)) for spec in specs if spec != "none"):
+        raise UsageError(
+            f"--kept {text} is for a --prune that decides its own count, such as pixelprune, without --sweep"
+        )
+    number = text.removesuffix("%")
+    try:
+        kept: Keep = int(text) if text.isdigit() else float(number) / (1 if number == text else 100)
+    except ValueError:
+        raise UsageError(f"--kept {text} is no number; write tokens such as 400, or a share such as 40%") from None
+    check_keep(kept, "kept")
+    return kept
+
+
+def _own_count(stages: tuple[Method, ...]) -> bool:
+    return any(part.adaptive for stage in stages for part in stage.parts())
+
+
+def _rivals(model: str, specs: list[str], kept: Keep | None, options: dict[str, Any]) -> list[dict[str, Any]]:
     """The unpruned model and each rival."""
     from foveate import spec as specs_of
     from foveate.cost import estimate
 
-    rivals = [specs_of.parse_stages(spec) for spec in specs if spec != "none"]
-    return [
-        {"prune": None, "cost": estimate(model, **options)},
-        *({"prune": specs_of.format(one), "cost": estimate(model, methods=one, **options)} for one in rivals),
-    ]
+    rows: list[dict[str, Any]] = [{"prune": None, "cost": estimate(model, **options)}]
+    for stages in (specs_of.parse_stages(spec) for spec in specs if spec != "none"):
+        left = kept if _own_count(stages) else None
+        rows.append({"prune": specs_of.format(stages), "cost": estimate(model, methods=stages, kept=left, **options)})
+    return rows
 
 
 def _sweep(model: str, specs: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
