@@ -19,7 +19,7 @@ from PIL import Image
 
 import foveate
 from foveate.batch.journal import Journal
-from foveate.batch.rows import check_ids, rows_of
+from foveate.batch.rows import check_ids, rows_of, windows
 from foveate.cli import main
 from foveate.core import FoveateError
 from foveate.inference.answers import answer
@@ -176,6 +176,53 @@ def test_parquet_in_and_out(asked: list[dict[str, Any]], tmp_path: Path, folder:
     rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
     assert {row["id"]: row["answer"] for row in rows} == alone(asked, tmp_path)
     assert {(row["error"], row["tokens_before"], row["tokens_after"]) for row in rows} == {(None, tiny.TOKENS, 9)}
+
+
+@pytest.mark.parametrize("damage", [b'{"id": "r1", "ans', b"[]", b'{"answer": "yes"}'])
+def test_a_damaged_line_between_others_is_named(
+    asked: list[dict[str, Any]], tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], damage: bytes
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", asked[:6]), tmp_path / "out.jsonl"
+    assert batch(source, target, folder) == 0
+    lines = target.read_bytes().splitlines()
+    lost = json.loads(lines[2])["id"]
+    target.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]) + b"\n")
+    assert batch(source, target, folder, "--resume") == 1
+    assert f"line 3 of {target} is damaged" in capsys.readouterr().err
+    target.write_bytes(b"\n".join([*lines[:2], *lines[3:]]) + b"\n")
+    assert batch(source, target, folder, "--resume") == 0  # as the message says
+    assert {row["id"] for row in read(target).values()} == {row["id"] for row in asked[:6]}
+    assert list(read(target))[-1] == lost
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 7), st.booleans())
+def test_windows_are_the_rows_that_are_not_done(
+    tmp_path_factory: pytest.TempPathFactory, done: list[bool], size: int, as_parquet: bool
+) -> None:
+    """Read by themselves, somewhere in the file, they are the rows that they are in the whole of it."""
+    rows = [{"id": number, "image": "a.png", "question": "w" * (number % 5)} for number in range(len(done))]
+    path = tmp_path_factory.mktemp("windows") / ("in.parquet" if as_parquet else "in.jsonl")
+    if as_parquet:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=6)
+    else:
+        path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    left = {number for number, one in enumerate(done) if not one}
+    found = list(windows(path, set(range(len(done))) - left, size))
+    assert all(len(one.numbers) == size for one in found[:-1])
+    assert [row for one in found for row in rows_of(path, one)] == [row for row in rows_of(path) if row.id in left]
+
+
+def test_options_of_ray_without_it(
+    asked: list[dict[str, Any]], tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in.jsonl", asked[:2])
+    assert batch(source, tmp_path / "out.jsonl", folder, "--workers", 2) == 2
+    assert "--workers belongs to --ray" in capsys.readouterr().err
+    assert batch(source, tmp_path / "out.jsonl", folder, "--ray", "local", "--workers", 0) == 2
+    assert "--workers 0 leaves nobody to answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.batch.rows import JSONL, PARQUET, Id, pyarrow_parquet
-from foveate.core import FoveateError
+from foveate.core import FoveateError, short
 from foveate.paths import Given, file_target
 from foveate.runs import append_line, check_run, drop_torn, run_folder, whole_file
 
@@ -44,16 +44,35 @@ class Journal:
             self.done = {row["id"] for row in self.rows()}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every answer so far."""
-        with self.lines.open("rb") as file:
-            for line in file:
-                yield json.loads(line)
+        """Every answer so far.
 
-    def add(self, answers: Iterable[dict[str, Any]]) -> None:
-        """Write some answers, all of them or none."""
-        made = list(answers)
+        Raises:
+            FoveateError: a line is damaged; its number is named.
+        """
+        with self.lines.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise self._damaged(number, str(error)) from error
+                if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
+                    raise self._damaged(number, "no row with an id")
+                yield row
+
+    def _damaged(self, number: int, why: str) -> FoveateError:
+        return FoveateError(
+            f"line {number} of {self.lines} is damaged ({short(why, 120)}); take it out and go on with --resume, which "
+            "answers its row again"
+        )
+
+    def add(self, answers: Iterable[dict[str, Any]]) -> int:
+        """Write some answers, all of them or none, but for those that are there; how many were not."""
+        made = [one for one in answers if one["id"] not in self.done]
+        if not made:
+            return 0
         append_line(self.lines, "\n".join(json.dumps(one, ensure_ascii=False) for one in made))
         self.done.update(one["id"] for one in made)
+        return len(made)
 
     def finish(self) -> None:
         """Turn the lines into what was asked for, once every row has its answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,63 @@ def check_file(path: Given) -> Path:
     return path
 
 
-def rows_of(path: Path) -> Iterator[Row]:
-    """Every row of a file, in its order."""
-    values = _parquet(path) if path.suffix.lower() in PARQUET else _lines(path)
-    for number, value in enumerate(values, 1):
+@dataclass(frozen=True)
+class Window:
+    """Rows of a file that are read and answered together, wherever that is.
+
+    Attributes:
+        offset: bytes of the file before the first of them; 0 in Parquet.
+        numbers: of the rows, rising.
+    """
+
+    offset: int
+    numbers: tuple[int, ...]
+
+
+def rows_of(path: Path, window: Window | None = None) -> Iterator[Row]:
+    """The rows of a file, in its order: all of them, or those of a window."""
+    if window is None:
+        yield from (row for _, row in _placed(path))
+        return
+    wanted, last = set(window.numbers), window.numbers[-1]
+    for _, row in _placed(path, window.offset, window.numbers[0]):
+        if row.number in wanted:
+            yield row
+        if row.number == last:
+            return
+
+
+def windows(path: Path, done: Container[Id], size: int) -> Iterator[Window]:
+    """The rows whose ids are not done, so many at a time."""
+    offset, numbers = 0, list[int]()
+    for place, row in _placed(path):
+        if row.id in done:
+            continue
+        offset = offset if numbers else place
+        numbers.append(row.number)
+        if len(numbers) == size:
+            yield Window(offset, tuple(numbers))
+            numbers = []
+    if numbers:
+        yield Window(offset, tuple(numbers))
+
+
+def _placed(path: Path, offset: int = 0, first: int = 1) -> Iterator[tuple[int, Row]]:
+    """Rows from one on, each with the bytes before it.
+
+    Args:
+        offset: bytes before the first row that is wanted.
+        first: its number.
+    """
+    values = _parquet(path, first - 1) if path.suffix.lower() in PARQUET else _lines(path, offset)
+    for number, (place, value) in enumerate(values, first):
         try:
             if isinstance(value, FoveateError):
                 raise value
-            yield _row(number, value)
+            yield place, _row(number, value)
         except FoveateError as error:
             name: Any = value.get("id") if isinstance(value, dict) else None
-            yield Row(number, name if _is_id(name) else f"line {number}", fault=str(error))
+            yield place, Row(number, name if _is_id(name) else f"line {number}", fault=str(error))
 
 
 def check_ids(path: Path) -> int:
@@ -87,24 +133,33 @@ def check_ids(path: Path) -> int:
     return len(first)
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def _lines(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
+        file.seek(offset)
         while line := file.readline(LONGEST + 1):
+            place, offset = offset, offset + len(line)
             if len(line) > LONGEST:
                 raise FoveateError(f"a line of {path} has more than {LONGEST / 1e6:.0f} MB")
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                value: Any = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield FoveateError(f"no JSON: {short(str(error), 200)}")
+                value = FoveateError(f"no JSON: {short(str(error), 200)}")
+            yield place, value
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, skip: int) -> Iterator[tuple[int, Any]]:
     try:
         with pyarrow_parquet().ParquetFile(path) as file:
-            for batch in file.iter_batches(_AT_ONCE):
-                yield from batch.to_pylist()
+            sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            group = 0
+            while group < len(sizes) and sizes[group] <= skip:  # whole groups before the first row are not read
+                skip -= sizes[group]
+                group += 1
+            for batch in file.iter_batches(_AT_ONCE, row_groups=range(group, len(sizes))):
+                yield from ((0, row) for row in batch.slice(skip).to_pylist())
+                skip = max(0, skip - len(batch))
     except (OSError, ValueError) as error:
         raise FoveateError(f"{path} cannot be read as Parquet: {short(str(error), 200)}") from error
 

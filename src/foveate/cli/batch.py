@@ -22,6 +22,13 @@ def command(
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Rows that are asked together.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 64,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Answer on Ray: of a cluster, auto, or local to start one here."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="With --ray: models at once.", show_default="a GPU each, else 1")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT; rows that are in it stay.")] = False,
     clip: Clip = None,
     device: Device = "auto",
@@ -37,6 +44,8 @@ def command(
             prune,
             batch=batch,
             max_new_tokens=max_new_tokens,
+            ray=ray,
+            workers=workers,
             resume=resume,
             clip=clip,
             device=device,
@@ -53,6 +62,8 @@ def _run(
     *,
     batch: int,
     max_new_tokens: int,
+    ray: str | None,
+    workers: int | None,
     resume: bool,
     clip: str | None,
     device: str,
@@ -63,21 +74,39 @@ def _run(
     from foveate.batch.journal import check_output, journal
     from foveate.batch.rows import check_file, check_ids
     from foveate.cli.output import working
-    from foveate.inference.loading import load
+    from foveate.inference.loading import find, load
 
     with usage():
         spec = _spec(prune)
         for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise UsageError(f"{name}={value} leaves nothing to do; the smallest is 1")
+        if workers is not None and ray is None:
+            raise UsageError("--workers belongs to --ray; leave it out, or add that")
+        if workers is not None and workers < 1:
+            raise UsageError(f"workers={workers} leaves nobody to answer; the smallest is 1")
+        if ray is not None:
+            from foveate.batch.on_ray import check_installed
+
+            check_installed()
         source, target = check_file(source), check_output(target, resume)
         count = check_ids(source)
     told = {"model": model, "prune": spec, "max_new_tokens": max_new_tokens, "dtype": dtype, "clip": clip}
     with journal(target, {"rows": _digest(source), **told}, resume) as written:
         if len(written.done) < count:
-            with working(f"loading {model}"):
-                loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust)
-            _answer(loaded, source, spec, written, count, batch=batch, max_new_tokens=max_new_tokens, clip=clip)
+            asking: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "clip": clip}
+            place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
+            if ray is None:
+                with working(f"loading {model}"):
+                    loaded = load(model, **place)
+                made = _here(loaded, source, spec, written, **asking)
+            else:
+                from foveate.batch.on_ray import Work, answers_on_ray
+
+                find(model)  # a name with a fault is told before a cluster is asked
+                work = Work(source, model, spec, place, **asking)
+                made = answers_on_ray(work, written.done, address=ray, workers=workers)
+            _write(made, written, count)
         written.finish()
         faults = sum("error" in row for row in written.rows())
     typer.echo(f"{count} rows in {target}" + (f", {faults} of them with an error" if faults else ""), err=True)
@@ -97,22 +126,27 @@ def _digest(source: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _answer(loaded: Any, source: Path, spec: str, written: Any, count: int, **options: Any) -> None:
-    """Ask what has no answer yet; progress with its rate and the time left goes to stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _here(loaded: Any, source: Path, spec: str, written: Any, **options: Any) -> Any:
+    """The answers of this process to what has none yet."""
     from foveate.batch.rows import rows_of
     from foveate.batch.work import answers
-    from foveate.cli.output import stderr
     from foveate.spec import parse_stages
 
     stages = () if spec == "none" else parse_stages(spec)
     left = (row for row in rows_of(source) if row.id not in written.done)
+    return answers(loaded, left, stages, folder=source.parent, **options)
+
+
+def _write(made: Any, written: Any, count: int) -> None:
+    """Write answers as they come; progress with its rate and the time left goes to stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from foveate.cli.output import stderr
+
     rate = TextColumn("{task.fields[rate]:.1f} rows/s")
     columns = (BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*columns, console=stderr(), refresh_per_second=2) as progress:
         task = progress.add_task("rows", total=count, completed=len(written.done), rate=0.0)
-        for made in answers(loaded, left, stages, folder=source.parent, **options):
-            written.add(made)
-            progress.advance(task, len(made))
+        for answers in made:
+            progress.advance(task, written.add(answers))
             progress.update(task, rate=progress.tasks[0].speed or 0.0)
