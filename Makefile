@@ -84,7 +84,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) hatchling
-	@$(PIP) --no-build-isolation --editable '.[dev,draw,train,serve]'
+	@$(PIP) --no-build-isolation --editable '.[dev,draw,train,api]'
 	@touch $@
 
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt

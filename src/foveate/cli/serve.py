@@ -47,6 +47,7 @@ def command(
     queue: Annotated[int | None, typer.Option(metavar="N", help="Requests that may wait; 64.")] = None,
     timeout: Annotated[float | None, typer.Option(metavar="S", help="Seconds for a request; 300.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from public https hosts.")] = False,
+    no_page: Annotated[bool, typer.Option("--no-page", help="The interface alone, without the page at /.")] = False,
     foveate_methods: Methods = None,
     clip: Clip = None,
     route: Route = None,
@@ -73,8 +74,11 @@ def command(
         spec = "none" if prune is None else prune[0]
         if engine is None:
             _check_unused(context.args, foveate_methods, route)
-            start = _with_transformers(model, spec, shared, limits, clip, device, dtype, trust_remote_code)
+            place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+            start = _with_transformers(model, spec, shared, limits, clip, place, page=not no_page)
         else:
+            if no_page:
+                raise UsageError("--no-page belongs to serving without an engine; vLLM has no page")
             more = _vllm_options(context.args, shared, limits, device, dtype, trust_remote_code)
             start = _with_vllm(model, spec, more, foveate_methods, clip, route)
     start()
@@ -94,12 +98,13 @@ def _with_transformers(
     shared: dict[str, Any],
     limits: dict[str, Any],
     clip: str | None,
-    device: str,
-    dtype: str,
-    trust: bool,
+    place: dict[str, Any],
+    *,
+    page: bool,
 ) -> Any:
     from foveate.cli.output import working
     from foveate.inference.loading import load
+    from foveate.page import mounting
     from foveate.serve.local.limits import Limits
     from foveate.serve.local.server import application, check_installed, serve
     from foveate.serve.specs import stages_of
@@ -111,8 +116,12 @@ def _with_transformers(
         raise UsageError(f"--port {port} is no port; choose one from 0 to 65535")
     stages_of(spec, of_request=False)  # a spec with a fault is told before weights are read
     with working(f"loading {model}"):
-        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust)
-    app = application(loaded, spec, limits=bounds, key=shared["api_key"], clip=clip)
+        loaded = load(model, **place)
+        app = application(loaded, spec, limits=bounds, key=shared["api_key"], clip=clip)
+        if page and mounting.is_installed():
+            mounting.mount(app, loaded, spec, shared["api_key"], clip)
+    if page and not mounting.is_installed():
+        typer.echo("no page at /, since gradio is not installed: install foveate[serve], or say --no-page", err=True)
     return lambda: serve(app, shared["host"] or HOST, port, bounds.timeout)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -25,7 +27,8 @@ class Gate:
 
     Args:
         paths: of the application, for the counts; others are counted as "other".
-        key: that clients send as `Authorization: Bearer KEY`; None asks for none.
+        key: that clients send as `Authorization: Bearer KEY`, people as the password that their browser asks for; None
+            asks for none.
     """
 
     def __init__(self, app: Any, limits: Limits, metrics: Metrics, paths: frozenset[str], key: str | None) -> None:
@@ -46,19 +49,20 @@ class Gate:
 
     async def _admit(self, scope: Message, receive: Receive, answer: _Answer) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.key is not None and scope["path"] not in OPEN:
-            sent = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(sent, f"Bearer {self.key}".encode()):
-                await answer.error(401, "this server asks for a key: Authorization: Bearer KEY")
-                return
+        closed = self.key is not None and scope["path"] not in OPEN
+        if closed and not hmac.compare_digest(_key_of(headers), str(self.key).encode()):
+            ask = {} if scope["path"] in self.paths else {"www-authenticate": 'Basic realm="the key as password"'}
+            await answer.error(401, "this server asks for a key: Authorization: Bearer KEY", ask)
+            return
         if scope["method"] != "POST":
             await self.app(scope, receive, answer)
             return
-        if self.in_hand > self.limits.queue:
+        answers = scope["path"] in self.paths  # what belongs to a page takes no turn of the model
+        if answers and self.in_hand > self.limits.queue:
             waiting = f"{self.in_hand - 1} requests wait, and the most is {self.limits.queue}; try again later"
             await answer.error(429, waiting, {"retry-after": "1"})
             return
-        self.in_hand += 1
+        self.in_hand += answers
         try:
             async with asyncio.timeout(self.limits.timeout):
                 body = await self._body(headers, receive, answer)
@@ -67,7 +71,7 @@ class Gate:
         except TimeoutError:
             await answer.error(504, f"no answer within {self.limits.timeout:g} s, the most that this server takes")
         finally:
-            self.in_hand -= 1
+            self.in_hand -= answers
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, answer: _Answer) -> bytes | None:
         """The whole body; None where it is too large, or its client has gone."""
@@ -112,6 +116,22 @@ class Gate:
             for task in (work, ear):
                 task.cancel()
             await asyncio.gather(work, ear, return_exceptions=True)
+
+
+def _key_of(headers: dict[bytes, bytes]) -> bytes:
+    """The key that a client sent: as a bearer, or, as browsers ask people for one, as the password of any name.
+
+    A browser adds the password to what pages of other hosts send as well; that is as good as none.
+    """
+    kind, _, sent = headers.get(b"authorization", b"").partition(b" ")
+    if kind.lower() == b"basic":
+        if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
+            return b""
+        try:
+            return base64.b64decode(sent, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return sent if kind == b"Bearer" else b""
 
 
 class _Answer:

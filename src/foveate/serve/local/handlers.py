@@ -19,7 +19,7 @@ from foveate.inference.loading import Loaded
 from foveate.prune import check_prunable
 from foveate.runtime.limits import check_room, room_behind
 from foveate.serve.local.bodies import CHAT, RESPONSES, SPEC, Interface, checked_fields, with_pictures
-from foveate.serve.local.jobs import CURRENT, Job
+from foveate.serve.local.jobs import CURRENT, WATCHER, Job
 from foveate.serve.local.limits import Limits
 from foveate.serve.local.metrics import Metrics
 from foveate.serve.local.pictures import read_picture
@@ -156,6 +156,10 @@ class _Told:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Answer one request; whatever is wrong with it raises FoveateError before anything runs."""
         taken, job = await asyncio.to_thread(self.desk.take, body, self.interface)
+        watcher = WATCHER.get()
+        if watcher is not None:
+            job.watched = True
+            watcher(job)
         CURRENT.set(job)
         try:
             answer = await super().handle_request(taken, request_id)  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,13 @@ from foveate import spec
 from foveate.core import Method
 
 if TYPE_CHECKING:
-    from foveate.trace import Trace
+    from foveate.trace import Call, Trace
 
 CURRENT: ContextVar[Job] = ContextVar("job")
 """The job whose request is being handled, for what is called in between by code that knows nothing of jobs."""
+
+WATCHER: ContextVar[Callable[[Job], None] | None] = ContextVar("watcher", default=None)
+"""Who in this process wants to see the job of the request that it sends, and what each stage did to its pictures."""
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Job:
     length: int = 0  # ... as the decoder saw it
     choosing: float = 0.0
     dropped: threading.Event = field(default_factory=threading.Event)
+    watched: bool = False
+    call: Call | None = None  # what each stage did, where that is watched
 
     @property
     def method(self) -> str:
@@ -52,6 +58,7 @@ class Job:
         if trace is None or not trace.history:
             return
         call = trace.latest
+        self.call = call if self.watched else None
         self.length, self.choosing = call.length, call.milliseconds
         self.before = sum(image.original for image in call.images)
         self.after = call.budget.equivalent_tokens * len(call.images)
