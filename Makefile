@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
-# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows, and those
-# of the plug-in for vLLM in .venv-vllm. .venv-newest is for a transformers that is newer than that of constraints.txt.
+# change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows. Those of
+# the page and of Ray run in .venv-serve, those of the plug-in for vLLM in .venv-vllm. .venv-newest is for a
+# transformers that is newer than that of constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +12,8 @@ NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/.installed
 TORCHVISION := .venv-torchvision
 TORCHVISION_STAMP := $(TORCHVISION)/.installed
+SERVE := .venv-serve
+SERVE_STAMP := $(SERVE)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 MACHINE := $(shell uname -s -m)
@@ -24,13 +27,16 @@ NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lowest newest newest-torchvision test-vllm lint look bench soak clean
+.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm lint look bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(STAMP) ## answer questions about a picture, unpruned and pruned; writes demo/kept.png
 	@HF_HUB_OFFLINE=1 $(BIN)/foveate demo --out demo
+
+serve: $(SERVE_STAMP) ## serve mini and its page at http://127.0.0.1:8000
+	@HF_HUB_OFFLINE=1 $(SERVE)/bin/python -m foveate serve mini --prune fopru:keep=0.25
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check
@@ -51,6 +57,10 @@ newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and
 
 test: lint lowest ## lint, the part for the lowest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+test-serve: $(SERVE_STAMP) ## the tests of the page, the schema and Ray, in an environment of its own
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+	  -W ignore @tests/serve.txt
 
 # vLLM for CPUs is built for one kind of machine; elsewhere what needs no vLLM is tested.
 ifeq ($(MACHINE),Linux x86_64)
@@ -73,7 +83,7 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(VLLM) demo look dist build
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(VLLM) demo look dist build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -106,6 +116,12 @@ $(TORCHVISION_STAMP): $(STAMP) constraints-newest.txt constraints-torchvision.tx
 	@echo "Installing the newest transformers, torch and torchvision into $(TORCHVISION) (several minutes)"
 	@$(call above,$(TORCHVISION),constraints-torchvision.txt)
 	@$(call above,$(TORCHVISION),constraints-newest.txt)
+	@touch $@
+
+# Gradio asks for an older Pillow than .venv has.
+$(SERVE_STAMP): $(STAMP) constraints-serve.txt
+	@echo "Installing the page and Ray into $(SERVE)"
+	@$(call above,$(SERVE),constraints-serve.txt)
 	@touch $@
 
 SITE := import site; print(site.getsitepackages()[0])

@@ -13,7 +13,7 @@ from pytest_socket import SocketConnectBlockedError
 
 ROOT = Path(__file__).parents[1]
 BY_PRODUCTS = {".git", "dist", "build", "demo", "runs", "__pycache__", ".hypothesis"} | {
-    f".venv{which}" for which in ("", "-lowest", "-newest", "-torchvision")
+    f".venv{which}" for which in ("", "-lowest", "-newest", "-torchvision", "-serve", "-vllm")
 }
 CATCH_ALLS = {"utils", "util", "helpers", "common", "misc"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500  # lines
