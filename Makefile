@@ -58,7 +58,7 @@ newest-torchvision: $(TORCHVISION_STAMP) ## the same beside the newest torch and
 test: lint lowest ## lint, the part for the lowest versions, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-test-serve: $(SERVE_STAMP) ## the tests of the page, the schema and Ray, in an environment of its own
+test-serve: $(SERVE_STAMP) ## the tests of the page and of Ray, in an environment of its own
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
 	  -W ignore @tests/serve.txt
 

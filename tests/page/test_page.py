@@ -128,7 +128,8 @@ def test_a_picture_of_ones_own(visit: Any, mini: Loaded, tmp_path: Path) -> None
     seen = visit()
     seen.page.locator("#picture button[aria-label='Remove Image']").click()
     seen.page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "own.png"))
-    seen.page.locator("#picture img").wait_for()
+    # A preview of the browser's own stands there until the file has arrived.
+    seen.page.wait_for_function("document.querySelector('#picture img')?.src.includes('/file=')")
     seen.ask()
     assert seen.answers() == [asked(mini, spec, picture)[0] for spec in (None, "fopru:keep=0.25")]
 

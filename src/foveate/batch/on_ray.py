@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -98,9 +99,13 @@ def answers_on_ray(
 def _connect(ray: Any, address: str) -> None:
     """Join the cluster, or start one; its dashboard and its workers' output stay out of the way."""
     try:
+        host, _, port = address.rpartition(":")
+        if host and "/" not in address and port.isdigit():
+            # Ray itself goes on asking for minutes.
+            socket.create_connection((host, int(port)), timeout=10).close()
         more = {"include_dashboard": False} if address == LOCAL else {}
         ray.init(address, log_to_driver=False, logging_level="error", **more)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise FoveateError(
             f"there is no Ray cluster at {address}: {short(str(error), 200)}; --ray local starts one here"
         ) from error
