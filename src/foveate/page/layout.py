@@ -29,7 +29,8 @@ def guarded(component: Any) -> Any:
     """A component whose files are those that came through this page: no other of the server, and none from elsewhere.
 
     Gradio checks that only for applications that it starts itself. The file arrives as its path, unread: who opens it
-    checks its size and kind first.
+    checks its size and kind first. Events may give such a component a value and no properties: for those Gradio would
+    make it anew, and this would be lost.
     """
     move = component.async_move_resource_to_block_cache
     folders = [Path(folder).resolve() for folder in (component.GRADIO_CACHE, upload_folder())]
@@ -116,7 +117,8 @@ class Page:
                 told = gradio.Markdown(elem_id="measured")
                 foretold = gradio.Markdown(elem_id="predicted")
                 look = _Look(state)
-        picture.upload(_check, picture, picture, api_visibility="private")
+        checked = picture.upload(_check, picture, api_visibility="private")
+        checked.failure(lambda: None, None, picture, api_visibility="private")
         given = [picture, question, method, share, device]
         runs = [
             event(self.answer, given, [whole, pruned, told, foretold, state, look.stage], api_visibility="private")
@@ -270,15 +272,15 @@ def _read(path: str) -> tuple[Any, bytes]:
     return load_image(path), Path(path).read_bytes()
 
 
-def _check(path: str | None) -> Any:
-    """Refuse a file that is no picture as soon as it has come, and take it off the page."""
+def _check(path: str | None) -> None:
+    """Refuse a file that is no picture as soon as it has come; who calls this takes it off the page then."""
     if path is not None:
         try:
             check_image(path)
         except FoveateError as error:
-            gradio.Warning(_of_file(error, path), duration=None, title="Not a picture")
-            return None
-    return gradio.skip()
+            raise gradio.Error(
+                _of_file(error, path), duration=None, title="Not a picture", print_exception=False
+            ) from error
 
 
 def _of_file(error: FoveateError, path: str) -> str:
