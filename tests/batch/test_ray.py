@@ -20,7 +20,7 @@ import psutil
 from models import tiny
 from PIL import Image
 
-os.environ["RAY_worker_niceness"] = "0"  # else a worker waits for whatever else runs on this machine
+os.environ |= {"RAY_worker_niceness": "0"}  # else a worker waits for whatever else runs on this machine
 
 SPEC = "fopru:keep=9"
 ROWS = 480
