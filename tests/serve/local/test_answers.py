@@ -82,6 +82,24 @@ def test_a_stream_ends_as_openai_ends_it(address: str, samples: list[Sample]) ->
         assert reply.read().endswith(b"\n\ndata: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_at_a_text(client: Any, mini: Loaded, samples: list[Sample], stream: bool) -> None:
+    sample = next(one for one in samples if len(one.answer.split()) > 2)
+    words = expected(mini, [sample], SPEC)[0].split()
+    for stop in (words[1], ["no such", words[1]]):
+        made = ask(client, sample, stop=stop, stream=stream)
+        text = (
+            "".join(one.choices[0].delta.content or "" for one in made) if stream else made.choices[0].message.content
+        )
+        assert text.split() == words[:2]
+
+
+def test_an_answer_next_to_no_temperature_is_the_likeliest(client: Any, samples: list[Sample]) -> None:
+    messages = asked(samples[0].question, samples[0].image)
+    cold = [client.chat.completions.create(model="mini", messages=messages, temperature=one) for one in (0, 1e-200)]
+    assert cold[0].choices[0].message.content == cold[1].choices[0].message.content
+
+
 def test_the_other_interface(client: Any, mini: Loaded, samples: list[Sample]) -> None:
     sample = samples[1]
     parts = asked(sample.question, sample.image)[0]["content"]
@@ -90,7 +108,7 @@ def test_the_other_interface(client: Any, mini: Loaded, samples: list[Sample]) -
         {"type": "input_text", "text": sample.question},
     ]
     for question in ([{"role": "user", "content": content}], content):
-        made = client.responses.create(model="mini", input=question, stream=False)
+        made = client.responses.create(model="mini", input=question)  # whole, unless it says otherwise
         assert made.output_text == expected(mini, [sample], SPEC)[0]
         assert made.usage.input_tokens == made.foveate["prompt_tokens_unpruned"] - 432
     *_, last = client.responses.create(model="mini", input=question, stream=True, extra_body={"foveate": "none"})

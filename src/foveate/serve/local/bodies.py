@@ -13,7 +13,7 @@ from foveate.serve.local.limits import Limits
 SPEC = "foveate"
 """The field of a request that says how its pictures are pruned; answers tell under it what that did."""
 
-_PASSED = ("model", "stream", "temperature", "top_p", "seed", "stop")
+_PASSED = ("model", "stream", "temperature", "top_p", "seed")
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "stream_options"}
 _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -22,8 +22,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, 0.0),
     "response_format": ({"type": "text"},),
 }
-_TEXT = ("text", "input_text", "output_text")
-_PICTURE = ("image_url", "input_image")
+TEXTS = ("text", "input_text", "output_text")
+PICTURES = ("image_url", "input_image")
+ROLES = ("system", "developer", "user", "assistant")
+COLDEST = 1e-3
+"""Below this temperature the likeliest token is taken, as at 0: scores divided by it leave the range of numbers."""
+STOPS = 16
+"""Texts that end an answer, at most."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Interface:
     more: tuple[str, ...] = ()
 
 
-CHAT = Interface("messages", ("max_completion_tokens", "max_tokens"))
+CHAT = Interface("messages", ("max_completion_tokens", "max_tokens"), more=("stop",))
 RESPONSES = Interface("input", ("max_output_tokens",), more=("instructions",))
 
 
@@ -54,6 +59,8 @@ def checked_fields(body: dict[str, Any], interface: Interface, limits: Limits) -
             raise FoveateError(f"there is no field {short(repr(name))} here; {did_you_mean(name, sorted(known))}")
     taken = {name: value for name, value in body.items() if name in known and value is not None}
     _check_numbers(taken)
+    if "temperature" in taken and taken["temperature"] < COLDEST:
+        taken["temperature"] = 0
     _check_longest(taken, interface, limits)
     if interface.content not in taken:
         raise FoveateError(f"a request needs {interface.content!r}: what is asked")
@@ -72,8 +79,8 @@ def _check_numbers(taken: dict[str, Any]) -> None:
         raise FoveateError(f"stream={short(repr(taken['stream']))} is neither true nor false")
     stop = taken.get("stop", [])
     texts = [stop] if isinstance(stop, str) else stop
-    if not (isinstance(texts, list) and len(texts) <= 16 and all(isinstance(one, str) and one for one in texts)):
-        raise FoveateError("stop is no text and no list of at most 16 texts")
+    if not (isinstance(texts, list) and len(texts) <= STOPS and all(isinstance(one, str) and one for one in texts)):
+        raise FoveateError(f"stop is no text and no list of at most {STOPS} texts")
     model = taken.get("model", "")
     if not isinstance(model, str):
         raise FoveateError(f"model={short(repr(model))} is no text")
@@ -122,12 +129,9 @@ def with_pictures(
 def _pictures(value: Any) -> Iterator[Any]:
     for one in value if isinstance(value, list) else ():
         if isinstance(one, dict):
-            if one.get("type") in _PICTURE:
+            if one.get("type") in PICTURES:
                 yield one
             yield from _pictures(one.get("content"))
-
-
-_ROLES = ("system", "developer", "user", "assistant")
 
 
 def _message(one: Any, where: str, read: Any, check: Any) -> dict[str, Any]:
@@ -136,8 +140,8 @@ def _message(one: Any, where: str, read: Any, check: Any) -> dict[str, Any]:
     if "role" not in one and where.startswith(f"{RESPONSES.content}["):  # a part of the one message that `input` is
         return _part(one, where, read, check)
     role = one.get("role")
-    if role not in _ROLES:
-        raise FoveateError(f"{where}: role={short(repr(role))} is not served; choices: {', '.join(_ROLES)}")
+    if role not in ROLES:
+        raise FoveateError(f"{where}: role={short(repr(role))} is not served; choices: {', '.join(ROLES)}")
     content = one.get("content")
     if isinstance(content, str):
         check(content, f"{where}.content")
@@ -153,12 +157,12 @@ def _part(part: Any, where: str, read: Any, check: Any) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise FoveateError(f"{where} is no object")
     kind = part.get("type")
-    if kind in _TEXT:
+    if kind in TEXTS:
         if not isinstance(part.get("text"), str):
             raise FoveateError(f"{where}.text is no text")
         check(part["text"], f"{where}.text")
         return part
-    if kind in _PICTURE:
+    if kind in PICTURES:
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
         if not isinstance(url, str):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
     GenerateManager,
@@ -45,6 +46,24 @@ class Clock:
         """Nothing yet: whoever waits for the end reads what the job says, and that is known once the handle is done."""
 
 
+class Ends(StoppingCriteria):
+    """An answer ends once it holds one of some texts.
+
+    Args:
+        texts: one, or several.
+        length: of the prompt.
+    """
+
+    def __init__(self, processor: Any, texts: str | list[str], length: int) -> None:
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.texts, self.length = [texts] if isinstance(texts, str) else texts, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Whether each answer is done (1,)."""
+        text = self.tokenizer.decode(input_ids[0, self.length :], skip_special_tokens=True)
+        return torch.tensor([any(one in text for one in self.texts)], device=input_ids.device)
+
+
 class Pruned:
     """A model as serving sees it, whose `generate` runs inside a handle of one job."""
 
@@ -62,6 +81,7 @@ class Pruned:
         job.begun = time.perf_counter()
         streamer = options.get("streamer")
         options["streamer"] = Clock(job, streamer)
+        self._end_at_texts(options)
         if job.seed is not None:
             torch.manual_seed(job.seed)
         stages = job.stages
@@ -80,6 +100,16 @@ class Pruned:
         if streamer is not None:
             streamer.end()
         return output
+
+    def _end_at_texts(self, options: dict[str, Any]) -> None:
+        """Look for the texts that end an answer ourselves: transformers' way knows no tokenizer of whole words."""
+        options.pop("tokenizer", None)
+        config: Any = options.get("generation_config")
+        texts = getattr(config, "stop_strings", None)
+        if texts:
+            config.stop_strings = None
+            length = options["input_ids"].shape[1]
+            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), Ends(self._processor, texts, length)]
 
 
 class Manager(GenerateManager):

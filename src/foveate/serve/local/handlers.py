@@ -70,6 +70,7 @@ class Desk:
         """
         taken = checked_fields(body, interface, self.limits)
         name = taken.setdefault("model", self.loaded.name)
+        taken.setdefault("stream", False)  # of responses transformers would stream one that does not say
         if name != self.loaded.name:
             raise FoveateError(f"there is no model {short(repr(name))} here; {self.loaded.name} is the one")
         asked = [taken.pop(name) for name in interface.longest if name in taken]

@@ -41,6 +41,7 @@ def application(
     from foveate.serve.local.generation import Manager, State
     from foveate.serve.local.handlers import Chat, Desk, OneModel, Responses
     from foveate.serve.local.metrics import Metrics
+    from foveate.serve.local.schema import with_bodies
 
     limits = limits or Limits()
     metrics = Metrics()
@@ -62,6 +63,7 @@ def application(
 
     figures = lambda: Response(metrics.text(), media_type="text/plain; version=0.0.4")  # noqa: E731
     app.add_api_route("/metrics", figures, response_model=None)
+    app.openapi_schema = with_bodies(app.openapi(), limits)
     return Gate(app, limits, metrics, frozenset((*KEPT, "/metrics")), key)
 
 
