@@ -25,6 +25,7 @@ from foveate.cli import (
     run,
     serve,
     train,
+    tune,
 )
 from foveate.cli.errors import FAILURE, INTERRUPTED, USAGE, one_line
 from foveate.core import FoveateError, UsageError
@@ -47,6 +48,7 @@ _COMMANDS = {
     "cost": cost,
     "bench": bench,
     "report": report,
+    "tune": tune,
     "analyze": analyze,
     "check": check,
     "demo": demo,

@@ -65,10 +65,11 @@ def about(name: str) -> tuple[str, dict[str, str]]:
     return body.strip(), arguments
 
 
-def at(name: str, keep: Keep, original: int, weights: str | None = None) -> Method:
+def at(name: str, keep: Keep | tuple[Keep, ...], original: int, weights: str | None = None) -> Method:
     """A method with its defaults that keeps `keep` of `original` tokens at each of its stages.
 
     Args:
+        keep: for all stages, or for each.
         weights: where a trained method has its weights from, as `from=` of a spec says it.
 
     Raises:
@@ -81,7 +82,7 @@ def at(name: str, keep: Keep, original: int, weights: str | None = None) -> Meth
     if not any(field.name == "keep" for field in dataclasses.fields(kind)):
         raise FoveateError(f"{name} has no budget to set")
     stages = getattr(example, "keep", None)
-    wanted: Any = (keep,) * len(stages) if isinstance(stages, tuple) else keep
+    wanted: Any = (keep,) * len(stages) if isinstance(stages, tuple) and not isinstance(keep, tuple) else keep
     made: Method = kind(keep=wanted) if weights is None else kind.from_pretrained(weights, keep=wanted)
     for part in made.parts():
         part.count(original)

@@ -72,16 +72,8 @@ def rows(
         lines: what `answer_folder` returned.
         batch: the size of its batches.
     """
-    answers: dict[str, dict[str, list[Scored]]] = defaultdict(lambda: defaultdict(list))
-    for rival, ask, said in each(lines, folder, batch):
-        asked = ask.question
-        right = score(asked.kind, said, asked.answers, asked.options)
-        one = Scored(asked.id, asked.image, asked.group, said, asked.answers[0], right)
-        answers[rival][asked.kind].append(one)
-    single = {
-        rival: {question: value for kind, ones in kinds.items() for question, value in scores(kind, ones).items()}
-        for rival, kinds in answers.items()
-    }
+    answers = scored(lines, folder, batch)
+    single = {rival: by_question(kinds) for rival, kinds in answers.items()}
     found = []
     for rival, kinds in answers.items():
         values = [*single[rival].values()]
@@ -92,7 +84,7 @@ def rows(
                 "accuracy": statistics.fmean(values),
                 "interval": list(bootstrap(values)),
                 "questions": len(values),
-                **_cost([line for line in lines if line.rival == rival]),
+                **cost([line for line in lines if line.rival == rival]),
                 "measures": {kind: measures(kind, ones) for kind, ones in kinds.items()},
                 "against": {
                     other: dataclasses.asdict(difference(values, [*single[other].values()]))
@@ -104,7 +96,23 @@ def rows(
     return found
 
 
-def _cost(lines: Sequence[Answered]) -> dict[str, Any]:
+def by_question(kinds: Mapping[str, Sequence[Scored]]) -> dict[str, float]:
+    """The score of each question by its id, of a rival's answers by type of question."""
+    return {question: value for kind, ones in kinds.items() for question, value in scores(kind, ones).items()}
+
+
+def scored(lines: Sequence[Answered], folder: Folder, batch: int) -> dict[str, dict[str, list[Scored]]]:
+    """The answers of each rival by type of question, each with what it is worth."""
+    answers: dict[str, dict[str, list[Scored]]] = defaultdict(lambda: defaultdict(list))
+    for rival, ask, said in each(lines, folder, batch):
+        asked = ask.question
+        right = score(asked.kind, said, asked.answers, asked.options)
+        one = Scored(asked.id, asked.image, asked.group, said, asked.answers[0], right)
+        answers[rival][asked.kind].append(one)
+    return answers
+
+
+def cost(lines: Sequence[Answered]) -> dict[str, Any]:
     """Tokens, and shares of what the unpruned prompts cost."""
     flops = [sum(line.flops[place] for line in lines) for place in (0, 1)]
     held = [sum(line.bytes[place] for line in lines) for place in (0, 1)]

@@ -1,0 +1,204 @@
+"""`foveate tune`: the fewest tokens within a wanted drop, and a file that `--prune @FILE` takes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foveate.core import UsageError, usage
+from foveate.inference.loading import Clip, Device, Dtype, Trust
+
+if TYPE_CHECKING:
+    from foveate.evaluate.tuning import Search
+    from foveate.report.tables import Column
+
+RUN = ".run"
+"""Behind the name of the file stands the folder in which answers about a folder are written down."""
+
+
+def command(
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--task", "--tasks", metavar="TASK", help="scenes, or a folder with questions.jsonl.")
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option(metavar="POINTS", help="What may be lost of the unpruned model's score, of 100.")
+    ] = 1.0,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="What a spec may cost of the unpruned prefill's FLOPs.", show_default="any"),
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Try this one and smaller budgets of it; repeat it for more.",
+            show_default="every method that runs",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="F.json", help="The file for --prune @F.json.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Questions of a search; as many fresh ones confirm.",
+            show_default="400, of a folder two thirds of all",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="B", help="Questions answered at once.")] = 16,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of scenes, or of a folder's order.")] = 0,
+    clip: Clip = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search about a folder.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Longest answer about a folder, in tokens.", show_default="32")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Find the method, budget and stages with the fewest tokens that lose no more than --max-drop."""
+    from foveate.cli.evaluate import folder_of
+
+    place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    given = {"batch": batch, "seed": seed, "clip": clip}
+    with usage():
+        from foveate.cli.output import stderr
+        from foveate.evaluate import scenes_task
+        from foveate.evaluate.candidates import joined
+        from foveate.evaluate.tuning import Search
+
+        _check(model, tasks, out, max_drop, max_cost)
+        folder = folder_of([str(tasks)])
+        of_folders = {"resume": resume or None, "max-new-tokens": max_new_tokens}
+        task = _task(str(tasks), folder, of_folders, samples)
+        scenes_task.check(samples=samples or 1, batch=batch, seed=seed)
+        named = joined(scenes_task.parse_rivals(prune or []))
+        run = None if folder is None else _run_folder(Path(str(out)), resume)
+    given |= {"max_new_tokens": max_new_tokens or 32, "resume": resume}
+    ask, tried = _asker(str(model), task, named, given, place, samples or 400, run)
+    search = Search(ask, max_drop / 100, max_cost, told=lambda text: stderr().print(text, markup=False))
+    search.run(tried)
+    _finish(search, Path(str(out)), {"model": model, "task": tasks, "max_drop": max_drop, "max_cost": max_cost})
+
+
+def _check(model: str | None, tasks: str | None, out: Path | None, drop: float, cost: float | None) -> None:
+    from foveate.core import FoveateError
+    from foveate.paths import file_target
+
+    for option, value in (("--model", model), ("--task", tasks), ("--out", out)):
+        if value is None:
+            raise UsageError(f"Missing option '{option}'")
+    if not 0 <= drop < 100:
+        raise FoveateError(f"--max-drop {drop:g} is no number of points from 0 to 100")
+    if cost is not None and not 0 < cost <= 1:
+        raise FoveateError(f"--max-cost {cost:g} is no share of the unpruned prefill above 0 and up to 1")
+    file_target(str(out), (".json",))
+
+
+def _task(tasks: str, folder: Path | None, of_folders: dict[str, Any], samples: int | None) -> Any:
+    """The questions of a folder, or None for scenes."""
+    from foveate.evaluate import local_task, task_names
+    from foveate.evaluate.askers import check_folder
+    from foveate.evaluate.tuning import sizes
+
+    if folder is not None:
+        found = local_task.read(folder, samples)
+        check_folder(found)
+        return found
+    task_names([tasks])
+    for name, value in of_folders.items():
+        if value is not None:
+            raise UsageError(f"--{name} is of a folder of questions; --task names one")
+    sizes(400 if samples is None else samples)
+    return None
+
+
+def _run_folder(out: Path, resume: bool) -> Path:
+    from foveate.core import FoveateError
+
+    run = out.with_name(out.name + RUN)
+    if run.exists() and not resume:
+        raise FoveateError(f"{run} holds a search already; go on with it by --resume, or give another --out")
+    if resume and not run.exists():
+        raise FoveateError(f"{run} holds no search to go on with; start it without --resume")
+    return run
+
+
+def _asker(
+    model: str,
+    task: Any,
+    named: dict[str, Any],
+    given: dict[str, Any],
+    place: dict[str, Any],
+    samples: int,
+    run: Path | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Who asks the model, and the candidates by spec.
+
+    Args:
+        task: the questions of a folder, or None for scenes.
+        named: candidates that the user names; none for all that run.
+        run: where answers about a folder are written down.
+    """
+    from foveate.cli.output import working
+    from foveate.evaluate.askers import OfFolder, OfScenes
+    from foveate.evaluate.candidates import candidates
+    from foveate.evaluate.folder_run import sizes_of
+    from foveate.inference.loading import load
+    from foveate.scenes.generator import SIZE
+
+    with working(f"loading {model}"):
+        loaded = load(model, **place)
+    sizes = [(SIZE, SIZE)] if task is None else sizes_of(task)
+    tried = named or candidates(loaded.model, loaded.processor, model, sizes, given["clip"])
+    if run is None:
+        return OfScenes(loaded, samples, **{name: given[name] for name in ("batch", "seed", "clip")}), tried
+    run.mkdir(parents=True, exist_ok=True)
+    return OfFolder(loaded, task, model, run, **given), tried
+
+
+def _finish(search: Search, out: Path, asked: dict[str, Any]) -> None:
+    """Print what is worth its tokens, and write the spec with its evidence.
+
+    Raises:
+        FoveateError: nothing holds what was wanted; the nearest is named.
+    """
+    from foveate.cli.output import show, stderr
+    from foveate.core import FoveateError
+    from foveate.runs import write_json
+
+    rows = search.rows()
+    shown = [row for row in rows if row["front"] or row["fresh"] is not None]
+    show(columns(), shown, title=f"{asked['model']}: within {asked['max_drop']:g} points of unpruned")
+    if search.found is None:
+        best = max(rows, key=lambda row: (row["fresh"] or row["drop"])["mean"])
+        lost = (best["fresh"] or best["drop"])["mean"]
+        raise FoveateError(
+            f"no spec that was tried holds within {asked['max_drop']:g} points on fresh questions; the nearest is "
+            f"{best['spec']} at {100 * lost:+.1f}; give a larger --max-drop"
+        )
+    command = shlex.join(["foveate", *sys.argv[1:]])
+    write_json(out, {"prune": search.found, "command": command, **asked, "rows": shown})
+    stderr().print(f"{search.found}; --prune @{out} takes it", highlight=False, markup=False)
+
+
+def columns() -> list[Column]:
+    """The columns of the table."""
+    from foveate.report.tables import Column
+
+    def points(found: Any) -> str:
+        low, high = found["interval"]
+        return f"{100 * found['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}, p {found['p']:.2g})"
+
+    return [
+        Column("spec", "spec", left=True),
+        Column("equivalent_tokens", "equivalent", lambda value: f"{value:.4g}"),
+        Column("prefill_flops_share", "prefill FLOPs", lambda value: f"{value:.0%}"),
+        Column("questions", "questions"),
+        Column("drop", "from unpruned", points),
+        Column("fresh", "on fresh ones", points),
+    ]
