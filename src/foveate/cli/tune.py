@@ -20,42 +20,50 @@ RUN = ".run"
 """Behind the name of the file stands the folder in which answers about a folder are written down."""
 
 
+Model = Annotated[str | None, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")]
+Task = Annotated[
+    str | None, typer.Option("--task", "--tasks", metavar="TASK", help="scenes, or a folder with questions.jsonl.")
+]
+Drop = Annotated[float, typer.Option(metavar="POINTS", help="What may be lost of the unpruned model's score, of 100.")]
+Cost = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="What a spec may cost of the unpruned prefill's FLOPs.", show_default="any"),
+]
+Prune = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Try this one and smaller budgets of it; repeat it for more.",
+        show_default="every method that runs",
+    ),
+]
+Out = Annotated[Path | None, typer.Option(metavar="F.json", help="The file for --prune @F.json.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Questions of a search; of scenes as many fresh ones confirm.",
+        show_default="400, of a folder all, a third of them fresh",
+    ),
+]
+Longest = Annotated[
+    int | None, typer.Option(metavar="N", help="Longest answer about a folder, in tokens.", show_default="32")
+]
+
+
 def command(
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--task", "--tasks", metavar="TASK", help="scenes, or a folder with questions.jsonl.")
-    ] = None,
-    max_drop: Annotated[
-        float, typer.Option(metavar="POINTS", help="What may be lost of the unpruned model's score, of 100.")
-    ] = 1.0,
-    max_cost: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="What a spec may cost of the unpruned prefill's FLOPs.", show_default="any"),
-    ] = None,
-    prune: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Try this one and smaller budgets of it; repeat it for more.",
-            show_default="every method that runs",
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="F.json", help="The file for --prune @F.json.")] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Questions of a search; as many fresh ones confirm.",
-            show_default="400, of a folder two thirds of all",
-        ),
-    ] = None,
+    model: Model = None,
+    tasks: Task = None,
+    max_drop: Drop = 1.0,
+    max_cost: Cost = None,
+    prune: Prune = None,
+    out: Out = None,
+    samples: Samples = None,
     batch: Annotated[int, typer.Option(metavar="B", help="Questions answered at once.")] = 16,
     seed: Annotated[int, typer.Option(metavar="N", help="Of scenes, or of a folder's order.")] = 0,
     clip: Clip = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a search about a folder.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Longest answer about a folder, in tokens.", show_default="32")
-    ] = None,
+    max_new_tokens: Longest = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
@@ -149,6 +157,7 @@ def _asker(
     from foveate.evaluate.candidates import candidates
     from foveate.evaluate.folder_run import sizes_of
     from foveate.inference.loading import load
+    from foveate.runs import make_folder
     from foveate.scenes.generator import SIZE
 
     with working(f"loading {model}"):
@@ -157,7 +166,7 @@ def _asker(
     tried = named or candidates(loaded.model, loaded.processor, model, sizes, given["clip"])
     if run is None:
         return OfScenes(loaded, samples, **{name: given[name] for name in ("batch", "seed", "clip")}), tried
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     return OfFolder(loaded, task, model, run, **given), tried
 
 
