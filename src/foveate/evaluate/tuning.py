@@ -88,7 +88,7 @@ class Search:
         self.all |= {spec: Standing(stages) for spec, stages in candidates.items()}
         self.alive = [*candidates]
         for number in range(ROUNDS):
-            self.told(f"round {number + 1} of {ROUNDS}: {len(self.alive)} candidates")
+            self.told(f"round {number + 1} of {ROUNDS}, candidates: {len(self.alive)}")
             self._take_part([NONE, *self.alive], number)
             self.alive = self._best()
             if number < ROUNDS - 1:
@@ -144,7 +144,7 @@ class Search:
                     below[format_spec(stages)] = stages
         self.all |= {spec: Standing(stages) for spec, stages in below.items()}
         if below:
-            self.told(f"{len(below)} smaller budgets")
+            self.told(f"smaller budgets: {len(below)}")
             for before in range(number + 1):
                 self._take_part([*below], before)
         self.alive += below
@@ -155,7 +155,7 @@ class Search:
         finalists = sorted(inside, key=lambda spec: (self.all[spec].tokens, spec))[:FINALISTS]
         if not finalists:
             return
-        self.told(f"{len(finalists)} finalists answer fresh questions")
+        self.told(f"fresh questions, finalists: {len(finalists)}")
         reached = self.ask({spec: self.all[spec].stages for spec in [NONE, *finalists]}, ROUNDS)
         for spec in finalists:
             self.all[spec].fresh = found = difference(reached[spec].scores, reached[NONE].scores)
