@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli import train_crossget, train_dynamicvit, train_lvpruning
+from foveate.cli import train_crossget, train_dynamicvit, train_finetune, train_lvpruning
 from foveate.cli.errors import in_options
 from foveate.core import usage
 
 app = typer.Typer(
-    help="Train the shipped model, or the modules of a learned method.", rich_markup_mode=None, no_args_is_help=False
+    help="Train the shipped model, the modules of a learned method, or a model that is pruned meanwhile.",
+    rich_markup_mode=None,
+    no_args_is_help=False,
 )
 
 
@@ -78,6 +80,7 @@ def mini(
 app.command("lvpruning")(train_lvpruning.command)
 app.command("dynamicvit")(train_dynamicvit.command)
 app.command("crossget")(train_crossget.command)
+app.command("finetune")(train_finetune.command)
 
 
 def _figure(value: Any) -> str:

@@ -142,8 +142,13 @@ class Family:
         """Encoded tokens (K, E) to decoder tokens (K, D), where the projector maps each by itself."""
         if self.norm is not None:
             encoded = _at(model.base_model, self.norm)(encoded)
-        projected: Tensor = _at(model.base_model, self.projector)(encoded[None])[0]
+        projected: Tensor = self.projector_of(model)(encoded[None])[0]
         return projected
+
+    def projector_of(self, model: Any) -> nn.Module:
+        """The module between encoder and decoder."""
+        found: nn.Module = _at(model.base_model, self.projector)
+        return found
 
     def read_block(self, model: Any) -> int:
         """0-based number of the encoder block whose output the projector reads.

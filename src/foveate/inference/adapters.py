@@ -32,7 +32,7 @@ def write(model: Any, folder: Given, *, spec: str, name: str) -> None:
     """
     base = model.get_base_model()
     with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(temporary, save_embedding_layers=False)
         for left in [*temporary.iterdir()]:
             if left.name not in (ADAPTER, WEIGHTS):
                 left.unlink()

@@ -143,11 +143,11 @@ def train(
     """
     base, out = recipe.base, checked(out)
     recipe.check()
-    arguments = _arguments(recipe.settings, out, base.device)
+    arguments = training_arguments(recipe.settings, out, base.device)
     first = arguments.process_index == 0
     if first:
         check_run(out, resume)
-    _divide(recipe, arguments, rows, tell if first and tell else lambda said: None)
+    divide(recipe, arguments, rows, tell if first and tell else lambda said: None)
     before = checkpoints.fingerprint(base)
     identity = _identity(recipe.settings, before, base, rows, arguments.world_size)
     modules = recipe.build()
@@ -175,7 +175,7 @@ def _run(trainer: _Trainer, out: Path, resume: bool, max_seconds: float | None, 
     if checkpoint is not None:
         trainer.go_on(checkpoint)
     trainer.remove_callback(PrinterCallback)
-    for callback in _callbacks(out, max_seconds, report, trainer.figures):
+    for callback in callbacks(out, max_seconds, report, trainer.figures):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -186,7 +186,8 @@ def _identity(settings: Settings, model: str, base: Any, rows: Rows, processes: 
     return {**kept, "model": model, "dtype": str(base.dtype), "data": rows.fingerprint(), "processes": processes}
 
 
-def _arguments(settings: Settings, out: Path, device: torch.device) -> TrainingArguments:
+def training_arguments(settings: Settings, out: Path, device: torch.device) -> TrainingArguments:
+    """What the Trainer is told, but for how a step is divided."""
     options: dict[str, Any] = {"use_cpu": True} if device.type == "cpu" else {}
     if options and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         options["ddp_backend"] = "gloo"
@@ -213,7 +214,7 @@ def _arguments(settings: Settings, out: Path, device: torch.device) -> TrainingA
     )
 
 
-def _divide(recipe: Recipe, arguments: TrainingArguments, rows: Rows, tell: Callable[[str], None]) -> None:
+def divide(recipe: Recipe, arguments: TrainingArguments, rows: Rows, tell: Callable[[str], None]) -> None:
     """Give the recipe and the arguments how a step is divided."""
     settings = recipe.settings
     steps = len(rows) // settings.batch * settings.epochs
@@ -297,7 +298,8 @@ class _Trainer(Trainer):
         return means
 
 
-def _callbacks(out: Path, max_seconds: float | None, report: Report | None, figures: Figures) -> list[TrainerCallback]:
+def callbacks(out: Path, max_seconds: float | None, report: Report | None, figures: Figures) -> list[TrainerCallback]:
+    """What writes the figures down, hands them on, and stops when the time is over."""
     from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
     found: list[TrainerCallback] = []

@@ -1,0 +1,78 @@
+"""`foveate train finetune`: tune a model's decoder and projector by adapters while its visual tokens are pruned."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from foveate.cli.errors import in_options
+from foveate.cli.train_learned import (
+    SCENES,
+    Batch,
+    Data,
+    Epochs,
+    Images,
+    LogSteps,
+    MaxSeconds,
+    Micro,
+    Mix,
+    Model,
+    Pool,
+    Rate,
+    Resume,
+    SaveSteps,
+    Seed,
+    Steps,
+    run,
+)
+from foveate.cli.train_lvpruning import Checkpointing
+from foveate.inference.loading import Device, Dtype, Trust
+
+MINI = {"rate": 1e-3, "batch": 16, "micro": 16, "steps": 1500, "dropout": 0.0, "bf16": False}
+
+Out = Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the run; the adapter ends in adapter/ in it.")]
+Prune = Annotated[str, typer.Option(metavar="SPEC", help="How tokens are pruned meanwhile, and then.")]
+Rank = Annotated[int, typer.Option(metavar="R", help="Of the adapters.")]
+Alpha = Annotated[float, typer.Option(metavar="A", help="What adapters add is scaled by A / R.")]
+Dropout = Annotated[float | None, typer.Option(metavar="P", help="Of what adapters read; 0.05, and 0 for mini.")]
+Half = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; not for mini.")]
+
+
+def command(
+    out: Out,
+    prune: Prune,
+    model: Model = "mini",
+    data: Data = SCENES,
+    images: Images = None,
+    rate: Rate = None,
+    batch: Batch = None,
+    micro: Micro = None,
+    epochs: Epochs = 1,
+    steps: Steps = None,
+    rank: Rank = 128,
+    alpha: Alpha = 256.0,
+    dropout: Dropout = None,
+    mix: Mix = None,
+    checkpointing: Checkpointing = None,
+    bf16: Half = None,
+    pool: Pool = 4096,
+    save_steps: SaveSteps = 500,
+    log_steps: LogSteps = 10,
+    max_seconds: MaxSeconds = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Tune a model while its tokens are pruned, and print the folder of the adapter; its own weights stay.
+
+    foveate eval --adapter FOLDER --prune SPEC asks the tuned model.
+    """
+    given = dict(locals())  # every option by its name
+    own = MINI if model == "mini" and data == SCENES else {}
+    from foveate.train import finetune
+
+    with in_options(command):
+        run(given, own, finetune.Settings, lambda loaded, settings: None, finetune.finetune, pixels=True)
