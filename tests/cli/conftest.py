@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,4 +41,30 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
     Image.effect_noise((48, 48), 90).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny model, tuned under fopru:keep=9."""
+    from peft import LoraConfig
+
+    from foveate.inference import adapters
+    from foveate.inference.loading import load
+
+    shape = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    path = tmp_path_factory.mktemp("tuned") / "adapter"
+    model = adapters.with_adapters(load(str(folder), device="cpu").model, shape)
+    adapters.write(model, path, spec="fopru:keep=9", name="tiny")
+    return path
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A folder with one question."""
+    path = tmp_path / "task"
+    path.mkdir()
+    Image.effect_noise((48, 48), 90).convert("RGB").save(path / "1.png")
+    line = {"image": "1.png", "question": "w10 w11", "answers": ["w12"], "type": "exact"}
+    (path / "questions.jsonl").write_text(json.dumps(line) + "\n")
     return path

@@ -237,3 +237,41 @@ def test_options_of_a_folder_are_refused_with_scenes(call: Any) -> None:
     assert "--out is of a folder of questions" in result.err
     result = call("eval", "--model", "no", "--tasks", "no/pope")
     assert "A folder with questions.jsonl is a task too, and there is none of this name" in " ".join(result.err.split())
+
+
+def test_a_tuned_model_is_asked_under_its_spec(
+    call: Any, evaluate: Any, adapter: Path, task: Path, tmp_path: Path
+) -> None:
+    """Refused under another before a model is loaded, unless the user says so; the rows say which model they are of."""
+    sizes = ("--samples", 2, "--prune", "fopru:keep=9")
+    plain, tuned = tmp_path / "plain.json", tmp_path / "tuned.json"
+    for file, options in ((plain, ()), (tuned, ("--adapter", adapter))):
+        result = evaluate(*sizes, *options, "--json", file)
+        assert (result.code, result.err) == (0, "")
+    assert json.loads(tuned.read_text())["adapter"] == str(adapter) and "adapter" not in json.loads(plain.read_text())
+    refused = call("eval", "--append", plain, "--adapter", adapter, "--prune", "fopru:keep=9")
+    assert refused.code == 2 and f"was measured with adapter=None, not {str(adapter)!r}" in refused.err
+    other = ("--model", "nowhere", "--adapter", adapter, "--prune", "none", "--prune", "fopru:keep=4")
+    for tasks in (("scenes",), (task, "--out", tmp_path / "run")):
+        refused = call("eval", *other, "--tasks", *tasks)
+        assert refused.code == 2 and "was tuned under fopru:keep=9, not fopru:keep=4" in refused.err
+        assert "(--any-spec)" in refused.err
+    added = call("eval", "--append", tuned, "--any-spec", "--prune", "fopru:keep=4", "--device", "cpu", "--timed", 0)
+    assert (added.code, added.err) == (0, "")
+    assert [row["method"] for row in json.loads(tuned.read_text())["rows"]][1:] == ["fopru:keep=9", "fopru:keep=4"]
+    for wrong, said in (("--any-spec",), "none was given (--adapter)"), (("--adapter", tmp_path), "no foveate.json"):
+        refused = evaluate(*wrong)
+        assert refused.code == 2 and said in refused.err
+
+
+def test_a_tuned_model_answers_a_folder(call: Any, folder: Path, adapter: Path, task: Path, tmp_path: Path) -> None:
+    """Baselines are other specs: they are named with the reason."""
+    out = tmp_path / "run"
+    given = ("--model", folder, "--device", "cpu", "--timed", 0, "--max-new-tokens", 2, "--tasks", task, "--out", out)
+    result = call("eval", *given, "--adapter", adapter, "--prune", "fopru:keep=9")
+    assert result.code == 0 and "random:keep=9: - (the model's adapter was tuned under fopru:keep=9" in result.err
+    rows = json.loads((out / "rows.json").read_text())
+    assert rows["model"] == f"{folder} with {adapter}"
+    assert [row["method"] for row in rows["rows"]] == ["none", "fopru:keep=9"]
+    again = call("eval", *given, "--prune", "fopru:keep=9", "--resume")
+    assert again.code != 0 and "was begun with" in again.err

@@ -209,3 +209,12 @@ def test_mini_answers(call: Any, tmp_path: Path) -> None:
     report = json.loads(call("run", "mini", tmp_path / "scene.png", asked.text, "--prune", "fopru", "--json").out)
     assert report["answer"].split()[0] == asked.answer
     assert report["tokens"] == {"before": 576, "stages": [144], "after": 144}
+
+
+def test_a_tuned_model_answers_under_its_spec(ask: Any, folder: Path, adapter: Path) -> None:
+    asked = ask("--adapter", adapter, "--prune", "fopru:keep=9", "--json")
+    assert asked.code == 0 and json.loads(asked.out)["model"] == f"{folder} with {adapter}"
+    refused = ask("--adapter", adapter, "--prune", "fopru:keep=4")
+    assert refused.code == 2 and "was tuned under fopru:keep=9, not fopru:keep=4" in refused.err
+    assert ask("--adapter", adapter, "--prune", "fopru:keep=4", "--any-spec").code == 0
+    assert ask("--adapter", adapter).code == 0, "it may run unpruned"

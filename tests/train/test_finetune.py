@@ -18,7 +18,7 @@ from foveate.prune import prune
 from foveate.train.finetune import Settings, finetune, targets
 from foveate.train.scene_questions import SceneQuestions
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
+pytestmark = pytest.mark.slow
 SPEC = "fopru:keep=16"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
 
 Every = Annotated[
     str | None,
@@ -64,6 +64,8 @@ Pictures = Annotated[
 
 def command(
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="mini, a folder, or a hub id.")] = None,
+    adapter: Adapter = None,
+    any_spec: AnySpec = False,
     tasks: Tasks = None,
     prune: Prune = None,
     every: Every = None,
@@ -88,7 +90,8 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost."""
-    place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    place["any_spec"] = any_spec
     rivals = {"prune": prune or [], "batch": batch, "clip": clip, "timed": timed, "pictures": pictures}
     of_scenes = {"every": every, "seed": seed, "ceiling": ceiling or None, "json": json_file, "append": append}
     of_scenes |= {"pages": pages or None, "jpeg": jpeg}
@@ -98,13 +101,15 @@ def command(
         from foveate.cli.evaluate_scenes import run
 
         _refuse(of_folders, "a folder of questions; --tasks names one")
-        wanted = {"model": model, "task": _task(tasks), "samples": samples, "seed": seed}
+        named = None if adapter is None else str(adapter)
+        wanted = {"model": model, "adapter": named, "task": _task(tasks), "samples": samples, "seed": seed}
         files = {"json_file": json_file, "append": append}
         run(wanted, rivals, place, every=every, ceiling=ceiling, pages=pages, jpeg=jpeg, **files)
     else:
         from foveate.cli.evaluate_folder import run_folder
 
         _refuse(of_scenes, "--tasks scenes")
+        place["adapter"] = adapter
         run_folder(folder, model, rivals, place, samples=samples, out=out, resume=resume, longest=max_new_tokens)
 
 

@@ -28,12 +28,13 @@ def run_folder(
 
     Args:
         given: specs, batch and clip, and how many questions are timed and pictures shown.
-        place: how the model is loaded.
+        place: how the model is loaded, with its adapter.
         longest: new tokens of an answer.
     """
     from foveate.cli.evaluate_looks import check_few, timed_and_seen
     from foveate.cli.output import show, stderr, working
     from foveate.evaluate import local_task, scenes_task
+    from foveate.inference.adapters import check_asked, load_tuned
     from foveate.paths import checked
     from foveate.runs import check_run
 
@@ -47,31 +48,31 @@ def run_folder(
                 raise UsageError(f"--{name} {value} measures nothing; the smallest is 1")
         check_few(given)
         rivals = scenes_task.parse_rivals(given["prune"])
+        check_asked(place["adapter"], rivals.values(), any_spec=place["any_spec"])
         task = local_task.read(folder, samples)
         check_run(out, resume)
         out = checked(out)
 
     from foveate.evaluate import folder_rows
     from foveate.evaluate.looks import Shown
-    from foveate.inference.loading import load
     from foveate.inference.pictures import load_image
 
     console = stderr()
     with working(f"loading {model}"):
-        loaded = load(model, **place)
+        loaded = load_tuned(model, **place)
     everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
     settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"]}
-    lines = _answered(loaded, task, everyone, console, name=model, out=out, resume=resume, **settings)
+    lines = _answered(loaded, task, everyone, console, name=loaded.name, out=out, resume=resume, **settings)
     rows = folder_rows.rows(lines, task, batch=given["batch"], beside=beside)
     shown = [
         Shown(load_image(task.path / question.image), question.prompt, question.answers[0])
         for question in task.questions[: max(given["timed"], given["pictures"])]
     ]
     seen = timed_and_seen(loaded, rows, everyone, shown, given, longest)
-    show(columns(), [flat(row) for row in rows], title=f"{model}: {len(task.questions)} questions of {folder}")
+    show(columns(), [flat(row) for row in rows], title=f"{loaded.name}: {len(task.questions)} questions of {folder}")
     for spec, why in missing.items():
         console.print(f"{spec}: - ({why})", highlight=False, markup=False)
-    _write(out, model, task, rows, seen)
+    _write(out, loaded.name, task, rows, seen)
 
 
 def _answered(loaded: Any, task: Any, everyone: dict[str, Any], console: Any, **settings: Any) -> Any:

@@ -31,37 +31,41 @@ def run(
     """Answer, print the table, and write the rows where they are wanted.
 
     Args:
-        wanted: model, task, samples and seed as the user gave them, None where not.
+        wanted: model, adapter, task, samples and seed as the user gave them, None where not.
         given: specs, batch and clip, and how many questions are timed and pictures shown.
-        place: how the model is loaded.
+        place: how the model is loaded, and whether one with an adapter may be pruned by any spec.
     """
     from foveate.cli.output import show, stderr, working
 
     with usage():
         from foveate.cli.evaluate_looks import check_few, timed_and_seen
         from foveate.evaluate import scenes_task
+        from foveate.inference.adapters import check_asked, load_tuned
 
         check_few(given, "--json" if json_file is None else None)
         asked, found = _asked(wanted, json_file, append)
         on = _paper(pages, jpeg)
         scenes_task.check(samples=asked["samples"], batch=given["batch"], seed=asked["seed"])
         rivals = scenes_task.parse_rivals(given["prune"])
+        check_asked(asked.get("adapter"), rivals.values(), any_spec=place["any_spec"])
         budgets = _budgets(every)
         if append is not None:
             _check_append(append, found, asked, budgets, bool(rivals.keys() - {"none"} or budgets or ceiling), on)
 
-    from foveate.inference.loading import load
-
     console = stderr()
     with working(f"loading {asked['model']}"):
-        loaded = load(asked["model"], **place)
+        loaded = load_tuned(asked["model"], asked.get("adapter"), **place)
     unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
     sizes = {name: asked[name] for name in ("samples", "seed")}
     settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on}
     rows = _answered(loaded, rivals, console, **sizes, **settings)
     table = [row.to_dict() for row in rows]
     seen = timed_and_seen(loaded, table, rivals, _shown(given, asked["seed"], on), given, scenes_task.LONGEST)
-    show(_columns(), table, title="{model}: {samples} questions of {task}, seed {seed}".format(**asked))
+    show(
+        _columns(),
+        table,
+        title="{model}: {samples} questions of {task}, seed {seed}".format(**{**asked, "model": loaded.name}),
+    )
     for entry in unreached:
         budget = "/".join(map(str, entry["keep"]))
         console.print(f"{entry['method']} at {budget}: - ({entry['why']})", highlight=False, markup=False)
@@ -80,7 +84,7 @@ def _shown(given: dict[str, Any], seed: int, on: Paper | None) -> list[Shown]:
 def _asked(
     wanted: dict[str, Any], json_file: Path | None, append: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Model, task, samples and seed, with what was left open filled in, and the file that rows are put into."""
+    """What is asked, with what was left open filled in, and the file that rows are put into."""
     from foveate.core import FoveateError
     from foveate.evaluate import results
     from foveate.paths import file_target
@@ -90,8 +94,8 @@ def _asked(
         if json_file is not None:
             raise FoveateError("--json writes a new file and --append adds to one; give one of them")
         found = results.read(file_target(append, (".json",)))
-        results.check_same(append, found, given)
-        return {name: found[name] for name in wanted}, found
+        results.check_same(append, {"adapter": None, **found}, given)
+        return {name: found[name] for name in wanted if name in found}, found
     if json_file is not None:
         file_target(json_file, (".json",))
     for option, name in (("--model", "model"), ("--tasks", "task")):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
 from foveate.texts import check_characters
 
 if TYPE_CHECKING:
@@ -39,13 +39,18 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 64,
     clip: Clip = None,
+    adapter: Adapter = None,
+    any_spec: AnySpec = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Ask MODEL a QUESTION about one or more IMAGEs and print the answer, what was kept, and what it took."""
+    from foveate.inference.adapters import check_asked, load_tuned
+
     with usage():
         methods = _one_method(prune)
+        check_asked(adapter, [methods], any_spec=any_spec)
         targets = _targets(draw, len(images), methods)
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens {max_new_tokens} leaves no answer; the smallest is 1")
@@ -55,10 +60,10 @@ def command(
         pictures = _load_pictures(images)
 
     from foveate.cli.output import show_json, working
-    from foveate.inference.loading import load
 
     with working(f"loading {model}"):
-        loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        loaded = load_tuned(model, adapter, any_spec=any_spec, **place)
     with working("answering"):
         report, trace = _answer(loaded, pictures, question, methods, max_new_tokens, clip)
     for record, path in zip(report["images"], images, strict=True):

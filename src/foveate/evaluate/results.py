@@ -14,8 +14,9 @@ UNPRUNED = "none"
 BASELINES = ("random", "uniform", "pool", "resize")
 """What every method has to beat: tokens drawn at random, an even lattice, means of neighbours, a smaller picture."""
 
-SAME = ("model", "task", "samples", "seed", "data")
-"""What rows of one file have in common. `data` is a digest of the questions; files without one are older than it."""
+SAME = ("model", "adapter", "task", "samples", "seed", "data")
+"""What rows of one file have in common. `adapter` is of a tuned model alone; `data` is a digest of the questions; files
+without one are older than it."""
 
 MEASURED = ("first_token_ms", "whole_ms")
 """Figures of a row that differ from one measurement to the next."""

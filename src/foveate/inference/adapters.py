@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.checkpoints import ADAPTER
-from foveate.core import FoveateError, short
+from foveate.core import FoveateError, Method, short
 from foveate.paths import Given, checked, read_json
 from foveate.runs import whole_folder, write_json
-from foveate.runtime.tuned import TUNED
+from foveate.runtime.tuned import TUNED, refuse_other
 
 if TYPE_CHECKING:
     from foveate.inference.loading import Loaded
@@ -56,6 +59,68 @@ def read_record(folder: Given) -> dict[str, str]:
     return {name: found[name] for name in names}
 
 
+def check_asked(folder: Given | None, rivals: Iterable[Iterable[Method]], *, any_spec: bool = False) -> None:
+    """Refuse what a model with this adapter cannot be pruned by, before it is loaded; nothing without an adapter.
+
+    Args:
+        rivals: stages of each; one without stages is not pruned, and never refused.
+
+    Raises:
+        FoveateError: as `read_record`, peft is missing, another spec, or `any_spec` without an adapter.
+    """
+    if folder is None:
+        if any_spec:
+            raise FoveateError("any_spec=True (--any-spec) is about an adapter, and none was given (--adapter)")
+        return
+    record = read_record(folder)
+    _peft()
+    for stages in rivals:
+        if not any_spec and (asked := tuple(stages)):
+            refuse_other(record["prune"], asked)
+
+
+def load_tuned(name: str, adapter: Given | None = None, *, any_spec: bool = False, **place: Any) -> Loaded:
+    """A model with an adapter, or as it is without one.
+
+    Args:
+        any_spec: as `attach` has it.
+        place: further arguments of `load`.
+
+    Raises:
+        FoveateError: as `load` and `attach`.
+    """
+    from foveate.inference.loading import load
+
+    loaded = load(name, **place)
+    return loaded if adapter is None else attach(loaded, adapter, any_spec=any_spec)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise FoveateError("adapters need peft; install foveate[train]") from error
+    return peft
+
+
+def with_adapters(model: Any, shape: Any) -> Any:
+    """A model with new adapters, by a `peft.LoraConfig`; its own weights are frozen.
+
+    Raises:
+        FoveateError: peft is missing.
+    """
+    with _renamed():
+        return _peft().get_peft_model(model, shape)
+
+
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """PEFT asks transformers by a name that it has since given up; nobody who calls it can help that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
 def attach(loaded: Loaded, folder: Given, *, any_spec: bool = False) -> Loaded:
     """The model with an adapter merged into its weights, which is pruned by the spec that it was tuned under alone.
 
@@ -71,12 +136,10 @@ def attach(loaded: Loaded, folder: Given, *, any_spec: bool = False) -> Loaded:
         raise FoveateError(
             f"{folder} is an adapter of {record['model']}, a {record['model_type']} model; {loaded.name} is a {kind}"
         )
+    peft = _peft()
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise FoveateError("adapters need peft; install foveate[train]") from error
-    try:
-        model = PeftModel.from_pretrained(loaded.model, str(checked(folder))).merge_and_unload()
+        with _renamed():
+            model = peft.PeftModel.from_pretrained(loaded.model, str(checked(folder))).merge_and_unload()
     # peft and safetensors raise what a damaged file or another model leads to.
     except Exception as error:
         told = short(" ".join(str(error).split()), 300)

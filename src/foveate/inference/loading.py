@@ -23,6 +23,10 @@ Clip = Annotated[
     typer.Option(metavar="C", help="Folder or hub id of the CLIP whose vision tower the encoder is; mini has its own."),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that a hub repository ships.")]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Of foveate train finetune; it is pruned by the spec it records.")
+]
+AnySpec = Annotated[bool, typer.Option("--any-spec", help="Prune a model with an adapter by any spec.")]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from foveate.inference.adapters import attach
-from foveate.inference.loading import load
+from foveate.inference.adapters import load_tuned
 from foveate.reproduce.asked import Asked
 
 if TYPE_CHECKING:
@@ -18,6 +17,4 @@ def load_for(asked: Asked, name: str) -> Loaded:
     Raises:
         FoveateError: as `load` and `attach`.
     """
-    loaded = load(asked.source(name), **asked.place)
-    adapter = asked.adapter(name)
-    return loaded if adapter is None else attach(loaded, adapter)
+    return load_tuned(asked.source(name), asked.adapter(name), **asked.place)

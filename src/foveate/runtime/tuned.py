@@ -18,8 +18,19 @@ def check_tuned(model: Any, stages: Sequence[Method]) -> None:
     Raises:
         FoveateError: it is another.
     """
-    tuned, asked = getattr(model, TUNED, None), format_spec(tuple(stages))
-    if tuned is not None and asked != tuned:
+    tuned = getattr(model, TUNED, None)
+    if tuned is not None:
+        refuse_other(tuned, stages)
+
+
+def refuse_other(tuned: str, stages: Sequence[Method]) -> None:
+    """Refuse stages that are not those of the spec that an adapter was tuned under.
+
+    Raises:
+        FoveateError: they are others.
+    """
+    asked = format_spec(tuple(stages))
+    if asked != tuned:
         raise FoveateError(
             f"the model's adapter was tuned under {tuned}, not {asked}; prune by that, or attach the adapter with "
             "any_spec=True (--any-spec)"

@@ -136,7 +136,7 @@ def targets(model: Any) -> list[str]:
 
 def _with_adapters(base: Any, settings: Settings) -> Any:
     """The model with new adapters, the only weights that learn."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     torch.manual_seed(settings.seed)
     shape = LoraConfig(
@@ -146,7 +146,7 @@ def _with_adapters(base: Any, settings: Settings) -> Any:
         target_modules=targets(base),
         bias="none",
     )
-    return get_peft_model(base, shape)
+    return adapters.with_adapters(base, shape)
 
 
 def _identity(settings: Settings, base: Any, rows: Rows, processes: int) -> dict[str, Any]:
