@@ -27,6 +27,7 @@ from foveate.cli.train_learned import (
     run,
 )
 from foveate.cli.train_lvpruning import Checkpointing
+from foveate.core import usage
 from foveate.inference.loading import Device, Dtype, Trust
 
 MINI = {"rate": 1e-3, "batch": 16, "micro": 16, "steps": 1500, "dropout": 0.0, "bf16": False}
@@ -72,7 +73,11 @@ def command(
     """
     given = dict(locals())  # every option by its name
     own = MINI if model == "mini" and data == SCENES else {}
+    from foveate.inference.adapters import check_peft
     from foveate.train import finetune
 
     with in_options(command):
-        run(given, own, finetune.Settings, lambda loaded, settings: None, finetune.finetune, pixels=True)
+        with usage():
+            check_peft()
+        kind, train, learns_in = finetune.Settings, finetune.finetune, finetune.check_learns_in
+        run(given, own, kind, lambda loaded, settings: None, train, pixels=True, learns_in=learns_in)

@@ -76,6 +76,7 @@ def run(
     *,
     pixels: bool = False,
     checked: int = 0,
+    learns_in: Callable[[Any], None] | None = None,
 ) -> None:
     """Load the model, make its rows, train and print the folder of the modules.
 
@@ -86,6 +87,7 @@ def run(
         prepare: refuses a model that cannot be trained for, given with the settings, and readies it on a CPU.
         train: of the model, its rows, the run's folder, the settings and further options.
         pixels, checked: as `Asked` has them.
+        learns_in: refuses a dtype of the model; None where tokens are masked softly, as learned methods train.
 
     Raises:
         FoveateError: as the options, the model, its rows and the training have it.
@@ -100,6 +102,16 @@ def run(
         settings = settings_of(kind, {**own, **{name: value for name, value in given.items() if value is not None}})
         mix = _mix(given["mix"], given["data"])
         asked = Asked(given["data"], given["images"], given["pool"], mix, checked, pixels)
+    read: list[Any] = []
+
+    def check(config: Any) -> None:
+        from foveate.train.conversations import read_entries
+
+        _check_dtype(given["model"], given["dtype"], config, learns_in)
+        if asked.data != SCENES:
+            assert asked.images is not None
+            read.append(read_entries(asked.data, asked.images))
+
     if int(os.environ.get("RANK", "0")) == 0:
         check_run(given["out"], given["resume"])
     loaded = load(
@@ -107,10 +119,10 @@ def run(
         device=_own(given["device"]),
         dtype=given["dtype"],
         trust_remote_code=given["trust_remote_code"],
-        check=partial(_check_dtype, given["model"], given["dtype"]),
+        check=check,
     )
     prepare(loaded.model, settings)
-    _train(loaded, settings, asked, given, train)
+    _train(loaded, settings, asked, given, train, read[0] if read else None)
 
 
 def _own(device: str) -> str:
@@ -143,7 +155,7 @@ def _check(data: str, images: Path | None, own: dict[str, Any], steps: int | Non
         raise FoveateError(f"--max-seconds {max_seconds:g} leaves no time; it must be above 0")
 
 
-def _check_dtype(name: str, dtype: str, config: Any) -> None:
+def _check_dtype(name: str, dtype: str, config: Any, learns_in: Callable[[Any], None] | None) -> None:
     """Refuse numbers that cannot be trained with before weights and data are read."""
     import torch
 
@@ -151,7 +163,7 @@ def _check_dtype(name: str, dtype: str, config: Any) -> None:
     from foveate.runtime.decoder.soften import check_softens_in
 
     try:
-        check_softens_in(getattr(torch, dtype) if dtype != "auto" else config.dtype)
+        (learns_in or check_softens_in)(getattr(torch, dtype) if dtype != "auto" else config.dtype)
     except FoveateError as error:
         stored = f"{name} is stored as float16, and " if dtype == "auto" else ""
         raise FoveateError(f"{stored}{error}") from error
@@ -227,7 +239,9 @@ def _scenes(loaded: Loaded, settings: Any, asked: Asked) -> tuple[Any, list[Any]
     return rows, [held_out[number] for number in range(asked.checked)]
 
 
-def _train(loaded: Loaded, settings: Any, asked: Asked, given: dict[str, Any], train: Callable[..., Path]) -> None:
+def _train(
+    loaded: Loaded, settings: Any, asked: Asked, given: dict[str, Any], train: Callable[..., Path], read: Any
+) -> None:
     from foveate.cli.output import stderr
     from foveate.families import family_of
     from foveate.train.conversations import Conversations
@@ -247,7 +261,7 @@ def _train(loaded: Loaded, settings: Any, asked: Asked, given: dict[str, Any], t
     else:
         assert asked.images is not None
         token = family_of(loaded.model).image_token_id(loaded.model.config)
-        rows = Conversations(asked.data, asked.images, loaded.processor, token, report=say)
+        rows = Conversations(asked.data, asked.images, loaded.processor, token, report=say, read=read)
         say(f"{len(rows)} entries; left out: {rows.skipped}")
         if rows.skipped.missing:
             say(f"missing pictures: {', '.join(rows.skipped.missing[:20])}")

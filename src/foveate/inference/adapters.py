@@ -73,7 +73,7 @@ def check_asked(folder: Given | None, rivals: Iterable[Iterable[Method]], *, any
             raise FoveateError("any_spec=True (--any-spec) is about an adapter, and none was given (--adapter)")
         return
     record = read_record(folder)
-    _peft()
+    check_peft()
     for stages in rivals:
         if not any_spec and (asked := tuple(stages)):
             refuse_other(record["prune"], asked)
@@ -95,7 +95,8 @@ def load_tuned(name: str, adapter: Given | None = None, *, any_spec: bool = Fals
     return loaded if adapter is None else attach(loaded, adapter, any_spec=any_spec)
 
 
-def _peft() -> Any:
+def check_peft() -> Any:
+    """PEFT; FoveateError where it is missing."""
     try:
         import peft
     except ImportError as error:
@@ -110,7 +111,7 @@ def with_adapters(model: Any, shape: Any) -> Any:
         FoveateError: peft is missing.
     """
     with _renamed():
-        return _peft().get_peft_model(model, shape)
+        return check_peft().get_peft_model(model, shape)
 
 
 @contextmanager
@@ -136,7 +137,7 @@ def attach(loaded: Loaded, folder: Given, *, any_spec: bool = False) -> Loaded:
         raise FoveateError(
             f"{folder} is an adapter of {record['model']}, a {record['model_type']} model; {loaded.name} is a {kind}"
         )
-    peft = _peft()
+    peft = check_peft()
     try:
         with _renamed():
             model = peft.PeftModel.from_pretrained(loaded.model, str(checked(folder))).merge_and_unload()

@@ -240,6 +240,7 @@ class Conversations(Dataset[Row]):
         image_token: id of its placeholder.
         longest: tokens, placeholders not counted, at which a row is cut.
         report: told of each broken picture.
+        read: what `read_entries` gave for the same file and folder; None reads them here.
 
     Raises:
         FoveateError: as `read_entries`; no entry can be used, or the processor writes no conversations that answers
@@ -255,8 +256,9 @@ class Conversations(Dataset[Row]):
         *,
         longest: int = LONGEST,
         report: Callable[[str], None] | None = None,
+        read: tuple[list[Entry], Skipped] | None = None,
     ) -> None:
-        self.entries, self.skipped = read_entries(file, folder)
+        self.entries, self.skipped = read_entries(file, folder) if read is None else read
         self.processor, self.image_token, self.longest = processor, image_token, longest
         self.report = report or (lambda message: None)
         self._digest = hashlib.sha256(checked(file).read_bytes()).hexdigest()

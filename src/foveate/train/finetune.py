@@ -60,7 +60,13 @@ class Settings(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "prune", format_spec(parse_stages(self.prune)))
+        stages = parse_stages(self.prune)
+        object.__setattr__(self, "prune", format_spec(stages))
+        if all(part.site == "cache" for stage in stages for part in stage.parts()):
+            raise FoveateError(
+                f"prune={self.prune} acts on the cache alone, which a training step does not fill; give a method that "
+                "drops visual tokens, such as prune=fopru:keep=64"
+            )
 
     def asked(self) -> str:
         return f"pruned by {self.prune}"
@@ -97,6 +103,7 @@ def finetune(
             none and `resume`, or another model, other data or settings than it was begun with.
     """
     out, recipe = checked(out), Recipe(base, settings or Settings(), name)
+    check_learns_in(base.dtype)
     processor = getattr(rows, "processor", None)
     check_prunable(base, recipe.settings.prune, processor=processor)
     arguments = training_arguments(recipe.settings, out, base.device)
@@ -121,6 +128,18 @@ def finetune(
     return out / FOLDER
 
 
+def check_learns_in(dtype: torch.dtype | None) -> None:
+    """Refuse numbers of a model that gradients pass through.
+
+    Raises:
+        FoveateError: float16.
+    """
+    if dtype == torch.float16:
+        raise FoveateError(
+            "dtype=float16 cannot hold small gradients; load the model with dtype=bfloat16, or dtype=float32"
+        )
+
+
 def targets(model: Any) -> list[str]:
     """Names of the linear layers in decoder and projector, where adapters go.
 
@@ -136,12 +155,10 @@ def targets(model: Any) -> list[str]:
 
 def _with_adapters(base: Any, settings: Settings) -> Any:
     """The model with new adapters, the only weights that learn."""
-    from peft import LoraConfig
-
     torch.manual_seed(settings.seed)
-    shape = LoraConfig(
+    shape = adapters.check_peft().LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets(base),
         bias="none",
