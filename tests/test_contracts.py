@@ -229,6 +229,24 @@ def test_exactly_count_tokens_stay_and_no_text_leaves(name: str, family: str) ->
             assert len(reached) == text.numel() + visual
 
 
+@each_with_reference
+@each_family
+def test_answers_that_are_taught_choose_nothing(name: str, family: str) -> None:
+    """In training a prompt holds its answer, which at inference is still to be written: the same tokens stay."""
+    model = model_of(family)
+    asked = tiny.inputs(model, "3i4", "2i1i5")
+    taught = tiny.completed(asked, 3, 2)
+    labels = taught["input_ids"].masked_fill(taught["attention_mask"] == 0, -100)
+    labels[:, : asked["input_ids"].shape[1]] = -100
+    with torch.no_grad(), tiny.prune(model, example(name, model)) as trace:
+        model(**asked)
+        before = [stage.kept for image in trace.images for stage in image.stages]
+        model(**taught, labels=labels)
+        after = [stage.kept for image in trace.images for stage in image.stages]
+    assert before and len(before) == len(after)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 @each_method
 @each_family
 def test_a_second_run_equals_the_first(name: str, family: str) -> None:

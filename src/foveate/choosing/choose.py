@@ -54,9 +54,10 @@ class Prompt:
     """What the methods may read of the text. B rows of S columns."""
 
     embeddings: Callable[[], Tensor]  # (B, S, D)
-    is_text: Tensor  # (B, S) neither visual nor padding; on the host
+    is_text: Tensor  # (B, S) neither visual nor padding, and no answer that is taught; on the host
     joint_space: JointSpace | None = None  # where a method compares question and picture
     ids: Tensor | None = None  # (B, S) on the host
+    taught: Tensor | None = None  # (B,) bool on the host: whether an answer follows what may be read; None without one
 
 
 @dataclass(frozen=True, eq=False)

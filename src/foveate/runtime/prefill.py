@@ -222,7 +222,8 @@ class Prefill:
         is_text = new.host_mask & ~visual
         stopwatch = Stopwatch(new.ids.device)
         with stopwatch:
-            prompt = Prompt(lambda: self._embedded(new), is_text, self.joint_space, new.host_ids)
+            asked, taught = _asked(is_text, visual, given)
+            prompt = Prompt(lambda: self._embedded(new), asked, self.joint_space, new.host_ids, taught)
             images = choose(self.parts, images, blocks, prompt, self._projector())
         made = plan(new.host_mask, images, side).on(new.ids.device)
         timeline = self._timeline(new, made, repeats, [image.row for image in images])
@@ -345,6 +346,28 @@ class Prefill:
         if not self.family.pointwise:
             return None
         return partial(self.family.project, self.model)
+
+
+def _asked(is_text: Tensor, visual: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The text that methods may read, (B, S), and of which rows answers follow it, (B,); None without labels.
+
+    What is labelled is to be written by the model, so that at inference it is not there yet, nor is what follows it. A
+    row with a label in front of its picture says nothing about where a question ends: all of its text is read.
+
+    Args:
+        is_text, visual: (B, S) on the host.
+        given: the caller's arguments.
+    """
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    if labels is None and shifted is not None:
+        labels = nn.functional.pad(shifted, (1, -1), value=-100)
+    if labels is None:
+        return is_text, None
+    labelled = labels.to(is_text.device) != -100
+    asked = is_text & (labelled.cumsum(dim=1) == 0)
+    in_front = (labelled & (visual.cumsum(dim=1) == 0)).any(dim=1)
+    taught = asked.any(dim=1) & labelled.any(dim=1) & ~in_front
+    return torch.where(taught[:, None], asked, is_text), taught
 
 
 def _moved(block: Block, device: torch.device) -> Block:

@@ -251,6 +251,7 @@ class _View:
         text = [self._places(image, call.prompt.is_text[image.row].nonzero().squeeze(-1)) for image in images]
         host_words = nn.utils.rnn.pad_sequence(text, batch_first=True)
         rows, visual, words = (on_device(places, device) for places in (host_rows, host_visual, host_words))
+        ends = torch.tensor([[one.numel() - 1] for one in text])
         fields: dict[str, Tensor] = {}
         hidden = self.hidden[rows]
         if "hidden" in needs:
@@ -263,13 +264,13 @@ class _View:
             fields["text_normed"] = self.descent.decoder.norm(_take(hidden, words))
         seen = self.descent.probe.seen(self.stage.depth - 1)
         if seen is not None:
-            last = self._last(rows, self.descent.behind)
             visual_then, words_then = (
                 on_device(self._as_seen(host_rows, places), device) for places in (host_visual, host_words)
             )
+            last = self._asking(images, self._last(rows, self.descent.behind), words_then, ends)
             fields.update(seen.signals(needs, rows, visual_then, words_then, last))
         if "next_query" in needs:
-            last = self._last(rows, self.descent.left)
+            last = self._asking(images, self._last(rows, self.descent.left), words, ends)
             fields["next_query"] = self._look_ahead().signals({"last_query"}, rows, visual, words, last)["last_query"]
         return Block(**fields)
 
@@ -292,6 +293,19 @@ class _View:
         of_rows = zip(rows.tolist(), columns, strict=True)
         found = [_inverse(before.host_rows[row], before.host_valid[row])[one] for row, one in of_rows]
         return torch.stack(found).clamp(min=0)  # what fills up short texts may stand for nothing
+
+    def _asking(self, images: Sequence[Image], last: Tensor, words: Tensor, ends: Tensor) -> Tensor:
+        """(B,) place of the token that is about to answer: the last one, or of the question where an answer follows.
+
+        Args:
+            words: (B, T) places of the text that may be read.
+            ends: (B, 1) on the host: which of them is the last.
+        """
+        taught = self.descent.call.prompt.taught
+        if taught is None or not taught.any():
+            return last
+        asking = words.gather(1, on_device(ends.clamp(min=0), words.device))[:, 0]
+        return torch.where(on_device(taught[[image.row for image in images]], last.device), asking, last)
 
     def _last(self, rows: Tensor, left: Left | None) -> Tensor:
         """(B,) place of the last token of each row that is no padding."""
