@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import tiny, tiny_processors
+from models.untouched import untouched
+from PIL import Image
 from safetensors.torch import load_file
 
 from foveate.checkpoints import fingerprint
@@ -15,6 +19,7 @@ from foveate.core import FoveateError
 from foveate.inference import adapters
 from foveate.inference.loading import load
 from foveate.prune import prune
+from foveate.train.conversations import Conversations, collate
 from foveate.train.finetune import Settings, finetune, targets
 from foveate.train.scene_questions import SceneQuestions
 
@@ -70,6 +75,30 @@ def test_blocks_computed_again_learn_the_same(tmp_path: Path) -> None:
         ]
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, atol=2e-3, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy on how stock GLM-4V reads
+@pytest.mark.parametrize("name", tiny_processors.PROCESSORS)
+def test_every_family_learns_what_it_loses(name: str, tmp_path: Path) -> None:
+    """The first step's loss is that of the pruned answers, averaged over the step; then the adapter is another one."""
+    said = [{"from": "human", "value": "<image>\nw10 w11"}, {"from": "gpt", "value": "w30 w31"}]
+    for number, size in enumerate([(60, 40), (30, 62)]):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{number}.png")
+    entries = [{"image": f"{number}.png", "conversations": said[:1] + said[1:] * (number + 1)} for number in range(2)]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    model = tiny.model(name)
+    rows = Conversations(tmp_path / "data.json", tmp_path, tiny_processors.PROCESSORS[name](), tiny.IMAGE)
+    with torch.no_grad(), prune(model, "uniform:keep=0.5") as trace:
+        pruned = model(**collate([rows[0], rows[1]], pad=0)).loss
+    kept = sum(image.after for image in trace.images) / sum(image.original for image in trace.images)
+    lines: list[dict[str, Any]] = []
+    settings = Settings(
+        prune="uniform:keep=0.5", batch=2, micro=1, rank=2, rate=1e-2, warmup=0.0, log_steps=1, bf16=False
+    )
+    with untouched(model):
+        folder = finetune(model, rows, tmp_path / "run", settings, report=lines.append)
+    assert lines[0]["loss"] == pytest.approx(float(pruned), abs=1e-4) and lines[0]["kept"] == pytest.approx(kept)
+    assert any(bool(value.any()) for key, value in load_file(folder / adapters.WEIGHTS).items() if "lora_B" in key)
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:

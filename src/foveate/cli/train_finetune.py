@@ -30,7 +30,7 @@ from foveate.cli.train_lvpruning import Checkpointing
 from foveate.core import usage
 from foveate.inference.loading import Device, Dtype, Trust
 
-MINI = {"rate": 1e-3, "batch": 16, "micro": 16, "steps": 1500, "dropout": 0.0, "bf16": False}
+MINI = {"rate": 3e-4, "batch": 16, "micro": 16, "steps": 900, "dropout": 0.0, "bf16": False}
 
 Out = Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the run; the adapter ends in adapter/ in it.")]
 Prune = Annotated[str, typer.Option(metavar="SPEC", help="How tokens are pruned meanwhile, and then.")]

@@ -7,7 +7,8 @@ interaction, Table 3) tune LLaVA-1.5 so, by its own recipe (LoRA of rank 128, Li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,17 +115,14 @@ def finetune(
         check_run(out, resume)
     divide(recipe, arguments, rows, tell if first and tell else lambda said: None)
     tuned: Settings = recipe.settings
-    model = _with_adapters(base, tuned)
-    identity = _identity(tuned, base, rows, arguments.world_size)
-    try:
+    with _adapted(base, tuned) as model:
+        identity = _identity(tuned, base, rows, arguments.world_size)
         with run_folder(out, identity, resume, first):
             handle = prune(base, tuned.prune, processor=processor, short_outputs=True)
             trainer = _Tuner(model, arguments, rows, handle)
             _run(trainer, out, resume, max_seconds, report if first else None)
             if first:
                 adapters.write(model, out / FOLDER, spec=tuned.prune, name=name or base.config.model_type)
-    finally:
-        model.unload()
     return out / FOLDER
 
 
@@ -153,8 +151,12 @@ def targets(model: Any) -> list[str]:
     return found
 
 
-def _with_adapters(base: Any, settings: Settings) -> Any:
-    """The model with new adapters, the only weights that learn."""
+@contextmanager
+def _adapted(base: Any, settings: Settings) -> Iterator[Any]:
+    """The model with new adapters, the only weights that learn; as it was once the context is left."""
+    modes = [(one, one.training) for one in base.modules()]
+    learning = [(one, one.requires_grad) for one in base.parameters()]
+    stated = dict(vars(base.config))
     torch.manual_seed(settings.seed)
     shape = adapters.check_peft().LoraConfig(
         r=settings.rank,
@@ -163,7 +165,20 @@ def _with_adapters(base: Any, settings: Settings) -> Any:
         target_modules=targets(base),
         bias="none",
     )
-    return adapters.with_adapters(base, shape)
+    model = adapters.with_adapters(base, shape)
+    try:
+        yield model
+    finally:
+        if settings.checkpointing:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
+        model.unload()
+        for module, mode in modes:
+            module.training = mode
+        for parameter, learns in learning:
+            parameter.requires_grad = learns
+        vars(base.config).clear()  # the Trainer says there that nothing is cached
+        vars(base.config).update(stated)
 
 
 def _identity(settings: Settings, base: Any, rows: Rows, processes: int) -> dict[str, Any]:
