@@ -57,6 +57,13 @@ def test_a_dry_run_names_what_is_trained_and_asked(call: Any) -> None:
     )
 
 
+def test_a_dry_run_tunes_what_a_row_was_tuned_to(call: Any) -> None:
+    lines = call("reproduce", "interaction-table3", "--dry-run", "--data", ".").out.splitlines()
+    tune = next(line for line in lines if line.startswith("foveate train finetune"))
+    assert "--prune image_text_interaction --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --data" in tune
+    assert any("--adapter runs/image_text_interaction/adapter --tasks" in line for line in lines)
+
+
 def test_cells_say_what_is_missing(call: Any) -> None:
     """Without data and weights what arithmetic gives is there, and of all else what to provide."""
     text = call("reproduce", "lvpruning-table2").out
@@ -137,6 +144,7 @@ def test_times_are_taken_in_turn(call: Any, folder: Path, monkeypatch: pytest.Mo
         (("lvpruning-table1", "--weights", "fopru=x"), "--weights: the table needs none of 'fopru'"),
         (("lvpruning-table1", "--weights", "x"), "write --weights NAME=FOLDER"),
         (("interaction-table3", "--adapter", "fopru=x"), "--adapter: the table needs none of 'fopru'"),
+        (("interaction-table3", "--adapter", "image_text_interaction=x"), "x holds no foveate.json; give the folder"),
         (("fopru-table2", "--dry-run", "--hardware", "abacus"), "abacus"),
     ],
 )

@@ -91,9 +91,11 @@ def _asked(
     table: Table, model: list[str], weights: list[str], adapter: list[str], data: Path | None, **kinds: bool
 ) -> Asked:
     """Models, weights, adapters and data as the user named them."""
+    from foveate.inference.adapters import check_asked
     from foveate.paths import checked
     from foveate.reproduce.asked import Asked, models_of, pairs
     from foveate.reproduce.tables import checkpoints
+    from foveate.spec import parse_stages
 
     models = models_of(model, table, shape=kinds["shape"] or kinds["dry_run"])
     if kinds["shape"] and not kinds["dry_run"] and set(models) != {""}:
@@ -101,9 +103,13 @@ def _asked(
     tuned = [checkpoints()[row.model].tuned for row in table.rows if row.runs]
     if data is not None and not checked(data).is_dir():
         raise FoveateError(f"--data {data} is no folder")
+    adapters = pairs("--adapter", adapter, [spec for spec in tuned if spec])
+    if not kinds["dry_run"]:
+        for spec, folder in adapters.items():
+            check_asked(folder, [parse_stages(spec)])
     return Asked(
         models=models,
-        adapters=pairs("--adapter", adapter, [spec for spec in tuned if spec]),
+        adapters=adapters,
         weights=pairs("--weights", weights, [row.weights for row in table.rows if row.weights]),
         data=data,
     )

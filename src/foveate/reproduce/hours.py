@@ -88,7 +88,8 @@ def _training(row: Row, places: Places) -> list[Job]:
     if not row.runs:
         return found
     one = checkpoints()[row.model]
-    rest = [*places.model(one.base or row.model)[:2], "--data", "llava_v1_5_mix665k.json", "--images", "images"]
+    model = [*places.model(one.base or row.model)[:2], "--dtype", "bfloat16"]  # most are stored in float16
+    rest = [*model, "--data", "llava_v1_5_mix665k.json", "--images", "images"]
     if row.weights and row.weights not in places.weights:
         found.append(Job(shlex.join(["foveate", "train", row.weights, "--out", f"runs/{row.weights}", *rest])))
     if one.tuned and one.tuned not in places.adapters:
