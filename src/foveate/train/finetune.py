@@ -211,22 +211,22 @@ class _Tuner(Trainer):
         visual = {family_of(base).image_token_id(base.config), getattr(base.config, "video_token_id", None)}
         pad = pad if pad not in visual else next(other for other in range(3) if other not in visual)
         super().__init__(model, arguments, data_collator=partial(_batch, pad=pad), train_dataset=rows)
-        self.handle, self.kept = handle, list[float]()
+        self.handle, self.kept = handle, [0, 0]  # visual tokens since the last line: left, and in all
         self.figures = Figures()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
         """One forward and backward pass, which may run blocks again: both are pruned alike."""
         with self.handle as trace:
             loss: Tensor = super().training_step(model, {**inputs, "use_cache": False}, *rest, **options)
-        left, whole = (sum(getattr(one, name) for one in trace.images) for name in ("after", "original"))
-        self.kept.append(left / whole)
+        for place, name in enumerate(("after", "original")):
+            self.kept[place] += sum(getattr(one, name) for one in trace.images)
         return loss
 
     def log(self, logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Add the share that was left since the last line, in this process."""
-        if self.kept:
-            logs = {**logs, "kept": sum(self.kept) / len(self.kept)}
-            self.kept.clear()
+        if self.kept[1]:
+            logs = {**logs, "kept": self.kept[0] / self.kept[1]}
+            self.kept = [0, 0]
         super().log(logs, *rest, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
