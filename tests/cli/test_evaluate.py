@@ -269,7 +269,9 @@ def test_a_tuned_model_answers_a_folder(call: Any, folder: Path, adapter: Path, 
     out = tmp_path / "run"
     given = ("--model", folder, "--device", "cpu", "--timed", 0, "--max-new-tokens", 2, "--tasks", task, "--out", out)
     result = call("eval", *given, "--adapter", adapter, "--prune", "fopru:keep=9")
-    assert result.code == 0 and "random:keep=9: - (the model's adapter was tuned under fopru:keep=9" in result.err
+    for baseline in ("random", "uniform", "pool", "resize"):
+        assert f"{baseline}:keep=9: - (" in result.err
+    assert "random:keep=9: - (the model's adapter was tuned under fopru:keep=9" in result.err and result.code == 0
     rows = json.loads((out / "rows.json").read_text())
     assert rows["model"] == f"{folder} with {adapter}"
     assert [row["method"] for row in rows["rows"]] == ["none", "fopru:keep=9"]

@@ -89,6 +89,7 @@ def test_a_killed_run_ends_in_the_same_adapter(call: Any, where: list[str], tmp_
     [
         ("--prune fopruu:keep=9", 2, "did you mean 'fopru'"),
         ("--prune h2o", 2, "--prune h2o acts on the cache alone, which a training step does not fill"),
+        ("--prune resize:keep=9", 2, "--prune resize:keep=9 scales the picture, and no token of it leaves"),
         ("--prune fopru:keep=9 --rank 0", 2, "--rank 0 is below 1; the smallest is --rank 1"),
         ("--prune fopru:keep=9 --alpha 0", 2, "--alpha 0.0 is not above 0"),
         ("--prune fopru:keep=9 --dropout 1", 2, "--dropout 1.0 is no share in [0, 1)"),

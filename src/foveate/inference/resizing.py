@@ -14,6 +14,7 @@ from foveate.families import family_of
 from foveate.inference.answers import encode
 from foveate.prune import check_prunable
 from foveate.runtime.support import why_not
+from foveate.runtime.tuned import check_tuned
 from foveate.runtime.wrapped import unwrapped
 from foveate.spec import format as format_spec
 
@@ -91,11 +92,13 @@ class Scaler:
     """Scales pictures for one model to the budget of one method; sizes that come again are looked up.
 
     Raises:
-        FoveateError: the model's processor makes as many tokens of a smaller picture.
+        FoveateError: the model's processor makes as many tokens of a smaller picture, or the model has an adapter that
+            was tuned under another spec.
     """
 
     def __init__(self, model: Any, processor: Any, method: Any) -> None:
         model = unwrapped(model)
+        check_tuned(model, (method,))
         family = family_of(model)
         reason = why_not(method, family, family.tower_of(model)[1])
         if reason is not None:

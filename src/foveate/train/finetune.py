@@ -63,11 +63,14 @@ class Settings(Common):
         super().__post_init__()
         stages = parse_stages(self.prune)
         object.__setattr__(self, "prune", format_spec(stages))
-        if all(part.site == "cache" for stage in stages for part in stage.parts()):
+        sites = {part.site for stage in stages for part in stage.parts()}
+        instead = "give a method that drops visual tokens, such as prune=fopru:keep=64"
+        if sites == {"cache"}:
             raise FoveateError(
-                f"prune={self.prune} acts on the cache alone, which a training step does not fill; give a method that "
-                "drops visual tokens, such as prune=fopru:keep=64"
+                f"prune={self.prune} acts on the cache alone, which a training step does not fill; {instead}"
             )
+        if "picture" in sites:
+            raise FoveateError(f"prune={self.prune} scales the picture, and no token of it leaves; {instead}")
 
     def asked(self) -> str:
         return f"pruned by {self.prune}"
