@@ -23,6 +23,9 @@ def prune(
 ) -> Handle:
     """A handle that prunes the visual tokens of `model` while it is active.
 
+    In a direct call with labels, methods read the text up to the first token behind a picture that has one: what is to
+    be written is not there at inference. A row with a label in front of its picture is read whole.
+
     Args:
         model: a loaded vision-language model of transformers, a PEFT model around one, or a pipeline with one.
         methods: a method, its spec ("fopru:keep=0.25"), or several of them, which act one after the other.

@@ -71,11 +71,19 @@ def settings(kind: Any, folder: Path, **more: Any) -> Any:
 
 
 @torch.no_grad()
-def own_log_probabilities(model: Any, spec: str, ids: Tensor, pixels: Tensor, temperature: float = 1.0) -> Tensor:
-    """(S - 1,) of each token of a row (S,) without padding, by the reference: no batch, no hook, no cache."""
+def own_log_probabilities(
+    model: Any, spec: str, ids: Tensor, pixels: Tensor, answer: int, temperature: float = 1.0
+) -> Tensor:
+    """(S - 1,) of each token of a row (S,) without padding, by the reference: no batch, no hook, no cache.
+
+    Args:
+        answer: how many tokens at its end are to be written.
+    """
     given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "pixel_values": pixels[None]}
+    labels = ids[None].clone()
+    labels[:, : ids.numel() - answer] = -100  # what is taught chooses no tokens
     with foveate.prune(model, spec) as trace:
-        model(**given)
+        model(**given, labels=labels)
     (prompt,) = agreement.prompts(model, given, trace.latest)
     logits, _ = agreement.direct(model, prompt, ids.numel())
     return (logits[:-1] / temperature).log_softmax(dim=-1).gather(1, ids[1:, None]).squeeze(1)
@@ -127,7 +135,7 @@ def test_grpo_scores_each_completion_as_its_row_alone(trl: Any, tmp_path: Path) 
             completion = there[row, -found.shape[1] :]
             length = int(completion.sum())
             lengths.add((int(there[row].sum()) - length, length))
-            own = own_log_probabilities(again.eval(), spec, ids[row, there[row]], pixels[row], TEMPERATURE)
+            own = own_log_probabilities(again.eval(), spec, ids[row, there[row]], pixels[row], length, TEMPERATURE)
             torch.testing.assert_close(found[row, completion], own[-length:], atol=1e-3, rtol=0)
     prompts, answers = ({pair[part] for pair in lengths} for part in (0, 1))
     assert len(prompts) > 1 and len(answers) > 1, "both sides are padded"
@@ -155,7 +163,9 @@ def test_sft_learns_from_the_loss_of_the_rows_alone(trl: Any, tmp_path: Path) ->
         losses = []
         for row, there in enumerate(inputs["attention_mask"].bool()):
             ids, labels = inputs["input_ids"][row, there], inputs["labels"][row, there]
-            own = own_log_probabilities(again.eval(), spec, ids, inputs["pixel_values"][row])
+            own = own_log_probabilities(
+                again.eval(), spec, ids, inputs["pixel_values"][row], int((labels != -100).sum())
+            )
             losses.append(-own[labels[1:] != -100])
         expected.append(float(torch.cat(losses).mean()))
     assert logged == pytest.approx(expected, abs=1e-3)
