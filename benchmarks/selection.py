@@ -1,6 +1,7 @@
-"""What choosing tokens costs: DivPrune beside a plain form of itself, and every method that acts before the decoder.
+"""What choosing tokens costs: DivPrune beside a plain form of itself, every method before the decoder, and how it grows.
 
 python benchmarks/selection.py [--device cpu|cuda] [--only divprune,fopru] [--quick] [--out FILE.json]
+python benchmarks/selection.py --growth [--only divprune,fopru] [--quick] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import argparse
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from torch import Tensor
 from foveate import methods
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.ops import greedy
+from foveate.ops.merging import bipartite_merge
 from foveate.runs import write_text
 
 BATCH, TOKENS, KEPT = 8, 576, 64
@@ -47,6 +51,9 @@ BLOCK = {
     "query_cls": "Hd",
 }
 PROBABILITIES = {"cls_attention", "received", "given", "received_all"}
+# How choosing grows: pictures of 24, 48 and 96 patches a side, features of this width, a ninth of the tokens kept.
+GREEDY = ("cdpruner", "divprune", "eadp", "mmtok", "scope", "score_cover", "vispruner")
+SIDES, WIDTH, SHARE = (24, 48, 96), 1024, 9
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
@@ -130,7 +137,13 @@ def beside_itself(device: torch.device, rounds: int) -> list[Row]:
 # every method before the decoder
 
 
-def signals(method: Method, device: torch.device) -> Signals:
+def signals(
+    method: Method,
+    device: torch.device,
+    batch: int = BATCH,
+    side: int = SIDE,
+    sizes: Mapping[str, int] = SIZES,
+) -> Signals:
     """Random numbers for what `method` needs, of B square pictures.
 
     Raises:
@@ -139,7 +152,7 @@ def signals(method: Method, device: torch.device) -> Signals:
     generator = torch.Generator().manual_seed(0)
 
     def random(name: str, axes: str) -> Tensor:
-        value = torch.randn(BATCH, *(SIZES[axis] for axis in axes), generator=generator)
+        value = torch.randn(batch, *(sizes[axis] for axis in axes), generator=generator)
         return (value.softmax(dim=-1) if name in PROBABILITIES else value).to(device)
 
     fields: dict[str, Any] = {}
@@ -150,13 +163,13 @@ def signals(method: Method, device: torch.device) -> Signals:
             block = room.removeprefix("tower.")
             tower.setdefault(int(block) if block.isdigit() else block, {})[name] = random(name, BLOCK[name])
         elif need in MASKS:
-            fields[need] = torch.ones(BATCH, SIZES[MASKS[need]], dtype=torch.bool, device=device)
+            fields[need] = torch.ones(batch, sizes[MASKS[need]], dtype=torch.bool, device=device)
         else:
             fields[need] = random(need, FIELDS[need])
     return Signals(
-        original=TOKENS,
-        index=torch.arange(TOKENS, device=device).repeat(BATCH, 1),
-        grid=(SIDE, SIDE),
+        original=side**2,
+        index=torch.arange(side**2, device=device).repeat(batch, 1),
+        grid=(side, side),
         tower={name: Block(**values) for name, values in tower.items()},
         **fields,
     )
@@ -230,6 +243,74 @@ def each_method(device: torch.device, rounds: int, only: list[str]) -> list[Row]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# how choosing grows with the number of tokens
+
+
+def choosing(name: str, side: int) -> Callable[[], Any]:
+    """What is measured: the choice of one picture's tokens, or one of ToMe's merges of a quarter of them."""
+    tokens, device = side**2, torch.device("cpu")
+    if name == "tome":
+        generator = torch.Generator().manual_seed(0)
+        patches, keys = (torch.randn(1, tokens, width, generator=generator) for width in (WIDTH, SIZES["d"]))
+        size = torch.ones(1, tokens)
+        return lambda: bipartite_merge(patches, keys, size, tokens // 4)
+    method: Any = dataclasses.replace(methods.get(name).example(), keep=tokens // SHARE)
+    shown = signals(method, device, 1, side, {**SIZES, "N": tokens, "D": WIDTH})
+    return lambda: method.select(dataclasses.replace(shown, memory={}))
+
+
+def high_water() -> float:
+    """MB of memory that this process has held at most since the mark was last put down (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def alone(name: str, side: int, rounds: int, answer: Any) -> None:
+    """Milliseconds of process time and MB beside what is given, of choosing in a process of its own."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        choosing(name, SIDES[0])()  # libraries' buffers
+        run, times = choosing(name, side), []
+        Path("/proc/self/clear_refs").write_text("5")  # the mark comes down to what is held now
+        before = high_water()
+        for _ in range(rounds):
+            start = time.process_time()
+            run()
+            times.append((time.process_time() - start) * 1e3)
+    answer.put((times, high_water() - before))
+
+
+def growth(rounds: int, only: list[str]) -> list[Row]:
+    """Process time and memory of every method that picks tokens one after the other, as pictures grow.
+
+    Sizes take turns, so that other work on the machine slows all of them. Nothing is computed in this process before it
+    is forked, so that no thread is lost.
+    """
+    rows, context = [], multiprocessing.get_context("fork")
+    for name in only or [*GREEDY, "tome"]:
+        times: dict[int, list[float]] = {side: [] for side in SIDES}
+        extra = dict.fromkeys(SIDES, 0.0)
+        for _ in range(rounds):
+            for side in SIDES:
+                answer: Any = context.SimpleQueue()
+                worker = context.Process(target=alone, args=(name, side, 1 if side == SIDES[-1] else 5, answer))
+                worker.start()
+                worker.join()
+                if worker.exitcode:
+                    raise RuntimeError(f"{name} at {side**2} tokens ended with {worker.exitcode}")
+                found, extra[side] = answer.get()
+                times[side] += found
+        median = {side: statistics.median(found) for side, found in times.items()}
+        detail = {f"{side**2} tokens": {"median_ms": median[side], "extra_mb": extra[side]} for side in SIDES}
+        few, many, most = (median[side] for side in SIDES)
+        shape = f"{name}, N={SIDES[0] ** 2} to {SIDES[1] ** 2}: times the process time"
+        rows.append(row(shape, many / few, "<= 17", many <= 17 * few, **detail))
+        rows.append(row(f"{name}, N={SIDES[-1] ** 2}: seconds", most / 1e3, "<= 4", most <= 4e3))
+        rows.append(row(f"{name}, N={SIDES[-1] ** 2}: MB", extra[SIDES[-1]], "<= 1500", extra[SIDES[-1]] <= 1500))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -238,6 +319,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "device": str(device),
     }
     if device.type == "cuda":
@@ -250,15 +332,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="names of methods, by comma; all by default")
+    parser.add_argument("--growth", action="store_true", help="how choosing grows with the tokens, on one CPU thread")
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
     parser.add_argument("--out", type=Path, default=None, help="write the figures to this JSON file")
     options = parser.parse_args()
     device = torch.device(options.device)
     only = [name for name in options.only.split(",") if name]
     many, few = (3, 2) if options.quick else (20, 7)
-    with torch.no_grad():
-        rows = [] if only and "divprune" not in only else beside_itself(device, few)
-        rows += each_method(device, many if device.type == "cuda" else few, only)
+    if options.growth:
+        torch.set_num_threads(1)
+        rows = growth(1 if options.quick else 3, only)
+    else:
+        with torch.no_grad():
+            rows = [] if only and "divprune" not in only else beside_itself(device, few)
+            rows += each_method(device, many if device.type == "cuda" else few, only)
     table = Table("figure", "measured", "target", "met", "host waits")
     for one in rows:
         met = "-" if one["met"] is None else "yes" if one["met"] else "NO"
@@ -270,6 +357,7 @@ def main() -> None:
             "machine": machine(device),
             "torch": torch.__version__,
             "transformers": version("transformers"),
+            "command": "python benchmarks/selection.py" + (" --growth" if options.growth else ""),
             "rows": rows,
         }
         write_text(options.out, json.dumps(result, indent=1) + "\n")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveate.ops import scores
 from foveate.ops.scores import cosines, distinctiveness
 
 
@@ -17,6 +18,17 @@ def test_cosines_by_hand() -> None:
     first = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])
     second = torch.tensor([[[1.0, 0.0], [0.0, -2.0], [0.0, 0.0]]])
     torch.testing.assert_close(cosines(first, second), torch.tensor([[[0.6, -0.8, 0.0], [0.0, 0.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("many", [2, 6, 13])
+def test_cosines_in_parts_are_those_of_all_pairs(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part is shorter; one vector is zero."""
+    values = torch.randn(2, 13, 5, generator=torch.Generator().manual_seed(0))
+    values[1, 4] = 0.0
+    monkeypatch.setattr(scores, "MANY", many)
+    expected = torch.nn.functional.cosine_similarity(values[:, :, None], values[:, None], dim=-1)
+    torch.testing.assert_close(cosines(values, values), expected)
+    torch.testing.assert_close(cosines(values, values.clone()), expected)
 
 
 def test_cosines_of_half_precision_are_taken_in_float32() -> None:

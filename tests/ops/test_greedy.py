@@ -146,8 +146,9 @@ def test_the_part_that_is_new_counts_with_its_weight() -> None:
 @pytest.mark.parametrize(("tokens", "width"), [(9, 20), (20, 20), (23, 4), (40, 12), (1, 3)])
 @pytest.mark.parametrize("block", [4, 384])
 def test_every_order_is_that_of_the_loops(tokens: int, width: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether cosines stand in a table or are computed on demand, in one block or in several."""
+    """Whether cosines stand in a table or are computed on demand, and factors are read, in one block or in several."""
     monkeypatch.setattr(greedy, "BLOCK", block)
+    monkeypatch.setattr(greedy, "FILLED", block)
     features, first, weight = randn(3, tokens, width), rand(3, tokens, seed=1), rand(3, tokens, seed=2) + 0.1
     similarity, rows = randn(3, 7, tokens, seed=3), rand(3, 7, seed=4)
     rank = min(tokens, width)

@@ -13,6 +13,7 @@ from references.merging_by_hand import Token
 from torch import Tensor
 
 from foveate.core import FoveateError
+from foveate.ops import merging
 from foveate.ops.merging import (
     Matching,
     bipartite_merge,
@@ -110,6 +111,20 @@ def test_a_step_equals_loops_over_tokens(count: int, share: float, cls: bool, se
         assert merged.size[row].tolist() == [token.size for token in expected]
         for place, token in enumerate(patches):
             assert set(token.members) <= set(expected[int(merged.group[row, place])].members)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_rows_of_the_table_may_come_some_at_a_time(cls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part is shorter, and equal similarities stand in several parts."""
+    generator = torch.Generator().manual_seed(3)
+    metric = torch.randint(-1, 2, (2, 37, 4), generator=generator).float()
+    tokens = torch.randn(2, 37, 3, generator=generator)
+    whole = bipartite_merge(tokens, metric, torch.ones(2, 37), 9, cls)
+    monkeypatch.setattr(merging, "CHUNK_VALUES", 2 * 18 * 5)
+    parts = bipartite_merge(tokens, metric, torch.ones(2, 37), 9, cls)
+    assert torch.equal(parts.representative, whole.representative)
+    assert torch.equal(parts.group, whole.group)
+    assert torch.equal(parts.features, whole.features)
 
 
 def test_sums_are_kept() -> None:

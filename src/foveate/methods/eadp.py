@@ -76,7 +76,7 @@ class EADP(TileMethod):
 
         def choose(pools: Pools, count: int) -> Tensor:
             tokens, weights = pools.take(features), pools.without_padding(pools.take(importance))
-            return covering((cosines(tokens, tokens) + 1.0) / 2.0, count, weights, free=pools.free)
+            return covering(cosines(tokens, tokens).add_(1.0).div_(2.0), count, weights, free=pools.free)
 
         def share(pools: Pools, kept: int) -> list[list[int]]:
             mass = iter(pools.without_padding(pools.take(importance)).sum(dim=-1).tolist())

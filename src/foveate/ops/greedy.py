@@ -34,6 +34,9 @@ NOTHING = 1e-6
 BLOCK = 384
 """Rows of a table of cosines that are computed at once, against the columns up to their own only."""
 
+FILLED = 128
+"""Rows of a Cholesky factor that are read at once: those that hold nothing yet only in the last block."""
+
 COPY = 1.0 - 1e-6
 """Cosines above this are those of a token and its copy, but for float32 rounding, and count as 1."""
 
@@ -153,12 +156,14 @@ def diverse(features: Tensor, count: int, weight: Tensor, free: Tensor | None = 
     variance.copy_(cosines.own()[:, None]).clamp_min_(EXHAUSTED)
     # The same, over the variance of the pick.
     scaled = torch.zeros_like(shared)
-    slots = iter(zip(shared.split(1, dim=1), scaled.split(1, dim=1), strict=True))
+    slots = enumerate(zip(shared.split(1, dim=1), scaled.split(1, dim=1), strict=True))
 
     def take(pick: Tensor) -> Tensor:
         row, column = cosines.column(pick)
-        new, over = next(slots)
-        torch.baddbmm(row, column[:, 1:].mT, scaled, alpha=-1, out=new)
+        taken, (new, over) = next(slots)
+        # What is still empty is left out by the block, as most of the time goes into reading.
+        filled = min((taken // FILLED + 1) * FILLED, scaled.shape[1])
+        torch.baddbmm(row, column[:, 1 : filled + 1].mT, scaled[:, :filled], alpha=-1, out=new)
         # Over infinity: a pick that was nothing new takes nothing from the others.
         torch.div(new, torch.nn.functional.threshold(column[:, :1], EXHAUSTED, torch.inf), out=over)
         return variance.addcmul_(new, over, value=-1).clamp_min_(EXHAUSTED).squeeze(1)

@@ -27,9 +27,9 @@ def spread_over(queries: Tensor, tokens: Tensor, temperature: float, free: Tenso
     Args:
         free: (B, N) bool, False in padding, which gets no share; None without any.
     """
-    likeness = cosines(queries, tokens) / temperature
+    likeness = cosines(queries, tokens).div_(temperature)
     if free is not None:
-        likeness = likeness.masked_fill(~free[:, None], -torch.inf)
+        likeness = likeness.masked_fill_(~free[:, None], -torch.inf)
     return likeness.softmax(dim=-1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.device import refuse_any
+from foveate.ops.scores import CHUNK_VALUES
 from foveate.ops.subsets import descending
 
 
@@ -86,9 +87,8 @@ def bipartite_merge(tokens: Tensor, metric: Tensor, size: Tensor, r: int, behind
     places = torch.arange(count, device=tokens.device)
     even, odd = places[int(behind_cls) :: 2], places[1 - int(behind_cls) :: 2]
     unit = torch.nn.functional.normalize(metric.float(), dim=-1)
-    similarity = unit[:, even] @ unit[:, odd].transpose(-1, -2)
-    nearest = similarity.argmax(dim=-1)
-    order = descending(similarity.amax(dim=-1))
+    nearest, likeness = _nearest(unit[:, even], unit[:, odd])
+    order = descending(likeness)
     stay = order[:, r:].sort(dim=-1).values if behind_cls else order[:, r:]
     representative = torch.cat([even[stay], odd.expand(batch, -1)], dim=1)
     group = _places_of(representative, count)
@@ -96,6 +96,20 @@ def bipartite_merge(tokens: Tensor, metric: Tensor, size: Tensor, r: int, behind
     target = odd[nearest.gather(1, merged)]
     group = group.scatter(1, even[merged], group.gather(1, target))
     return _weighted_means(tokens, size.float(), representative, group)
+
+
+def _nearest(ones: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, M, d) and (B, N, d) unit vectors -> (B, M) the first most similar of the others, and how similar it is.
+
+    Rows of the table of similarities are computed some at a time, so that memory grows with N, not with its square.
+    """
+    rows = max(1, CHUNK_VALUES // max(1, others.shape[0] * others.shape[1]))
+    place, value = [], []
+    for some in ones.split(rows, dim=1):
+        similarity = some @ others.transpose(-1, -2)
+        place.append(similarity.argmax(dim=-1))
+        value.append(similarity.amax(dim=-1))
+    return torch.cat(place, dim=1), torch.cat(value, dim=1)
 
 
 def _unmerged(tokens: Tensor, size: Tensor) -> Merged:

@@ -17,6 +17,10 @@ from torch import Tensor
 CHUNK_VALUES = 1 << 24
 
 
+MANY = 1024
+"""Vectors from which on a table of their cosines is computed in parts, and each pair once."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionSums:
     """Sums over an attention map, mean over heads, the leading `skip` tokens (CLS) told apart from the N patches."""
@@ -212,9 +216,23 @@ def cls_similarity(hidden: Tensor, cls: Tensor) -> Tensor:
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """(B, M, D) and (B, N, D) -> (B, M, N) cosine similarities, float32; 0 where a vector is zero."""
+    """(B, M, D) and (B, N, D) -> (B, M, N) cosine similarities, float32; 0 where a vector is zero.
+
+    Where many vectors are compared with themselves each pair is multiplied once.
+    """
     normalize = torch.nn.functional.normalize
-    return normalize(first.float(), dim=-1) @ normalize(second.float(), dim=-1).transpose(-1, -2)
+    unit, tokens = normalize(first.float(), dim=-1), first.shape[1]
+    if first is not second:
+        return unit @ normalize(second.float(), dim=-1).transpose(-1, -2)
+    if tokens < MANY:
+        return unit @ unit.transpose(-1, -2)
+    table = unit.new_empty(*unit.shape[:-1], tokens)
+    for start in range(0, tokens, MANY // 2):
+        own, before = slice(start, start + MANY // 2), slice(0, start)
+        table[:, own, before] = unit[:, own] @ unit[:, before].transpose(-1, -2)
+        table[:, before, own] = table[:, own, before].transpose(-1, -2)
+        table[:, own, own] = unit[:, own] @ unit[:, own].transpose(-1, -2)
+    return table
 
 
 def distinctiveness(
