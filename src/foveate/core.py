@@ -34,9 +34,8 @@ class FoveateError(ValueError):
 
 def short(text: str, most: int = 80) -> str:
     """What a user wrote as a message repeats it: whole up to `most` characters, else without its middle."""
-    if len(text) <= most:
-        return text
-    return f"{text[: most * 2 // 3]}...{text[-(most // 4) :]} ({len(text)} characters)"
+    cut = f"{text[: most * 2 // 3]}...{text[-(most // 4) :]} ({len(text)} characters)"
+    return text if len(text) <= most else cut
 
 
 class UsageError(FoveateError):
@@ -407,9 +406,10 @@ def _refuse(method: str, problems: Iterable[str | None]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class CacheSelection:
-    """What stays of one layer's cache, per KV head, in timeline coordinates."""
+    """What stays of one layer's cache, per KV head, in timeline coordinates; `slots`, where given, are not checked."""
 
     positions: Tensor  # (B, Hkv, K) int64
+    slots: Tensor | None = None  # (B, Hkv, K) places of these among the entries, ascending: foveate.ops knows them
 
 
 @dataclass(frozen=True)

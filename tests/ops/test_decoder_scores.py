@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from foveate.core import FoveateError
 from foveate.ops import scores
 from foveate.ops.scores import causal_received, cls_similarity, rated, text_raters, window_attention
 from foveate.ops.subsets import heavy_and_recent
@@ -64,11 +67,26 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 def test_every_head_keeps_its_heavy_entries_and_all_newer_ones() -> None:
     older = torch.tensor([[[1.0, 3, 2], [3, 1, 3]]])
-    age = torch.tensor([[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]])
-    assert heavy_and_recent(older, age, 1).tolist() == [[[2, 6, 8], [1, 7, 9]]]
-    assert heavy_and_recent(older, age, 0).tolist() == [[[6, 8], [7, 9]]]
-    assert heavy_and_recent(older, age, 3).tolist() == age.tolist()
-    assert heavy_and_recent(older[..., :0], age, 0).tolist() == age.tolist()
+    assert heavy_and_recent(older, 5, 1).tolist() == [[[1, 3, 4], [0, 3, 4]]]
+    assert heavy_and_recent(older, 5, 2).tolist() == [[[1, 2, 3, 4], [0, 2, 3, 4]]], "all but one"
+    assert heavy_and_recent(older, 5, 0).tolist() == [[[3, 4], [3, 4]]]
+    assert heavy_and_recent(older, 5, 3).tolist() == [[[0, 1, 2, 3, 4]] * 2]
+    assert heavy_and_recent(older[..., :0], 5, 0).tolist() == [[[0, 1, 2, 3, 4]] * 2]
+
+
+@given(data=st.data(), count=st.integers(2, 9), newer=st.integers(0, 3))
+def test_the_entry_that_leaves_is_the_last_of_the_lowest(data: st.DataObject, count: int, newer: int) -> None:
+    """As a stable order from the highest to the lowest has it, also among equal scores."""
+    scores = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    order = sorted(range(count), key=lambda slot: -scores[slot])
+    expected = [*sorted(order[:-1]), *range(count, count + newer)]
+    found = heavy_and_recent(torch.tensor([[scores]], dtype=torch.float32), count + newer, count - 1)
+    assert found.tolist() == [[expected]]
+
+
+def test_an_entry_leaves_only_by_numbers() -> None:
+    with pytest.raises(FoveateError, match=r"1 of 3 scores are NaN"):
+        heavy_and_recent(torch.tensor([[[1.0, torch.nan, 2.0]]]), 3, 2)
 
 
 def test_raters_by_hand() -> None:

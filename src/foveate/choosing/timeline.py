@@ -106,8 +106,10 @@ class Held:
             self.scores = None if self.scores is None else self.scores[:, :, -slots:]
             self.counts = [slots] * len(self.counts) if unpadded else self.valid.sum(dim=1).tolist()
 
-    def take(self, slots: Tensor, filled: Tensor, counts: list[int]) -> None:
-        """Keep (R, Hkv, K) slots, of which (R, K), so many of each row, are no re-padding."""
+    def take(self, slots: Tensor, filled: Tensor | None, counts: list[int]) -> None:
+        """Keep (R, Hkv, K) slots, of which (R, K), so many of each row, are no re-padding; all of them where None."""
+        if filled is None:  # and no slot was
+            filled = self.valid[:, : slots.shape[2]]
         self.ages, self.valid, self.counts = self.ages.gather(2, slots), filled, counts
         self.scores = None if self.scores is None else self.scores.gather(2, slots)
 

@@ -58,4 +58,5 @@ class H2O(Method):
         held = cache.age.shape[-1]
         if held <= heavy + recent:
             return CacheSelection(cache.age)
-        return CacheSelection(heavy_and_recent(cache.scores[..., : held - recent], cache.age, heavy))
+        slots = heavy_and_recent(cache.scores[..., : held - recent], held, heavy)
+        return CacheSelection(cache.age.gather(-1, slots), slots)

@@ -74,4 +74,5 @@ class SnapKV(Method):
         if cache.age.shape[-1] <= chosen + window:
             return CacheSelection(cache.age)
         scores = window_attention(cache.window_queries[:, :, -window:], cache.keys, self.kernel)
-        return CacheSelection(heavy_and_recent(scores, cache.age, chosen))
+        slots = heavy_and_recent(scores, cache.age.shape[-1], chosen)
+        return CacheSelection(cache.age.gather(-1, slots), slots)

@@ -20,6 +20,9 @@ CHUNK_VALUES = 1 << 24
 MANY = 1024
 """Vectors from which on a table of their cosines is computed in parts, and each pair once."""
 
+ROWS = 128
+"""Rows of a causal map that are computed at once: they stay in a cache, and what comes later than they is left out."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionSums:
@@ -138,17 +141,20 @@ def causal_received(
     """
     batch, heads, new, _ = queries.shape
     length = keys.shape[2]
+    if new == 1 and counted is None:  # of every token of an answer
+        return _grouped_attention(queries, keys, scale, length - 1, mask).mean(dim=(2, 3))
     received = queries.new_zeros(batch, keys.shape[1], length, dtype=torch.float32)
-    rows = max(1, CHUNK_VALUES // (batch * heads * length))
+    rows = max(1, min(ROWS, CHUNK_VALUES // (batch * heads * length)))
     for start in range(0, new, rows):
-        first = length - new + start
-        part = slice(start, start + rows)
-        seen = None if mask is None else mask[:, :, part]
-        weights = _grouped_attention(queries[:, :, part], keys, scale, first, seen)
+        part, first = slice(start, min(new, start + rows)), length - new + start
+        # Without a mask nothing later than the last of these queries is seen.
+        seen = length - new + part.stop if mask is None else length
+        shown = None if mask is None else mask[:, :, part]
+        weights = _grouped_attention(queries[:, :, part], keys[:, :, :seen], scale, first, shown)
         if counted is not None:
-            weights = weights * counted[:, None, None, part, None]
-        received += weights.sum(dim=3).mean(dim=2)
-    return received
+            weights = weights.mul_(counted[:, None, None, part, None])
+        received[..., :seen].add_(weights.flatten(2, 3).sum(dim=2))
+    return received.div_(heads // keys.shape[1])
 
 
 def window_attention(queries: Tensor, keys: Tensor, kernel: int) -> Tensor:
@@ -175,13 +181,14 @@ def _grouped_attention(queries: Tensor, keys: Tensor, scale: float, first: int, 
     stacked = queries.unflatten(1, (-1, group)).flatten(2, 3) * scale
     weights: Tensor = torch.matmul(stacked, keys.transpose(-1, -2)).float().unflatten(2, (group, -1))
     if mask is not None:
-        mask = mask[..., : keys.shape[2]].expand(-1, mask.shape[1], -1, -1)
+        mask = mask[..., : keys.shape[2]]
         by_group = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (-1, group))
-        logits = weights + by_group if mask.is_floating_point() else weights.masked_fill(~by_group, -torch.inf)
-        return logits.softmax(dim=-1).nan_to_num()
-    place = torch.arange(keys.shape[2], device=keys.device)
-    own = first + torch.arange(queries.shape[2], device=keys.device)
-    return weights.masked_fill(place > own[:, None], -torch.inf).softmax(dim=-1)
+        logits = weights.add_(by_group) if mask.is_floating_point() else weights.masked_fill_(~by_group, -torch.inf)
+        return logits.softmax(dim=-1).nan_to_num_()
+    if queries.shape[2] > 1:  # the last token sees all
+        later = torch.ones(queries.shape[2], keys.shape[2] - first, dtype=torch.bool, device=keys.device).triu_(1)
+        weights[..., first:].masked_fill_(later, -torch.inf)
+    return weights.softmax(dim=-1)
 
 
 def text_raters(features: Tensor, text: Tensor, mask: Tensor) -> Tensor:

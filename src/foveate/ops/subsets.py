@@ -27,7 +27,7 @@ def descending(scores: Tensor) -> Tensor:
 
 
 def _check_finite(scores: Tensor) -> None:
-    bad = (~scores.isfinite()).sum()
+    bad = (scores * 0).count_nonzero()  # what is not finite is NaN then
     refuse_any(bad, f"{{}} of {scores.numel()} scores are NaN or infinite; finite scores are needed to choose")
 
 
@@ -357,16 +357,23 @@ def long_tail_split(scores: Tensor) -> list[int]:
     return torch.where(drop[:, -1] > 0, split, tokens).tolist()
 
 
-def heavy_and_recent(older: Tensor, age: Tensor, heavy: int) -> Tensor:
-    """The `heavy` highest of the older cache entries and every newer one: (B, Hkv, heavy + newer), ascending.
+def heavy_and_recent(older: Tensor, entries: int, heavy: int) -> Tensor:
+    """The `heavy` highest of the older cache entries and every newer one: (B, Hkv, heavy + newer) slots, ascending.
 
     Args:
-        older: (B, Hkv, M) scores of the first M entries; the lowest age wins a tie.
-        age: (B, Hkv, L) timeline position of every entry, ascending, L >= M.
+        older: (B, Hkv, M) scores of the first M entries; the lowest slot wins a tie.
+        entries: L >= M.
         heavy: at most M.
     """
+    count = older.shape[-1]
+    slots = torch.arange(heavy + entries - count, device=older.device)
+    if heavy == count - 1:  # for each token of an answer one entry leaves: the last of the lowest
+        _check_finite(older)
+        leaves = count - 1 - older.flip(-1).argmin(dim=-1, keepdim=True)
+        return slots + (slots >= leaves)
     chosen = top_k(older.flatten(0, 1), heavy).unflatten(0, older.shape[:2])
-    return torch.cat([age.gather(-1, chosen), age[..., older.shape[-1] :]], dim=-1)
+    newer = slots[heavy:] + (count - heavy)
+    return torch.cat([chosen, newer.expand(*older.shape[:2], -1)], dim=-1)
 
 
 def outlier_counts(scores: Tensor, together: bool = False) -> list[int]:

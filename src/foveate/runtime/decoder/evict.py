@@ -45,6 +45,7 @@ class Evictor:
     _counted: Tensor | None = None  # (R, Q) bool, queries of this call that are no padding; None where all are
     _padded: tuple[int, list[int]] | None = None  # a call's, by the entries before it
     _counts: list[int] = field(default_factory=list)  # of each row, how many they are
+    _places: tuple[Timeline, int, Tensor, Tensor] | None = None  # a call's, and which of them are no padding
 
     def listen(self, probe: DecoderProbe) -> None:
         """Hear every layer's queries and keys."""
@@ -53,7 +54,7 @@ class Evictor:
 
     def forget(self) -> None:
         """A call is over."""
-        self._heard, self.descent, self._listening, self._padded = {}, None, False, None
+        self._heard, self.descent, self._listening, self._padded, self._places = {}, None, False, None, None
 
     def check(self) -> None:
         """Refuse what the method has done wrong since this was last asked; where it acted, this waits for the device.
@@ -98,12 +99,14 @@ class Evictor:
 
     def _fresh(self, timeline: Timeline) -> tuple[Tensor, Tensor]:
         """Timeline places (R, Q) of the call's tokens in this layer, and which of them are no padding."""
-        rows = timeline.kept.shape[0]
         if self.descent is not None:
             new = self.descent.present()
             return new.rows + timeline.before, new.valid
-        places = torch.arange(timeline.before, timeline.seen, device=timeline.kept.device).expand(rows, -1)
-        return places, timeline.valid_places(timeline.seen)[:, timeline.before :]
+        before, rows, latest = timeline.before, timeline.kept.shape[0], self._places
+        if latest is None or latest[0] is not timeline or latest[1] != before or latest[2].shape[0] != rows:
+            places = torch.arange(before, timeline.seen, device=timeline.kept.device).expand(rows, -1)
+            latest = self._places = timeline, before, places, timeline.valid_places(timeline.seen)[:, before:]
+        return latest[2:]  # all layers see the same
 
     def _fresh_counts(self, timeline: Timeline) -> list[int]:
         """Of each row, how many of the call's tokens in this layer are no padding."""
@@ -120,6 +123,7 @@ class Evictor:
 
     # -- while a layer runs ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _hear(
         self, number: int, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> None:
@@ -173,7 +177,7 @@ class Evictor:
         if earlier is None:
             return Held(ages, valid, scores, list(self._counts), list(self._counts))
         if scores is not None and earlier.scores is not None:
-            scores = scores + torch.nn.functional.pad(earlier.scores, (0, scores.shape[2] - earlier.scores.shape[2]))
+            scores[..., : earlier.scores.shape[2]].add_(earlier.scores)
         ages, valid = torch.cat([earlier.ages, ages], dim=2), torch.cat([earlier.valid, valid], dim=1)
         counts = [old + new for old, new in zip(earlier.counts, self._counts, strict=True)]
         return Held(ages, valid, scores, counts, earlier.prompts)
@@ -189,6 +193,12 @@ class Evictor:
         for row, key in enumerate(zip(counts, prompts, asking, strict=True)):
             if pictured[row]:
                 groups.setdefault(key, []).append(row)
+        if len(groups) == 1 and all(pictured) and held.unpadded:
+            ((count, prompt, asked),) = groups
+            slots = self._select(layer, held, heard, list(range(len(counts))), count, prompt, asked)
+            if slots.shape[2] < count:
+                self._take(layer, held, slots, None, [slots.shape[2]] * len(counts))
+            return
         chosen: dict[int, Tensor] = {}
         for (count, prompt, asked), rows in groups.items():
             positions = self._select(layer, held, heard, rows, count, prompt, asked)
@@ -199,28 +209,29 @@ class Evictor:
         longest = max(slots.shape[-1] for slots in chosen.values())
         if longest == held.ages.shape[2] and all(chosen[row].shape[-1] == count for row, count in enumerate(counts)):
             return
-        slots = [
-            torch.nn.functional.pad(chosen[row], (longest - chosen[row].shape[-1], 0)) for row in range(len(chosen))
-        ]
         kept = [chosen[row].shape[-1] for row in range(len(chosen))]
+        every_slot = [torch.nn.functional.pad(chosen[row], (longest - kept[row], 0)) for row in range(len(chosen))]
         filled = torch.arange(longest) >= longest - torch.tensor(kept)[:, None]
-        self._take(layer, held, torch.stack(slots), on_device(filled, held.valid.device), kept)
+        self._take(layer, held, torch.stack(every_slot), on_device(filled, held.valid.device), kept)
 
     def _select(
         self, layer: Any, held: Held, heard: _Heard, rows: list[int], count: int, prompt: int, asking: int
     ) -> Tensor:
         """(B, Hkv, K) slots that stay in rows that hold `count` entries each, all at the end of their row."""
         total = held.ages.shape[2]
-        of = slice(None) if len(rows) == held.ages.shape[0] else on_device(torch.tensor(rows), held.ages.device)
-        ages = held.ages[of, :, total - count :]
-        window = None
+        of = None if len(rows) == held.ages.shape[0] else on_device(torch.tensor(rows), held.ages.device)
+
+        def theirs(values: Tensor, first: int = total - count) -> Tensor:
+            values = values if of is None else values[of]
+            return values[:, :, first:] if first else values
+
+        ages, window = theirs(held.ages), None
         if heard.queries is not None:  # a later prompt may be shorter than the window
-            first = heard.queries.shape[2] - min(asking, getattr(self.part, "window", 1))
-            window = heard.queries[of, :, first:]
+            window = theirs(heard.queries, heard.queries.shape[2] - min(asking, getattr(self.part, "window", 1)))
         block = CacheBlock(
-            scores=None if held.scores is None else held.scores[of, :, total - count :],
+            scores=None if held.scores is None else theirs(held.scores),
             age=ages,
-            keys=layer.keys[of, :, total - count :] if "cache.keys" in self.part.needs else None,
+            keys=theirs(layer.keys) if "cache.keys" in self.part.needs else None,
             window_queries=window,
             prompt_length=prompt,
         )
@@ -231,6 +242,9 @@ class Evictor:
             raise FoveateError(f"{format_spec(self.part)} reads {', '.join(lacking)}, which no layer's cache shows")
         with noting(self.complaints):
             selection: Any = self.part.select(signals)
+        if selection.slots is not None:
+            of_ours: Tensor = selection.slots
+            return of_ours if total == count else of_ours + (total - count)
         wanted = selection.positions.sort(dim=-1).values
         slots = torch.searchsorted(ages.contiguous(), wanted.contiguous()).clamp(max=count - 1)
         wrong = (ages.gather(2, slots) != wanted).sum() + (wanted[..., 1:] == wanted[..., :-1]).sum()
@@ -246,9 +260,12 @@ class Evictor:
         filled = held.valid.gather(1, order)
         self._take(layer, held, order[:, None].expand(-1, held.ages.shape[1], -1), filled, held.counts)
 
-    def _take(self, layer: Any, held: Held, slots: Tensor, filled: Tensor, counts: list[int]) -> None:
-        """Keep (R, Hkv, K) slots of everything that has one entry per slot."""
-        wide = slots[..., None].expand(-1, -1, -1, layer.keys.shape[-1])
-        layer.keys = layer.keys.gather(2, wide)
-        layer.values = layer.values.gather(2, slots[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
+    def _take(self, layer: Any, held: Held, slots: Tensor, filled: Tensor | None, counts: list[int]) -> None:
+        """Keep (R, Hkv, K) slots of everything that has one entry per slot; `filled` is None where none is padding."""
+        rows, heads, entries = layer.keys.shape[:3]
+        first = torch.arange(0, rows * heads * entries, entries, device=slots.device).view(rows, heads, 1)
+        entry = (slots + first).flatten()  # whole entries are copied, where gather() looks at each number
+        for name in ("keys", "values"):
+            kept = getattr(layer, name).flatten(0, 2).index_select(0, entry)
+            setattr(layer, name, kept.view(*slots.shape, -1))
         held.take(slots, filled, counts)
