@@ -62,9 +62,9 @@ def prune(
         processor = model.processor
     model = unwrapped(model)
     check_tuned(model, stages)
-    check_parts(model, parts)
+    shape = check_parts(model, parts)
     space = joint_space(model, parts, processor=processor, question=question, clip=clip)
-    return Handle(model, parts, space, short_outputs)
+    return Handle(model, parts, shape, space, short_outputs)
 
 
 def check_prunable(model: Any, methods: Method | str | Sequence[Method | str], **options: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from foveate.core import FoveateError, Method
 from foveate.families import family_of
+from foveate.families.shapes import ModelShape
 from foveate.runtime.calls import Calls
 from foveate.runtime.decoder.evict import Evictor
 from foveate.runtime.decoder.layers import stages_of
@@ -39,7 +40,12 @@ class Handle(Uncopied):
     """
 
     def __init__(
-        self, model: Any, parts: Sequence[Method], joint_space: JointSpace | None = None, short_outputs: bool = False
+        self,
+        model: Any,
+        parts: Sequence[Method],
+        shape: ModelShape,
+        joint_space: JointSpace | None = None,
+        short_outputs: bool = False,
     ) -> None:
         self.model = model
         self.parts = tuple(parts)
@@ -57,11 +63,13 @@ class Handle(Uncopied):
         inside = [part for part in self.parts if part.site in ("pixels", "tower")]
         self._tower = TowerStages(model, self.family, inside, self._probe, lambda: calls.mine)
         self._calls = calls = Calls(model, self.trace, stages, self._probe, self._tower, self._decoder_probe, evictor)
-        prefill = Prefill(model, self.family, self.parts, self._probe, self._tower, calls, joint_space, short_outputs)
+        prefill = Prefill(
+            model, self.family, self.parts, shape, self._probe, self._tower, calls, joint_space, short_outputs
+        )
         self._forwards = Forwards(model, self.family, decoder.layers, calls, prefill)
         self._generating = Generating(model, self.family, calls, prefill, self._forwards.await_step)
         # Nothing that lives on holds a handle that is not at work, so that it is collected as soon as it is lost.
-        self._unused = weakref.finalize(self, _warn_unused, repr(self))
+        self._unused = weakref.finalize(self, _warn_unused, self.parts, type(model).__name__)
 
     @property
     def active(self) -> bool:
@@ -69,9 +77,8 @@ class Handle(Uncopied):
         return self._calls.active
 
     def __repr__(self) -> str:
-        names = "+".join(format_spec(part) for part in self.parts)
         state = "at work" if self.active else "stopped" if self._started else "not started"
-        return f"<Handle of {names} on {type(self.model).__name__}: {state}>"
+        return _told(self.parts, type(self.model).__name__, state)
 
     def start(self) -> Handle:
         """Install pruning on the model.
@@ -157,9 +164,14 @@ def handle_of(model: Any) -> Handle | None:
     return found
 
 
-def _warn_unused(handle: str) -> None:
+def _told(parts: Sequence[Method], model: str, state: str) -> str:
+    return f"<Handle of {format_spec(tuple(parts))} on {model}: {state}>"
+
+
+def _warn_unused(parts: Sequence[Method], model: str) -> None:
     warnings.warn(
-        f"{handle} was made and never started, so nothing was pruned; use `with foveate.prune(...):`, or start() it",
+        f"{_told(parts, model, 'not started')} was made and never started, so nothing was pruned; use "
+        "`with foveate.prune(...):`, or start() it",
         UserWarning,
         stacklevel=2,
     )

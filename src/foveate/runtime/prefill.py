@@ -24,6 +24,7 @@ from foveate.core import Block, FoveateError, Method
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded as Pictures
 from foveate.families.layouts import runs_of
+from foveate.families.shapes import ModelShape
 from foveate.ops.device import on_device
 from foveate.runtime.arguments import TOKEN_TYPES, kind_of, text_config
 from foveate.runtime.decoder.cache import TimelineCache, attach, check_usable, timeline_of
@@ -36,7 +37,6 @@ from foveate.runtime.placeholders import Placeholders
 from foveate.runtime.refusals import Refusals
 from foveate.runtime.seams import CACHE
 from foveate.runtime.shortened import Shortened
-from foveate.runtime.support import shape_of
 from foveate.spec import format as format_spec
 
 
@@ -53,6 +53,7 @@ class Prefill:
         model: Any,
         family: Family,
         parts: Sequence[Method],
+        shape: ModelShape,
         probe: Probe,
         stages: TowerStages,
         owner: Owner,
@@ -69,7 +70,7 @@ class Prefill:
         self.refusals = Refusals(
             model, family, parts, self.placeholders, self._read, joint_space is not None, short_outputs
         )
-        self.shape = shape_of(model, family)
+        self.shape = shape
 
     @property
     def evicting(self) -> bool:

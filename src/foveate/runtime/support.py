@@ -34,8 +34,11 @@ _FORMS = ("attention", "space")
 """Fields whose choices ask different things of an encoder."""
 
 
-def check_parts(model: Any, parts: Sequence[Method]) -> None:
+def check_parts(model: Any, parts: Sequence[Method]) -> ModelShape:
     """Refuse parts whose site or signals this model cannot serve.
+
+    Returns:
+        The sizes by which a trace counts, as `shape_of` has them.
 
     Raises:
         FoveateError: naming the signal, and the methods that work on this model.
@@ -47,7 +50,7 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
     if family.check is not None:
         family.check(model.config, tower)
     check_version(family)
-    assumed = _shape(model, family)[1]  # what a trace counts must be known before work starts
+    shape, assumed = _shape(model, family)  # what a trace counts must be known before work starts
     if assumed:
         warnings.warn(
             f"{family.name}: not all sizes are known, and where it counts what pruning saves, this is assumed: "
@@ -81,6 +84,7 @@ def check_parts(model: Any, parts: Sequence[Method]) -> None:
     if family.fixed and not tower.packed and not any(part.adaptive for part in parts):
         grid = family.grid(model.config)
         visual_per_layer(parts, grid[0] * grid[1], layers, grid=grid)
+    return shape
 
 
 def shape_of(model: Any, family: Family) -> ModelShape:

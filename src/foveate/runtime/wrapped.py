@@ -63,11 +63,12 @@ def _check_compiled(model: Any) -> None:
     while modules:
         own = vars(modules.pop())  # a module that is asked for what it has not takes its time
         children = own["_modules"]
-        modules += [child for child in reversed(children.values()) if child is not None]
+        if children:  # most have none
+            modules += [child for child in reversed(children.values()) if child is not None]
         forward = own.get("forward")
         if (
             own.get("_compiled_call_impl") is not None
-            or "_orig_mod" in children
+            or (children and "_orig_mod" in children)
             or (forward is not None and hasattr(forward, "_torchdynamo_orig_callable"))
         ):
             name = next(name for name, module in model.named_modules() if vars(module) is own)
