@@ -1,4 +1,4 @@
-"""What choosing tokens costs: DivPrune beside a plain form of itself, every method before the decoder, and how it grows.
+"""What choosing tokens costs: DivPrune beside a plain form of itself, every method before the decoder, its growth.
 
 python benchmarks/selection.py [--device cpu|cuda] [--only divprune,fopru] [--quick] [--out FILE.json]
 python benchmarks/selection.py --growth [--only divprune,fopru] [--quick] [--out FILE.json]

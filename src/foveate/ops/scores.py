@@ -6,6 +6,7 @@ Shapes: B images, H heads, N tokens (M of them queries), d head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,9 @@ from torch import Tensor
 # (64 MiB of float32): memory grows with N, not with its square.
 CHUNK_VALUES = 1 << 24
 
+
+CACHED = 1 << 18
+"""Values of a map that a core works on at once, so that they stay in its cache."""
 
 MANY = 1024
 """Vectors from which on a table of their cosines is computed in parts, and each pair once."""
@@ -55,19 +59,31 @@ def attention_sums(
     batch, heads, total, _ = queries.shape
     own = torch.ones(batch, total, dtype=torch.bool, device=keys.device) if valid is None else valid
     tokens = own[:, skip:].sum(dim=1, keepdim=True)
-    summary = queries.new_zeros(batch, total, dtype=torch.float32)
+    summary, received, on_skipped = queries.new_zeros(3, batch, total, dtype=torch.float32)
     if skip:
         summary = _received(queries[:, :, :skip], keys, scale, valid, bias, slice(0, skip))[0]
-    received = torch.zeros_like(summary)
-    given = []
-    rows = max(1, CHUNK_VALUES // (batch * heads * total))
-    for start in range(skip, total, rows):
-        part = slice(start, min(total, start + rows))
-        column, on_skipped = _received(queries[:, :, part], keys, scale, valid, bias, part, skip)
+    for some, part in _tiles(batch, heads, skip, total, queries.device):
+        column, lost = _received(queries[:, some, part], keys[:, some], scale, valid, bias, part, skip)
         received += column
-        given.append((1.0 - on_skipped) * own[:, part] / tokens)
-    received_all = (received + summary) / (tokens + skip)
-    return AttentionSums(received[:, skip:] / tokens, torch.cat(given, dim=1), received_all[:, skip:])
+        on_skipped[:, part] += lost
+    received_all = (received + summary) / heads / (tokens + skip)
+    given = (1.0 - on_skipped / heads) * own / tokens
+    return AttentionSums((received / heads / tokens)[:, skip:], given[:, skip:], received_all[:, skip:])
+
+
+def _tiles(batch: int, heads: int, first: int, total: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Heads, and rows of their maps from `first` on, that are worked on at once.
+
+    On a CPU as many as stay in its caches; elsewhere few kernels are worth more.
+    """
+    values = CHUNK_VALUES
+    if device.type == "cpu":
+        values = min(values, CACHED * torch.get_num_threads())
+    some = max(1, min(heads, values // (batch * total * total)))
+    rows = max(1, values // (batch * some * total))
+    for head in range(0, heads, some):
+        for start in range(first, total, rows):
+            yield slice(head, head + some), slice(start, min(total, start + rows))
 
 
 def _received(
@@ -79,7 +95,7 @@ def _received(
     part: slice,
     skip: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Column sums (B, N) of a few rows of the map, mean over heads; each row's mass on the first `skip` keys (B, M).
+    """Column sums (B, N) of a few rows of the map, summed over heads; each row's mass on the first `skip` keys (B, M).
 
     The division by the row sum is folded into the sum over rows, so that the map is written once and read once.
     """
@@ -91,8 +107,8 @@ def _received(
     weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
     share = 1.0 / weights.sum(dim=-1, keepdim=True)
     share = share if valid is None else share * valid[:, None, part, None]
-    columns = torch.matmul(share.transpose(-1, -2), weights).squeeze(-2).mean(dim=1)
-    on_skipped = (weights[..., :skip].sum(dim=-1) * share.squeeze(-1)).mean(dim=1)
+    columns = torch.matmul(share.transpose(-1, -2), weights).squeeze(-2).sum(dim=1)
+    on_skipped = (weights[..., :skip].sum(dim=-1) * share.squeeze(-1)).sum(dim=1)
     return columns, on_skipped
 
 

@@ -1,0 +1,180 @@
+"""What pruning adds to the work of this machine's processor, which other programs' work does not count to.
+
+python benchmarks/overhead.py [--quick] [--out FILE.json]
+
+Milliseconds are process time of one thread; rivals take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from cpu import Row, interleaved, prompt, quartiles, row
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+import foveate
+from foveate.ops.scores import attention_sums
+from foveate.runs import write_text
+
+ANSWER = 24  # tokens
+KEPT = 144
+QUARTER = "h2o:heavy=0.125,recent=0.125"
+
+
+def spent(run: Callable[[], Any]) -> Callable[[], float]:
+    """`run` as a function that returns the milliseconds that it took of the process's time."""
+
+    def timed() -> float:
+        start = time.process_time()
+        run()
+        return (time.process_time() - start) * 1e3
+
+    return timed
+
+
+class Ticks:
+    """A streamer that notes the process's time at each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Note a token; the prompt comes first and does not count."""
+        if value.ndim == 1:
+            self.times.append(time.process_time())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def answered(model: Any, inputs: Any, spec: str | None, per_token: dict[str, list[float]]) -> Callable[[], float]:
+    """Milliseconds to the first token; those of each further one go to `per_token`."""
+
+    def run() -> float:
+        ticks = Ticks()
+        with foveate.prune(model, spec) if spec else nullcontext():
+            start = time.process_time()
+            model.generate(**inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, streamer=ticks)
+        gaps = [(after - before) * 1e3 for before, after in zip(ticks.times, ticks.times[1:], strict=False)]
+        per_token.setdefault(spec or "unpruned", []).append(statistics.median(gaps))
+        return (ticks.times[0] - start) * 1e3
+
+    return run
+
+
+def native(model: Any, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+    """The encoder, and a prompt of 144 visual tokens in place of all."""
+    visual = model.config.image_token_id
+    place = (inputs["input_ids"][0] == visual).nonzero()[:, 0]
+    ids = torch.cat([inputs["input_ids"][:, : place[KEPT]], inputs["input_ids"][:, place[-1] + 1 :]], dim=1)
+
+    def run() -> None:
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        embeddings = model.get_input_embeddings()(ids)
+        embeddings[ids == visual] = features[:KEPT]
+        mask = torch.ones_like(ids)
+        model.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=1, do_sample=False)
+
+    return run
+
+
+def on_mini(rounds: int) -> list[Row]:
+    """`prune()`, the first token and each further one, on `mini`."""
+    model = AutoModelForImageTextToText.from_pretrained(foveate.MINI, dtype=torch.float32).eval()
+    inputs, per_token = prompt(model, words=10), dict[str, list[float]]()
+
+    def cycle() -> None:
+        foveate.prune(model, f"fopru:keep={KEPT}").start().stop()
+
+    def first() -> None:
+        with foveate.prune(model, f"fopru:keep={KEPT}"):
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+
+    specs = [None, "h2o", QUARTER, "snapkv"]
+    prompts = interleaved({str(spec or "unpruned"): answered(model, inputs, spec, per_token) for spec in specs}, rounds)
+    both = interleaved({"144 kept": spent(first), "144 native": spent(native(model, inputs))}, 2 * rounds)
+    cycles = interleaved({"prune, start, stop": spent(cycle)}, 50 * rounds)
+    times = prompts | both | cycles
+    median = {name: statistics.median(values) for name, values in times.items()}
+    tokens = {name: statistics.median(values[1:]) for name, values in per_token.items()}
+    ratio = median["144 kept"] / median["144 native"]
+    own = median["prune, start, stop"]
+    detail = {name: quartiles(values) for name, values in times.items()}
+    rows = [
+        row("mini: prune() + start() + stop(), ms", own, "<= 1", own <= 1.0, **detail),
+        row("mini: first token, fopru:keep=144 / 144 native", ratio, "<= 1.1", ratio <= 1.1),
+    ]
+    for spec, prefill, each in (("h2o", 1.6, 1.1), (QUARTER, 1.6, 0.9), ("snapkv", 1.1, 1.0)):
+        whole, token = median[spec] / median["unpruned"], tokens[spec] / tokens["unpruned"]
+        rows.append(row(f"mini: first token, {spec} / unpruned", whole, f"<= {prefill}", whole <= prefill))
+        rows.append(row(f"mini: per token, {spec} / unpruned", token, f"<= {each}", token <= each))
+    return rows
+
+
+def reading(patches: int, dtype: torch.dtype, rounds: int) -> Row:
+    """Attention sums of one block beside a CLIP-L encoder of 24 such blocks."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = CLIPVisionConfig(**sizes, attn_implementation="sdpa")
+    block = CLIPEncoderLayer(config).eval().to(dtype)
+    hidden = torch.randn(1, patches, 1024, dtype=dtype)
+    queries, keys = (torch.randn(1, 16, patches, 64, dtype=dtype) for _ in range(2))
+    rivals = {
+        "one block": spent(lambda: block(hidden, attention_mask=None)),
+        "reading": spent(lambda: attention_sums(queries, keys, 0.125)),
+    }
+    times = interleaved(rivals, rounds)
+    share = statistics.median(times["reading"]) / (24 * statistics.median(times["one block"]))
+    name = f"attention sums / CLIP-L encoder, {patches} patches, {str(dtype).removeprefix('torch.')}"
+    return row(name, share, "<= 2 %", share <= 0.02, **{one: quartiles(values) for one, values in times.items()})
+
+
+def main() -> None:
+    """Run everything, print one table, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
+    parser.add_argument("--out", type=Path, default=None, help="write the figures to this JSON file")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    many, few = (2, 2) if options.quick else (8, 3)
+    load = os.getloadavg()[0]
+    with torch.no_grad():
+        rows = on_mini(many)
+        for patches in (576,) if options.quick else (576, 2304, 4096):
+            rows += [reading(patches, dtype, few) for dtype in (torch.float32, torch.bfloat16)]
+    table = Table("figure", "measured", "target", "met")
+    for one in rows:
+        value = f"{one['value']:.2%}" if "%" in one["target"] else f"{one['value']:.3f}"
+        table.add_row(one["figure"], value, one["target"], "yes" if one["met"] else "NO")
+    Console(width=130).print(table)
+    if options.out is not None:
+        result = {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1},
+            "load": [load, os.getloadavg()[0]],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "command": "python benchmarks/overhead.py",
+            "rows": rows,
+        }
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
