@@ -1,7 +1,7 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
 # change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows. Those of
-# the page and of Ray run in .venv-serve, those of the plug-in for vLLM in .venv-vllm. .venv-newest is for a
-# transformers that is newer than that of constraints.txt.
+# the page and of Ray run in .venv-serve, those of the plug-in for vLLM in .venv-vllm, and those of the model of lmms-eval
+# in .venv-eval. .venv-newest is for a transformers that is newer than that of constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,18 +16,21 @@ SERVE := .venv-serve
 SERVE_STAMP := $(SERVE)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
+EVAL := .venv-eval
+EVAL_STAMP := $(EVAL)/.installed
 MACHINE := $(shell uname -s -m)
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 LOWEST_PIP := $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-lowest.txt
 VLLM_PIP := $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps
+EVAL_PIP := $(EVAL)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile
 NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; \
   $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm lint look bench soak clean
+.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm test-eval lint look bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -73,6 +76,10 @@ test-vllm: $(STAMP)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/serve/vllm
 endif
 
+test-eval: $(EVAL_STAMP) ## the tests of the model of lmms-eval, in an environment of its own (2 GB)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+	  -W ignore tests/evaluate/test_harness.py
+
 look: $(STAMP) ## pictures of what `foveate report` writes, at desktop and phone width, in look/; needs Debian's chromium
 	@HF_HUB_OFFLINE=1 $(BIN)/python tools/look.py
 
@@ -83,7 +90,7 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(VLLM) demo look dist build
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(VLLM) $(EVAL) demo look dist build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -138,4 +145,14 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/serve/vllm/torchvision_
 	@$(VLLM_PIP) --no-build-isolation --editable .
 	@cp tests/serve/vllm/torchvision_shim.py "`$(VLLM)/bin/python -c "$(SITE)"`"
 	@echo "import torchvision_shim" > "`$(VLLM)/bin/python -c "$(SITE)"`/torchvision_shim.pth"
+	@touch $@
+
+# Everything is pinned and nothing is resolved: lmms-eval asks for a torchvision whose build for GPUs does not load beside
+# the torch for CPUs. Most of its modules are never imported, so that compiling them all would be most of the work.
+$(EVAL_STAMP): pyproject.toml constraints-eval.txt
+	@$(NEW_ENOUGH)
+	@echo "Installing lmms-eval into $(EVAL) (a minute or two)"
+	@test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
+	@$(EVAL_PIP) --requirement constraints-eval.txt
+	@$(EVAL_PIP) --no-build-isolation --editable .
 	@touch $@

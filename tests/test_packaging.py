@@ -127,6 +127,16 @@ def test_the_rest_of_the_lowest_environment_is_pinned_as_elsewhere() -> None:
     assert lowest.keys() - usual.keys() == {"attrs"}  # which older versions of hypothesis need
 
 
+def test_the_harness_is_pinned_on_what_the_tests_run_on() -> None:
+    harness, usual = pins("constraints-eval.txt"), pins()
+    older = {"protobuf", "python-dateutil"}  # which others of its packages need
+    assert {name: harness[name] for name in harness.keys() & usual.keys() - older} == {
+        name: usual[name] for name in harness.keys() & usual.keys() - older
+    }
+    (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["eval"])
+    assert harness[wanted.name] in wanted.specifier
+
+
 @pytest.mark.parametrize("which", ["lowest", "newest"])
 def test_what_runs_on_other_versions_is_there(which: str) -> None:
     lines = (ROOT / "tests" / f"{which}.txt").read_text(encoding="utf-8").splitlines()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,19 @@ def prompt(processor: Any, question: str, images: int = 1) -> str:
     """The text of one user turn, `images` pictures before the question, in the model's own chat template.
 
     Raises:
+        FoveateError: as `templated`.
+    """
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    return templated(processor, [{"role": "user", "content": content}])
+
+
+def templated(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a conversation in the model's own chat template, up to where the answer begins.
+
+    Args:
+        messages: as chat templates take them, each a role and its parts.
+
+    Raises:
         FoveateError: the processor has no chat template.
     """
     if not getattr(processor, "chat_template", None):
@@ -29,8 +42,7 @@ def prompt(processor: Any, question: str, images: int = 1) -> str:
             f"{type(processor).__name__} has no chat template, so the prompt's wording is not known; "
             "set processor.chat_template, or choose a checkpoint tuned for chat"
         )
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text: str = processor.apply_chat_template([*messages], add_generation_prompt=True)
     return text
 
 
@@ -56,12 +68,21 @@ def encode(
             raise FoveateError(f"the question of prompt {row} is empty; ask at least one word")
         check_text(processor, question, f"the question of prompt {row}")
     texts = [prompt(processor, question, len(pictures)) for pictures, question in zip(images, questions, strict=True)]
+    return prepared(model, processor, images, texts)
+
+
+def prepared(model: Any, processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> BatchFeature:
+    """Model inputs of B texts in the model's chat template, padded on the left.
+
+    Args:
+        images: the pictures whose marks each text holds, in their order; of all texts none, or of each at least one.
+    """
     start = processor.tokenizer.bos_token
+    # Some must be told which row a picture belongs to.
+    pictures = [[on_white(picture) for picture in row] for row in images]
     inputs = processor(
-        images=[
-            [on_white(picture) for picture in pictures] for pictures in images
-        ],  # some must be told which row a picture belongs to
-        text=texts,
+        images=pictures if any(pictures) else None,
+        text=list(texts),
         padding=True,
         padding_side="left",
         # Some chat templates write the token that starts a text, others leave it to the tokenizer.
