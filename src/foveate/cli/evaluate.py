@@ -89,8 +89,13 @@ def command(
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost."""
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    """Answer the same questions unpruned and with each rival, and print accuracy, tokens and cost.
+
+    Several processes share the questions: torchrun --nproc_per_node 2 -m foveate eval ...
+    """
+    from foveate.inference.processes import joined, own_device
+
+    place: dict[str, Any] = {"device": own_device(device), "dtype": dtype, "trust_remote_code": trust_remote_code}
     place["any_spec"] = any_spec
     rivals = {"prune": prune or [], "batch": batch, "clip": clip, "timed": timed, "pictures": pictures}
     of_scenes = {"every": every, "seed": seed, "ceiling": ceiling or None, "json": json_file, "append": append}
@@ -104,13 +109,14 @@ def command(
         named = None if adapter is None else str(adapter)
         wanted = {"model": model, "adapter": named, "task": _task(tasks), "samples": samples, "seed": seed}
         files = {"json_file": json_file, "append": append}
-        run(wanted, rivals, place, every=every, ceiling=ceiling, pages=pages, jpeg=jpeg, **files)
+        run(wanted, rivals, place, joined(), every=every, ceiling=ceiling, pages=pages, jpeg=jpeg, **files)
     else:
         from foveate.cli.evaluate_folder import run_folder
 
         _refuse(of_scenes, "--tasks scenes")
         place["adapter"] = adapter
-        run_folder(folder, model, rivals, place, samples=samples, out=out, resume=resume, longest=max_new_tokens)
+        options: dict[str, Any] = {"samples": samples, "out": out, "resume": resume, "longest": max_new_tokens}
+        run_folder(folder, model, rivals, place, joined(), **options)
 
 
 def folder_of(tasks: list[str] | None) -> Path | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import UsageError, usage
 
 if TYPE_CHECKING:
+    from foveate.inference.processes import Processes
     from foveate.report.tables import Column
 
 ROWS, TABLE = "rows.json", "rows.md"
@@ -18,6 +19,7 @@ def run_folder(
     model: str | None,
     given: dict[str, Any],
     place: dict[str, Any],
+    among: Processes,
     *,
     samples: int | None,
     out: Path | None,
@@ -29,10 +31,11 @@ def run_folder(
     Args:
         given: specs, batch and clip, and how many questions are timed and pictures shown.
         place: how the model is loaded, with its adapter.
+        among: processes that share the questions; the first prints and writes.
         longest: new tokens of an answer.
     """
-    from foveate.cli.evaluate_looks import check_few, timed_and_seen
-    from foveate.cli.output import show, stderr, working
+    from foveate.cli.evaluate_looks import check_few
+    from foveate.cli.output import stderr, working
     from foveate.evaluate import local_task, scenes_task
     from foveate.inference.adapters import check_asked, load_tuned
     from foveate.paths import checked
@@ -50,28 +53,47 @@ def run_folder(
         rivals = scenes_task.parse_rivals(given["prune"])
         check_asked(place["adapter"], rivals.values(), any_spec=place["any_spec"])
         task = local_task.read(folder, samples)
-        check_run(out, resume)
+        if among.first:
+            check_run(out, resume)
         out = checked(out)
 
     from foveate.evaluate import folder_rows
-    from foveate.evaluate.looks import Shown
-    from foveate.inference.pictures import load_image
 
     console = stderr()
     with working(f"loading {model}"):
         loaded = load_tuned(model, **place)
     everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
-    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"]}
+    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], "among": among}
     lines = _answered(loaded, task, everyone, console, name=loaded.name, out=out, resume=resume, **settings)
+    if among.first:
+        _show(loaded, task, lines, (everyone, beside, missing), given, out=out, longest=longest)
+
+
+def _show(
+    loaded: Any, task: Any, lines: Any, rivals: tuple[Any, Any, Any], given: dict[str, Any], *, out: Path, longest: int
+) -> None:
+    """Print the table of what was answered, and write it.
+
+    Args:
+        rivals: what `with_baselines` found.
+        given, longest: as `run_folder` has them.
+    """
+    from foveate.cli.evaluate_looks import timed_and_seen
+    from foveate.cli.output import show, stderr
+    from foveate.evaluate import folder_rows
+    from foveate.evaluate.looks import Shown
+    from foveate.inference.pictures import load_image
+
+    everyone, beside, missing = rivals
     rows = folder_rows.rows(lines, task, batch=given["batch"], beside=beside)
     shown = [
         Shown(load_image(task.path / question.image), question.prompt, question.answers[0])
         for question in task.questions[: max(given["timed"], given["pictures"])]
     ]
     seen = timed_and_seen(loaded, rows, everyone, shown, given, longest)
-    show(columns(), [flat(row) for row in rows], title=f"{loaded.name}: {len(task.questions)} questions of {folder}")
+    show(columns(), [flat(row) for row in rows], title=f"{loaded.name}: {len(task.questions)} questions of {task.path}")
     for spec, why in missing.items():
-        console.print(f"{spec}: - ({why})", highlight=False, markup=False)
+        stderr().print(f"{spec}: - ({why})", highlight=False, markup=False)
     _write(out, loaded.name, task, rows, seen)
 
 
@@ -82,8 +104,9 @@ def _answered(loaded: Any, task: Any, everyone: dict[str, Any], console: Any, **
     from foveate.evaluate.folder_run import answer_folder, asks
 
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
-        answers = bar.add_task("answers", total=len(everyone) * len(asks(task)))
+    seen = console.is_terminal and settings["among"].first  # which counts its own
+    with Progress(*parts, console=console, transient=True, disable=not seen) as bar:
+        answers = bar.add_task("answers", total=len(everyone) * len(asks(task)) // settings["among"].count)
         return answer_folder(
             loaded.model,
             loaded.processor,

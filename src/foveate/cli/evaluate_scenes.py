@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.evaluate.looks import Shown
     from foveate.evaluate.scenes_task import Paper, Row
     from foveate.inference.loading import Loaded
+    from foveate.inference.processes import Processes
     from foveate.report.tables import Column
 
 
@@ -20,6 +21,7 @@ def run(
     wanted: dict[str, Any],
     given: dict[str, Any],
     place: dict[str, Any],
+    among: Processes,
     *,
     every: str | None,
     ceiling: bool,
@@ -34,6 +36,7 @@ def run(
         wanted: model, adapter, task, samples and seed as the user gave them, None where not.
         given: specs, batch and clip, and how many questions are timed and pictures shown.
         place: how the model is loaded, and whether one with an adapter may be pruned by any spec.
+        among: processes that share the questions; the first prints and writes.
     """
     from foveate.cli.output import show, stderr, working
 
@@ -57,8 +60,10 @@ def run(
         loaded = load_tuned(asked["model"], asked.get("adapter"), **place)
     unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
     sizes = {name: asked[name] for name in ("samples", "seed")}
-    settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on}
+    settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on, "among": among}
     rows = _answered(loaded, rivals, console, **sizes, **settings)
+    if not among.first:
+        return
     table = [row.to_dict() for row in rows]
     seen = timed_and_seen(loaded, table, rivals, _shown(given, asked["seed"], on), given, scenes_task.LONGEST)
     show(
@@ -164,8 +169,11 @@ def _answered(loaded: Loaded, rivals: dict[str, Any], console: Any, *, samples: 
     from foveate.evaluate.scenes_task import evaluate
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        answers = bar.add_task("answers", total=(len(rivals) + settings["ceiling"]) * samples)
+    seen = console.is_terminal and settings["among"].first  # which counts its own
+    with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
+        answers = bar.add_task(
+            "answers", total=(len(rivals) + settings["ceiling"]) * samples // settings["among"].count
+        )
         return evaluate(
             loaded.model,
             loaded.processor,

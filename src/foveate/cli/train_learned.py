@@ -93,6 +93,7 @@ def run(
         FoveateError: as the options, the model, its rows and the training have it.
     """
     from foveate.inference.loading import load
+    from foveate.inference.processes import own_device
     from foveate.paths import folder_target
     from foveate.runs import check_run
 
@@ -116,23 +117,13 @@ def run(
         check_run(given["out"], given["resume"])
     loaded = load(
         given["model"],
-        device=_own(given["device"]),
+        device=own_device(given["device"]),
         dtype=given["dtype"],
         trust_remote_code=given["trust_remote_code"],
         check=check,
     )
     prepare(loaded.model, settings)
     _train(loaded, settings, asked, given, train, read[0] if read else None)
-
-
-def _own(device: str) -> str:
-    """Of several processes each has a GPU of its own."""
-    import torch
-
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if device != "auto" or not several or not torch.cuda.is_available():
-        return device
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _check(data: str, images: Path | None, own: dict[str, Any], steps: int | None, max_seconds: float | None) -> None:

@@ -15,6 +15,7 @@ from foveate.evaluate.scenes_task import AHEAD
 from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all
 from foveate.inference.answers import decode, encode, greedy
 from foveate.inference.pictures import load_image, upright_size
+from foveate.inference.processes import ALONE, Processes
 from foveate.inference.resizing import Scaler, check_runnable, scalers_of, scaling
 from foveate.paths import Given
 from foveate.prune import prune, share_encoding
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ANSWERS = "answers.jsonl"
-"""One line for each batch that a rival has answered, whole or not there."""
+"""One line for each batch that a rival has answered, whole or not there. Processes beside the first have files of their
+own, `answers-1.jsonl` and so on."""
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -103,6 +105,7 @@ def answer_folder(
     max_new_tokens: int = 32,
     clip: Any = None,
     progress: Progress | None = None,
+    among: Processes = ALONE,
 ) -> list[Answered]:
     """Greedy answers of every rival to the same prompts, in the same batches; what a killed run has is not asked again.
 
@@ -113,33 +116,32 @@ def answer_folder(
         resume: go on with the run that is there.
         clip: as `prune` takes it.
         progress: called with the number of prompts answered since the last call; at first with those that are there.
+        among: processes that share the batches; a run that was killed may be resumed by fewer or more of them.
 
     Returns:
-        a line for each rival and batch.
+        a line for each rival and batch; in processes beside the first nothing.
 
     Raises:
         FoveateError: `out` holds a run and `resume` is False, or one of other settings; a question holds special tokens
             of the model; or a method cannot run on it.
     """
     prompts = asks(folder)
-    for ask in prompts:
-        check_text(processor, ask.question.prompt, f"the question {ask.question.id!r}")
     groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
-    _check_rivals(model, processor, folder, rivals, clip)
-    parts = {spec: [part for stage in stages for part in stage.parts()] for spec, stages in rivals.items()}
-    # Whatever acts behind the encoder looks at the same encoding; the others make their own.
-    together = [spec for spec in rivals if all(part.site not in AHEAD for part in parts[spec])]
-    needs = {need for spec in together for part in parts[spec] for need in part.needs}
+    _check(model, processor, folder, rivals, clip)
+    together, needs = _together(rivals)
     identity = settings(name, model, folder, rivals, batch=batch, max_new_tokens=max_new_tokens)
-    with run_folder(out, identity, resume) as path:
+    with run_folder(out, identity, resume, among.first) as path:
         scalers = scalers_of(model, processor, rivals)
         told = progress or (lambda count: None)
-        run = _Run(model, processor, rivals, scalers, clip, path / ANSWERS, max_new_tokens, told)
-        done = {(line.rival, line.batch): line for line in read_answers(run.file)}
+        run = _Run(model, processor, rivals, scalers, clip, path / _file(among), max_new_tokens, told)
+        # Others may be at work on their files as soon as the first has read them.
+        before = among.told(lambda: [line for file in files_of(path) for line in read_answers(file)])
+        done = {(line.rival, line.batch): line for line in before}
+        fresh: list[Answered] = []
         run.progress(sum(len(line.answers) for line in done.values()))
         for number, group in enumerate(groups):
             missing = [spec for spec in rivals if (spec, number) not in done]
-            if not missing:
+            if not missing or not among.takes(number):
                 continue
             asked = _asked(folder, group)
             inputs = encode(model, processor, *asked)
@@ -147,14 +149,31 @@ def answer_folder(
                 lines = [run.answer(spec, number, inputs) for spec in missing if spec in together]
             others = [spec for spec in missing if spec not in together]
             lines += [run.answer_alone(spec, number, asked, inputs) for spec in others]
-            done |= {(line.rival, line.batch): line for line in lines}
-    return [done[spec, number] for spec in rivals for number in range(len(groups))]
+            fresh += lines
+        done |= {(line.rival, line.batch): line for line in among.gathered(fresh)}
+    return [done[spec, number] for spec in rivals for number in range(len(groups)) if among.first]
 
 
-def _check_rivals(
-    model: Any, processor: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], clip: Any
-) -> None:
-    """Refuse rivals that cannot run on the model, or cannot scale a picture of the folder to their budget."""
+def files_of(folder: Path) -> list[Path]:
+    """The files of a run's answers, of as many processes as there ever were."""
+    return sorted(folder.glob(f"{Path(ANSWERS).stem}*.jsonl"))
+
+
+def _file(among: Processes) -> str:
+    return ANSWERS if among.first else f"{Path(ANSWERS).stem}-{among.number}.jsonl"
+
+
+def _together(rivals: Mapping[str, Sequence[Method]]) -> tuple[list[str], set[str]]:
+    """Which rivals look at the same encoding, as whatever acts behind the encoder does, and what they need of it."""
+    parts = {spec: [part for stage in stages for part in stage.parts()] for spec, stages in rivals.items()}
+    together = [spec for spec in rivals if all(part.site not in AHEAD for part in parts[spec])]
+    return together, {need for spec in together for part in parts[spec] for need in part.needs}
+
+
+def _check(model: Any, processor: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], clip: Any) -> None:
+    """Refuse questions with marks of the model, and rivals that cannot run on it or scale a picture to their budget."""
+    for ask in asks(folder):
+        check_text(processor, ask.question.prompt, f"the question {ask.question.id!r}")
     sizes = sizes_of(folder) if any(scaling(stages) is not None for stages in rivals.values()) else []
     for stages in rivals.values():
         if stages:

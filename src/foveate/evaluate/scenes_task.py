@@ -14,6 +14,7 @@ from foveate.core import FoveateError, Method
 from foveate.evaluate.oracle import Box, Oracle
 from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all
 from foveate.inference.answers import decode, encode, greedy
+from foveate.inference.processes import ALONE, Processes
 from foveate.inference.resizing import scalers_of, scaling
 from foveate.prune import prune, share_encoding
 from foveate.scenes import generator, pages, questions, scoring
@@ -21,6 +22,7 @@ from foveate.scenes import generator, pages, questions, scoring
 if TYPE_CHECKING:
     from PIL import Image
 
+    from foveate.inference.resizing import Scaler
     from foveate.runtime.handle import Handle
     from foveate.trace import Trace
 
@@ -75,6 +77,18 @@ class Row:
     kv_bytes: int = 0
     unpruned_bytes: int = 0
 
+    def add(self, more: Row) -> None:
+        """Count what the same method reached on further questions."""
+        for kind, scores in more.scores.items():
+            self.scores[kind] += scores
+        self.tokens += more.tokens
+        self.equivalent += more.equivalent
+        _add_layers(self, more.layers)
+        self.prefill_flops += more.prefill_flops
+        self.unpruned_flops += more.unpruned_flops
+        self.kv_bytes += more.kv_bytes
+        self.unpruned_bytes += more.unpruned_bytes
+
     @property
     def accuracy(self) -> float:
         """Mean score over all questions."""
@@ -110,6 +124,7 @@ def evaluate(
     clip: Any = None,
     progress: Progress | None = None,
     on: Paper | None = None,
+    among: Processes = ALONE,
 ) -> list[Row]:
     """Greedy answers of the unpruned model and of each rival to the same questions about the split "test".
 
@@ -123,6 +138,7 @@ def evaluate(
         clip: as `prune` takes it.
         progress: called with the number of answers given since the last call; `len(rows) * samples` in all.
         on: pages that the objects are stamped on; None for photos.
+        among: processes that share the batches: the first gets the rows that one alone would have, others empty ones.
 
     Raises:
         FoveateError: fewer than one sample or prompt at once, a seed out of range, or a spec that names no method.
@@ -136,29 +152,53 @@ def evaluate(
     pruning = {name: stages for name, stages in named.items() if stages and name not in scalers}
     handles = {name: prune(model, stages, processor=processor, clip=clip) for name, stages in pruning.items()}
     # Whatever acts behind the encoder looks at the same encoding; the others make their own.
-    together = [row for row in rows if all(part.site not in AHEAD for part in _parts(named.get(row.method, ())))]
-    needs = {need for row in together for part in _parts(named.get(row.method, ())) for need in part.needs}
-    for group in _batches(samples, batch, seed, on):
-        asked = [sample.question for sample in group]
-        inputs = encode(model, processor, [[sample.image] for sample in group], asked)
-        ceilings = {CEILING: prune(model, Oracle([sample.boxes for sample in group]))} if ceiling else {}
-        with share_encoding(model, needs):
-            for row in together:
-                _answer(model, processor, {**handles, **ceilings}.get(row.method), inputs, group, row)
-        for row in rows:
-            if row.method in scalers:
-                own = scalers[row.method].encode([[sample.image] for sample in group], asked)
-                _answer(model, processor, None, own, group, row)
-                _compare(model, own, inputs, row)
-            elif row not in together:
-                _answer(model, processor, handles[row.method], inputs, group, row)
-            if progress is not None:
-                progress(len(group))
+    parts = {row.method: [part for stage in named.get(row.method, ()) for part in stage.parts()] for row in rows}
+    together = [name for name in parts if all(part.site not in AHEAD for part in parts[name])]
+    needs = {need for name in together for part in parts[name] for need in part.needs}
+    rivals_at_work = _Rivals(model, processor, [*parts], handles, scalers, together, needs)
+    done = []
+    for number, group in enumerate(_batches(samples, batch, seed, on)):
+        if among.takes(number):
+            done.append((number, rivals_at_work.answer(group, progress or (lambda count: None))))
+    # In the order of the batches, in which one process alone would have added them up.
+    for _, found in sorted(among.gathered(done), key=lambda each: each[0]):
+        for row, more in zip(rows, found, strict=True):
+            row.add(more)
     return rows
 
 
-def _parts(stages: Sequence[Method]) -> list[Method]:
-    return [part for stage in stages for part in stage.parts()]
+@dataclass(frozen=True)
+class _Rivals:
+    """Methods ready to answer, and which of them look at the same encoding."""
+
+    model: Any
+    processor: Any
+    names: list[str]
+    handles: dict[str, Handle]
+    scalers: dict[str, Scaler]
+    together: list[str]
+    needs: set[str]
+
+    def answer(self, group: list[Sample], progress: Progress) -> list[Row]:
+        """What each reaches on one batch."""
+        rows = {name: Row(name) for name in self.names}
+        pictures, asked = [[sample.image] for sample in group], [sample.question for sample in group]
+        inputs = encode(self.model, self.processor, pictures, asked)
+        handles: dict[str, Handle] = dict(self.handles)
+        if CEILING in rows:
+            handles[CEILING] = prune(self.model, Oracle([sample.boxes for sample in group]))
+        with share_encoding(self.model, self.needs):
+            for name in self.together:
+                _answer(self.model, self.processor, handles.get(name), inputs, group, rows[name])
+        for name, row in rows.items():
+            if name in self.scalers:
+                own = self.scalers[name].encode(pictures, asked)
+                _answer(self.model, self.processor, None, own, group, row)
+                _compare(self.model, own, inputs, row)
+            elif name not in self.together:
+                _answer(self.model, self.processor, handles[name], inputs, group, row)
+            progress(len(group))
+        return [*rows.values()]
 
 
 def check(*, samples: int, batch: int, seed: int) -> None:
