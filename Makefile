@@ -14,6 +14,8 @@ TORCHVISION := .venv-torchvision
 TORCHVISION_STAMP := $(TORCHVISION)/.installed
 SERVE := .venv-serve
 SERVE_STAMP := $(SERVE)/.installed
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 EVAL := .venv-eval
@@ -30,7 +32,7 @@ NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm test-eval lint look bench soak clean
+.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm test-eval lint docs look bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -80,6 +82,10 @@ test-eval: $(EVAL_STAMP) ## the tests of the model of lmms-eval, in an environme
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
 	  -W ignore tests/evaluate/test_harness.py
 
+docs: $(DOCS_STAMP) ## the pages of docs/ as a site, in site/, in an environment of its own
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs --quiet build --strict --clean
+	@echo "site/index.html"
+
 look: $(STAMP) ## pictures of what `foveate report` writes, at desktop and phone width, in look/; needs Debian's chromium
 	@HF_HUB_OFFLINE=1 $(BIN)/python tools/look.py
 
@@ -90,7 +96,7 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(VLLM) $(EVAL) demo look dist build
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(DOCS) $(VLLM) $(EVAL) demo look site dist build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -129,6 +135,11 @@ $(TORCHVISION_STAMP): $(STAMP) constraints-newest.txt constraints-torchvision.tx
 $(SERVE_STAMP): $(STAMP) constraints-serve.txt
 	@echo "Installing the page and Ray into $(SERVE)"
 	@$(call above,$(SERVE),constraints-serve.txt)
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP) constraints-docs.txt
+	@echo "Installing what builds the site into $(DOCS)"
+	@$(call above,$(DOCS),constraints-docs.txt)
 	@touch $@
 
 SITE := import site; print(site.getsitepackages()[0])

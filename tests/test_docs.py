@@ -100,10 +100,3 @@ def test_accuracies_stand_in_their_columns(tool: ModuleType) -> None:
     assert "| [`fastv`](methods/fastv.md) | 50.0 (200) |" in lines
     assert not any("h2o" in line for line in lines)
     assert any("4.4 points" in line for line in lines)  # 1.96 * sqrt(0.25 / 500)
-
-
-def test_the_plan_of_a_million_pictures_is_what_its_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    code, printed = (text.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
-    exec(compile(code, "docs/scale.md", "exec"), {})
-    assert capsys.readouterr().out == printed

@@ -12,8 +12,8 @@ import pytest
 from pytest_socket import SocketConnectBlockedError
 
 ROOT = Path(__file__).parents[1]
-BY_PRODUCTS = {".git", "dist", "build", "demo", "runs", "__pycache__", ".hypothesis"} | {
-    f".venv{which}" for which in ("", "-lowest", "-newest", "-torchvision", "-serve", "-vllm")
+BY_PRODUCTS = {".git", "dist", "build", "demo", "runs", "site", "__pycache__", ".hypothesis"} | {
+    f".venv{which}" for which in ("", "-lowest", "-newest", "-torchvision", "-serve", "-vllm", "-docs")
 }
 CATCH_ALLS = {"utils", "util", "helpers", "common", "misc"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500  # lines

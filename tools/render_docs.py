@@ -72,6 +72,16 @@ Fields with which methods run where an encoder has no CLS, is no CLIP, or has it
 {rows}
 """
 
+METHODS = """# Methods
+
+In the order in which a picture meets them. `foveate methods NAME` prints what its page says;
+[families](families.md) has the models that a method runs on, [accuracy](accuracy.md) what they answer right on `mini`.
+
+{methods}
+
+They compose: a list in Python, `+` in a [spec](concepts.md#spec).
+"""
+
 FAMILIES = """# Model families
 
 {families}
@@ -191,11 +201,11 @@ def first(row: dict[str, Any]) -> str:
     return site
 
 
-def table() -> str:
-    """The README's table of methods."""
+def table(folder: str = "docs/methods") -> str:
+    """The table of methods of a file beside which their pages lie in `folder`."""
     lines = ["| method | acts | keeps |", "|---|---|---|"]
     for row in ordered():
-        name = f"[`{row['name']}`](docs/methods/{row['name']}.md)"
+        name = f"[`{row['name']}`]({folder}/{row['name']}.md)"
         lines.append(f"| {name} | {row['acts']} | {row['keeps'].removeprefix('keeps ').removesuffix('.')} |")
     return "\n".join(lines)
 
@@ -341,6 +351,7 @@ def texts() -> dict[Path, str]:
     path = ROOT / "README.md"
     found[path] = readme(path.read_text(encoding="utf-8"))
     found[ROOT / "docs" / "families.md"] = families()
+    found[ROOT / "docs" / "methods.md"] = METHODS.format(methods=table("methods"))
     path = ROOT / "docs" / "vllm.md"
     found[path] = refilled(path.read_text(encoding="utf-8"), {"families": vllm_table()}, "docs/vllm.md")
     files = ((accuracy, latest("accuracy")), (forms, latest("forms")))
