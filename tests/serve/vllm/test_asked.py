@@ -10,7 +10,7 @@ import pytest
 from foveate.core import FoveateError
 from foveate.families.rows import FAMILIES
 from foveate.serve.vllm.asked import Asked, Rules
-from foveate.serve.vllm.server import untrusted, with_question
+from foveate.serve.vllm.server import untrusted, with_question, with_spec
 from foveate.serve.vllm.settings import check_vllm, written
 
 LLAVA = next(family for family in FAMILIES if family.name == "llava-1.5")
@@ -136,6 +136,15 @@ def test_a_spec_is_written_in_one_way() -> None:
     assert written(foveate.FoPru(keep=0.25)) == written("fopru: keep=25%") == "fopru:keep=0.25"
     assert written([foveate.Uniform(keep=9), foveate.FoPru(keep=3)]) == "uniform:keep=9+fopru:keep=3"
     assert written("none") == "none"
+
+
+def test_a_spec_may_stand_in_a_field_of_its_own() -> None:
+    assert with_spec({"foveate": "none", "n": 1}) == {"n": 1, "mm_processor_kwargs": {"foveate": "none"}}
+    both = {"foveate": "none", "mm_processor_kwargs": {"question": "what ?"}}
+    assert with_spec(both) == {"mm_processor_kwargs": {"question": "what ?", "foveate": "none"}}
+    assert with_spec({"n": 1}) == {"n": 1}
+    with pytest.raises(FoveateError, match="'none' in 'foveate' and 'fopru' in mm_processor_kwargs; give one of them"):
+        with_spec({"foveate": "none", "mm_processor_kwargs": {"foveate": "fopru"}})
 
 
 def test_a_chat_asks_about_its_pictures_by_its_last_user_message() -> None:

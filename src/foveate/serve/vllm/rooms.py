@@ -4,7 +4,7 @@ from foveate.choosing.choose import JOINT, Depth, Prompt, choose, choose_inside
 from foveate.choosing.images import Image
 from foveate.choosing.lanes import Lane, Lanes, settled
 from foveate.choosing.packing import to_tokens
-from foveate.core import Block, FoveateError, Method, did_you_mean
+from foveate.core import Block, FoveateError, Method, did_you_mean, short
 from foveate.cost.plan import visual_per_layer
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded, Layout, tiles_of
@@ -53,6 +53,7 @@ __all__ = [
     "format_spec",
     "parse_stages",
     "settled",
+    "short",
     "tiles_of",
     "to_tokens",
     "tower_needs",

@@ -9,7 +9,7 @@ from typing import Any
 
 from foveate.serve.vllm import options
 from foveate.serve.vllm.asked import QUESTION, SPEC
-from foveate.serve.vllm.rooms import FoveateError
+from foveate.serve.vllm.rooms import FoveateError, short
 
 _OVERRIDES = "--hf-overrides"
 _TRUST = "--trust-request-mm-kwargs"
@@ -57,6 +57,25 @@ def _without_overrides(more: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, overrides
 
 
+def with_spec(body: dict[str, Any]) -> dict[str, Any]:
+    """A chat request whose spec may stand in a field of its own, as the server without an engine takes it.
+
+    Raises:
+        FoveateError: it names two.
+    """
+    if SPEC not in body:
+        return body
+    rest, given = {name: value for name, value in body.items() if name != SPEC}, body.get("mm_processor_kwargs") or {}
+    if not isinstance(given, dict):
+        return rest  # vLLM says what is wrong with it
+    if given.get(SPEC, body[SPEC]) != body[SPEC]:
+        raise FoveateError(
+            f"a request names {short(repr(body[SPEC]))} in {SPEC!r} and {short(repr(given[SPEC]))} in "
+            "mm_processor_kwargs; give one of them"
+        )
+    return {**rest, "mm_processor_kwargs": {**given, SPEC: body[SPEC]}}
+
+
 def with_question(body: dict[str, Any]) -> dict[str, Any]:
     """A chat request whose pictures are asked about by the text of its last user message, unless it says by what."""
     given = body.get("mm_processor_kwargs") or {}
@@ -98,7 +117,8 @@ def untrusted(body: Any) -> str | None:
 
 
 class RequestMiddleware:
-    """An ASGI application before vLLM's: adds the question to chat requests, and refuses settings of no trusted client.
+    """An ASGI application before vLLM's: spec and question of a chat go where vLLM takes them, and settings of clients
+    that are not trusted are refused.
 
     All other requests are handed on as they are.
     """
@@ -130,7 +150,11 @@ class RequestMiddleware:
             await _refuse(send, refused)
             return
         if isinstance(asked, dict) and scope["path"].endswith("/chat/completions"):
-            changed = with_question(asked)
+            try:
+                changed = with_question(with_spec(asked))
+            except FoveateError as error:
+                await _refuse(send, str(error))
+                return
             body = body if changed is asked else json.dumps(changed).encode()
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
