@@ -16,12 +16,13 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from cpu import Row, interleaved, prompt, quartiles, row
+from cpu import Row, clock, interleaved, prompt, quartiles, row
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,15 +38,7 @@ KEPT = 144
 QUARTER = "h2o:heavy=0.125,recent=0.125"
 
 
-def spent(run: Callable[[], Any]) -> Callable[[], float]:
-    """`run` as a function that returns the milliseconds that it took of the process's time."""
-
-    def timed() -> float:
-        start = time.process_time()
-        run()
-        return (time.process_time() - start) * 1e3
-
-    return timed
+spent = partial(clock, now=time.process_time)
 
 
 class Ticks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import time
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from models import tiny
+from serve.local.running import slowed
 
 from foveate import prune
 from foveate.core import FoveateError
@@ -60,16 +60,7 @@ def test_the_server_refuses_in_its_words(mini: Loaded) -> None:
 
 
 def test_whoever_stops_listening_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model()  # never ends an answer by itself
-    steps: list[int] = []
-    forward = model.forward
-
-    def slow(*given: Any, **options: Any) -> Any:
-        steps.append(1)
-        time.sleep(0.02)
-        return forward(*given, **options)
-
-    monkeypatch.setattr(model, "forward", slow)
+    model, steps = slowed(monkeypatch)
     app = application(Loaded("tiny", model, tiny.processor(model)), limits=Limits(max_new_tokens=450))
 
     async def leave() -> None:

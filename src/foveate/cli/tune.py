@@ -77,7 +77,7 @@ def command(
         from foveate.cli.output import stderr
         from foveate.evaluate import scenes_task
         from foveate.evaluate.candidates import joined
-        from foveate.evaluate.tuning import Search
+        from foveate.evaluate.tuning import QUESTIONS, Search
 
         _check(model, tasks, out, max_drop, max_cost)
         folder = folder_of([str(tasks)])
@@ -87,7 +87,7 @@ def command(
         named = joined(scenes_task.parse_rivals(prune or []))
         run = None if folder is None else _run_folder(Path(str(out)), resume)
     given |= {"max_new_tokens": max_new_tokens or 32, "resume": resume}
-    ask, tried = _asker(str(model), task, named, given, place, samples or 400, run)
+    ask, tried = _asker(str(model), task, named, given, place, samples or QUESTIONS, run)
     search = Search(ask, max_drop / 100, max_cost, told=lambda text: stderr().print(text, markup=False))
     search.run(tried)
     _finish(search, Path(str(out)), {"model": model, "task": tasks, "max_drop": max_drop, "max_cost": max_cost})
@@ -111,7 +111,7 @@ def _task(tasks: str, folder: Path | None, of_folders: dict[str, Any], samples: 
     """The questions of a folder, or None for scenes."""
     from foveate.evaluate import local_task, task_names
     from foveate.evaluate.askers import check_folder
-    from foveate.evaluate.tuning import sizes
+    from foveate.evaluate.tuning import QUESTIONS, sizes
 
     if folder is not None:
         found = local_task.read(folder, samples)
@@ -121,7 +121,7 @@ def _task(tasks: str, folder: Path | None, of_folders: dict[str, Any], samples: 
     for name, value in of_folders.items():
         if value is not None:
             raise UsageError(f"--{name} is of a folder of questions; --task names one")
-    sizes(400 if samples is None else samples)
+    sizes(QUESTIONS if samples is None else samples)
     return None
 
 

@@ -92,8 +92,7 @@ class OfFolder:
         out = self.run / f"{number}-{_digest([*specs])}"
         settings: dict[str, Any] = {"batch": self.batch, "max_new_tokens": self.max_new_tokens, "clip": self.clip}
         settings |= {"name": self.name, "out": out, "resume": self.resume and out.exists()}
-        everyone = {"none": (), **specs}
-        lines = answer_folder(self.loaded.model, self.loaded.processor, asked, everyone, **settings)
+        lines = answer_folder(self.loaded.model, self.loaded.processor, asked, specs, **settings)
         found = {}
         for rival, kinds in scored(lines, asked, self.batch).items():
             spent = cost([line for line in lines if line.rival == rival])

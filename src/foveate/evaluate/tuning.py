@@ -20,6 +20,9 @@ Stages: TypeAlias = "tuple[Method, ...]"
 ROUNDS = 4
 """Of halving; the first two ask an eighth of the questions each, the next a quarter, the last a half."""
 
+QUESTIONS = 400
+"""Of a search about scenes, where nothing else is wanted."""
+
 FINALISTS = 8
 """Candidates that answer fresh questions, at most."""
 
@@ -43,7 +46,7 @@ class Reached:
 
 Ask: TypeAlias = Callable[[Mapping[str, "Stages"], int], Mapping[str, Reached]]
 """From candidates by spec, and the number of a round, to what each reached on that round's questions; `ROUNDS` is the
-number of the fresh questions. The unpruned model is always among those that answer."""
+number of the fresh questions. Whoever asks may add the unpruned model."""
 
 
 @dataclass

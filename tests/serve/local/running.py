@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
+from models import tiny
 from PIL import Image
 
 
@@ -30,6 +32,21 @@ def running(app: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:
+    """A tiny model that never ends an answer by itself, 20 ms and an entry of the list a step."""
+    model = tiny.model()
+    steps: list[int] = []
+    forward = model.forward
+
+    def slow(*given: Any, **options: Any) -> Any:
+        steps.append(1)
+        time.sleep(0.02)
+        return forward(*given, **options)
+
+    monkeypatch.setattr(model, "forward", slow)
+    return model, steps
 
 
 def data_url(picture: Image.Image) -> str:

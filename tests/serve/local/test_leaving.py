@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from models import tiny
-from serve.local.running import running
+from serve.local.running import running, slowed
 
 from foveate.inference.loading import Loaded
 from foveate.serve.local.limits import Limits
@@ -32,16 +32,7 @@ SHORT = {"messages": [{"role": "user", "content": "w7 w8"}], "max_tokens": 2}
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_ends_with_its_client(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model()  # never ends an answer by itself
-    steps: list[int] = []
-    forward = model.forward
-
-    def slow(*given: Any, **options: Any) -> Any:
-        steps.append(1)
-        time.sleep(0.02)
-        return forward(*given, **options)
-
-    monkeypatch.setattr(model, "forward", slow)
+    model, steps = slowed(monkeypatch)
     app = application(Loaded("tiny", model, tiny.processor(model)), limits=Limits(queue=0))
     with running(app) as address:
         host = address.removeprefix("http://")
