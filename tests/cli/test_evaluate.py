@@ -229,7 +229,31 @@ def test_bad_lines_are_named_before_a_model_is_loaded(call: Any, questions: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_videos_are_refused_before_weights_are_read(
+    call: Any, folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foveate.evaluate.local_task.check_torchvision", lambda: None)
+    monkeypatch.setattr("foveate.inference.loading._weights", lambda *given: pytest.fail("weights were read"))
+    line = {"video": "clip", "fps": 2, "question": "is it ?", "answers": ["yes"], "type": "pope"}
+    given = ("eval", "--tasks", questions, "--out", tmp_path / "run", "--model", folder)
+    result = call(*given, "--frames", 2)
+    assert result.code == 2 and "frames and fps are of videos, and these questions are about pictures" in result.err
+    (questions / "clip").mkdir()
+    (questions / "a.png").rename(questions / "clip" / "1.png")
+    (questions / "questions.jsonl").write_text(json.dumps(line))
+    for options, message in (
+        ((), "LlavaProcessor reads no videos; ask about pictures"),
+        (("--frames", 2, "--fps", 1), "frames=2 and fps=1 both say how many frames are shown"),
+        (("--pictures", 1), "--pictures 1 are of pictures, and these questions are about videos"),
+    ):
+        result = call(*given, *options)
+        assert result.code == 2 and message in result.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_of_a_folder_are_refused_with_scenes(call: Any) -> None:
+    result = call("eval", "--model", "no", "--tasks", "scenes", "--frames", 4)
+    assert "--frames is of a folder of questions" in result.err
     result = call("eval", "--model", "no", "--tasks", "scenes", "--out", "runs")
     assert (result.code, result.out) == (2, "")
     assert "--out is of a folder of questions; --tasks names one" in result.err

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from foveate.core import FoveateError
+from foveate.evaluate import local_task
 from foveate.evaluate.local_task import ASK_FOR_LETTER, read, turns
 
 LINE = {"image": "a.png", "question": "what is it ?", "answers": ["dog"], "type": "exact"}
+VIDEO = {"video": "clip", "fps": 2, "question": "what moves ?", "answers": ["dog"], "type": "exact"}
 CHOICE = {**LINE, "answers": ["b"], "type": "choice", "options": ["cat", "dog", "moon"]}
 
 
@@ -23,6 +25,16 @@ def folder(tmp_path: Path) -> Path:
     Image.new("RGB", (8, 6), "red").save(folder / "a.png")
     Image.new("RGB", (8, 6), "blue").save(folder / "images" / "b.jpg")
     Image.new("RGB", (8, 6), "green").save(tmp_path / "outside.png")
+    return folder
+
+
+@pytest.fixture
+def clips(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder with frames of a video, where videos can be read."""
+    monkeypatch.setattr(local_task, "check_torchvision", lambda: None)
+    (folder / "clip").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(folder / "clip" / f"{number}.png")
     return folder
 
 
@@ -104,6 +116,49 @@ def test_a_bad_line_is_named_by_its_number(folder: Path, line: Any, message: str
     assert str(error.value).startswith(f"{file} cannot be asked:\nline 2: ")
     assert message in str(error.value)
     assert "line 3" not in str(error.value)
+
+
+def test_lines_may_be_about_videos(clips: Path) -> None:
+    found = read(write(clips, VIDEO, {**VIDEO, "fps": 0.5}))
+    assert found.videos and [(one.image, one.video, one.fps) for one in found.questions] == [
+        ("", "clip", 2.0),
+        ("", "clip", 0.5),
+    ]
+    Image.new("RGB", (8, 6), "red").save(clips / "clip" / "2.png")
+    assert read(clips).digest != found.digest, "a frame is another"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({**VIDEO, "image": "a.png"}, "it has an 'image' and a 'video'; a question is about one of them"),
+        ({key: value for key, value in VIDEO.items() if key != "video"}, "it lacks 'image' or 'video'"),
+        ({**VIDEO, "video": ""}, "'video' is '', not a text"),
+        ({**VIDEO, "fps": True}, "'fps' is True; it is a number, of a video that is a folder of frames"),
+        ({**LINE, "fps": 2}, "'fps' is 2; it is a number, of a video"),
+        ({key: value for key, value in VIDEO.items() if key != "fps"}, "nothing says how many a second has; give fps"),
+        ({**VIDEO, "fps": 0}, "fps=0 shows nothing"),
+        ({**VIDEO, "video": "gone.mp4"}, "there is no video 'gone.mp4'"),
+        ({**VIDEO, "video": "../clip"}, "video '../clip' lies outside the folder"),
+        ({**VIDEO, "video": "linked"}, "video 'linked' lies outside the folder"),
+        ({**VIDEO, "video": "a.png"}, "fps=2 is of a folder of frames; "),
+        (LINE, "it is about a picture, and line 1 about a video; split them"),
+    ],
+)
+def test_a_bad_line_about_a_video_is_named(clips: Path, line: Any, message: str) -> None:
+    (clips / "linked").mkdir()
+    (clips / "linked" / "1.png").symlink_to(clips.parent / "outside.png")
+    with pytest.raises(FoveateError) as error:
+        read(write(clips, VIDEO, line))
+    assert str(error.value).startswith(f"{clips / 'questions.jsonl'} cannot be asked:\nline 2: ")
+    assert message in str(error.value)
+
+
+def test_videos_that_nothing_here_reads_are_named(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FoveateError, match="line 1: processors read videos through torchvision, which is missing"):
+        read(write(clips, VIDEO))
 
 
 def test_many_bad_lines_are_named_together(folder: Path) -> None:

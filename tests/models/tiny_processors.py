@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 _TEMPLATE = (
     "{% for message in messages %}{{ 'w3' if message['role'] == 'user' else 'w4' }} "
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}HOLDER {% else %}{{ part['text'] }} {% endif %}"
+    "{% if part['type'] == 'image' %}HOLDER {% elif part['type'] == 'video' %}CLIP "
+    "{% else %}{{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
 )
 _NO_VIDEOS = SimpleNamespace(model_input_names=[])
@@ -82,12 +83,12 @@ def _videos(kind: str, **settings: Any) -> Any:
     return _NO_VIDEOS if backend == "pil" else getattr(transformers, kind)(**settings)
 
 
-def _made(kind: str, holder: str, **parts: Any) -> Any:
-    """A processor whose videos nobody asks for."""
+def _made(kind: str, holder: str, clip: str = "<video>", **parts: Any) -> Any:
+    """A processor whose videos nobody asks for, but where torchvision reads them."""
     module = f"transformers.models.{_MODULES[kind]}.processing_{_MODULES[kind]}"
     with mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"):
         return getattr(importlib.import_module(module), kind)(
-            **parts, chat_template=_TEMPLATE.replace("HOLDER", holder)
+            **parts, chat_template=_TEMPLATE.replace("HOLDER", holder).replace("CLIP", clip)
         )
 
 
@@ -157,7 +158,7 @@ def _qwen(kind: str) -> Callable[[], Any]:
         image, start, end = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
         tokens = tokenizer(image, "<|video_pad|>", (start, end), vision_start=start, vision_end=end)
         parts = dict(image_processor=pictures, tokenizer=tokens, video_processor=videos)
-        return _made(kind, f"{start}{image}{end}", **parts)
+        return _made(kind, f"{start}{image}{end}", f"{start}<|video_pad|>{end}", **parts)
 
     return build
 

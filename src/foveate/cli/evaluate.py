@@ -50,6 +50,11 @@ Tasks = Annotated[
 Longest = Annotated[
     int | None, typer.Option(metavar="N", help="Longest answer about a folder, in tokens.", show_default="32")
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Frames of each video.", show_default="as the model's processor samples them"),
+]
+Fps = Annotated[float | None, typer.Option("--fps", metavar="F", help="Frames of each second of a video, instead.")]
 Timed = Annotated[
     int,
     typer.Option(metavar="N", help="Questions whose answers are timed, each by itself, all rivals in turns; 0: none."),
@@ -85,6 +90,8 @@ def command(
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     max_new_tokens: Longest = None,
+    frames: Frames = None,
+    fps: Fps = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
@@ -100,7 +107,7 @@ def command(
     rivals = {"prune": prune or [], "batch": batch, "clip": clip, "timed": timed, "pictures": pictures}
     of_scenes = {"every": every, "seed": seed, "ceiling": ceiling or None, "json": json_file, "append": append}
     of_scenes |= {"pages": pages or None, "jpeg": jpeg}
-    of_folders = {"out": out, "resume": resume or None, "max-new-tokens": max_new_tokens}
+    of_folders = {"out": out, "resume": resume or None, "max-new-tokens": max_new_tokens, "frames": frames, "fps": fps}
     folder = folder_of(tasks)
     if folder is None:
         from foveate.cli.evaluate_scenes import run
@@ -116,6 +123,7 @@ def command(
         _refuse(of_scenes, "--tasks scenes")
         place["adapter"] = adapter
         options: dict[str, Any] = {"samples": samples, "out": out, "resume": resume, "longest": max_new_tokens}
+        options["sampling"] = {"frames": frames, "fps": fps}
         run_folder(folder, model, rivals, place, joined(), **options)
 
 

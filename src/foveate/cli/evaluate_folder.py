@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import UsageError, usage
 
 if TYPE_CHECKING:
+    from foveate.evaluate.looks import Shown
     from foveate.inference.processes import Processes
     from foveate.report.tables import Column
 
@@ -25,6 +26,7 @@ def run_folder(
     out: Path | None,
     resume: bool,
     longest: int | None,
+    sampling: dict[str, Any],
 ) -> None:
     """Answer or go on answering, print the table, and write the rows beside the answers.
 
@@ -33,6 +35,7 @@ def run_folder(
         place: how the model is loaded, with its adapter.
         among: processes that share the questions; the first prints and writes.
         longest: new tokens of an answer.
+        sampling: `frames` and `fps` of videos.
     """
     from foveate.cli.evaluate_looks import check_few
     from foveate.cli.output import stderr, working
@@ -53,43 +56,64 @@ def run_folder(
         rivals = scenes_task.parse_rivals(given["prune"])
         check_asked(place["adapter"], rivals.values(), any_spec=place["any_spec"])
         task = local_task.read(folder, samples)
+        if task.videos and given["pictures"]:
+            raise UsageError(f"--pictures {given['pictures']} are of pictures, and these questions are about videos")
         if among.first:
             check_run(out, resume)
         out = checked(out)
 
-    from foveate.evaluate import folder_rows
+    from foveate.evaluate import folder_rows, folder_run
 
     console = stderr()
+    found: list[Any] = []
+
+    def check(processor: Any) -> None:
+        with usage():
+            found.append(folder_run.sampler_of(processor, task, **sampling))
+
     with working(f"loading {model}"):
-        loaded = load_tuned(model, **place)
+        loaded = load_tuned(model, check_processor=check, **place)
     everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
-    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], "among": among}
+    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], "among": among, **sampling}
     lines = _answered(loaded, task, everyone, console, name=loaded.name, out=out, resume=resume, **settings)
     if among.first:
-        _show(loaded, task, lines, (everyone, beside, missing), given, out=out, longest=longest)
+        shown = _looked_at(task, max(given["timed"], given["pictures"]), found[0])
+        _show(loaded, task, lines, (everyone, beside, missing), shown, given, out=out, longest=longest)
+
+
+def _looked_at(task: Any, count: int, sampler: Any) -> list[Shown]:
+    """The first questions of a folder, which are timed or seen."""
+    from foveate.evaluate.folder_run import load_shown
+    from foveate.evaluate.looks import Shown
+
+    asked = task.questions[:count]
+    return [Shown(load_shown(task, one, sampler), one.prompt, one.answers[0]) for one in asked]
 
 
 def _show(
-    loaded: Any, task: Any, lines: Any, rivals: tuple[Any, Any, Any], given: dict[str, Any], *, out: Path, longest: int
+    loaded: Any,
+    task: Any,
+    lines: Any,
+    rivals: tuple[Any, Any, Any],
+    shown: list[Shown],
+    given: dict[str, Any],
+    *,
+    out: Path,
+    longest: int,
 ) -> None:
     """Print the table of what was answered, and write it.
 
     Args:
         rivals: what `with_baselines` found.
+        shown: questions, as many as are timed or seen.
         given, longest: as `run_folder` has them.
     """
     from foveate.cli.evaluate_looks import timed_and_seen
     from foveate.cli.output import show, stderr
     from foveate.evaluate import folder_rows
-    from foveate.evaluate.looks import Shown
-    from foveate.inference.pictures import load_image
 
     everyone, beside, missing = rivals
     rows = folder_rows.rows(lines, task, batch=given["batch"], beside=beside)
-    shown = [
-        Shown(load_image(task.path / question.image), question.prompt, question.answers[0])
-        for question in task.questions[: max(given["timed"], given["pictures"])]
-    ]
     seen = timed_and_seen(loaded, rows, everyone, shown, given, longest)
     show(columns(), [flat(row) for row in rows], title=f"{loaded.name}: {len(task.questions)} questions of {task.path}")
     for spec, why in missing.items():

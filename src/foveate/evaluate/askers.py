@@ -67,6 +67,7 @@ class OfFolder:
         name: how the user calls the model.
         run: a folder in which the answers of each round are written down.
         resume: go on with what is there.
+        frames, fps: of videos, as `answer_folder` has them.
 
     Raises:
         FoveateError: too few questions.
@@ -81,6 +82,8 @@ class OfFolder:
     batch: int = 16
     max_new_tokens: int = 32
     clip: Any = None
+    frames: int | None = None
+    fps: float | None = None
 
     def __call__(self, specs: Mapping[str, tuple[Method, ...]], number: int) -> dict[str, Reached]:
         """What each candidate reached in a round."""
@@ -91,6 +94,7 @@ class OfFolder:
         asked = dataclasses.replace(self.folder, questions=part, digest=f"{self.folder.digest} {self.seed}/{number}")
         out = self.run / f"{number}-{_digest([*specs])}"
         settings: dict[str, Any] = {"batch": self.batch, "max_new_tokens": self.max_new_tokens, "clip": self.clip}
+        settings |= {"frames": self.frames, "fps": self.fps}
         settings |= {"name": self.name, "out": out, "resume": self.resume and out.exists()}
         lines = answer_folder(self.loaded.model, self.loaded.processor, asked, specs, **settings)
         found = {}

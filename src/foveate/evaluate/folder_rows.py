@@ -10,14 +10,13 @@ from typing import Any
 
 from foveate import methods
 from foveate.core import FoveateError, Method
-from foveate.evaluate.folder_run import Answered, each, sizes_of
+from foveate.evaluate.folder_run import Answered, check_rival, each
 from foveate.evaluate.local_task import Folder
 from foveate.evaluate.measures import Scored, measures, scores
 from foveate.evaluate.paired import bootstrap, difference
 from foveate.evaluate.results import BASELINES
 from foveate.evaluate.scenes_task import NONE
 from foveate.evaluate.scoring import score
-from foveate.inference.resizing import check_runnable
 from foveate.spec import format as format_spec
 
 
@@ -27,7 +26,7 @@ def with_baselines(
     """The rivals, and the baselines at the `keep` of each one's last stage.
 
     Args:
-        folder: whose pictures a baseline must be able to scale to its budget.
+        folder: whose pictures a baseline must be able to scale to its budget, or whose videos to prune.
 
     Returns:
         the stages of all of them by spec, the unpruned model first; of each rival the specs of its baselines; and why
@@ -36,7 +35,6 @@ def with_baselines(
     everyone = {NONE: (), **{spec: tuple(stages) for spec, stages in rivals.items()}}
     beside: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
-    sizes = sizes_of(folder)
     for spec, stages in rivals.items():
         keep = getattr(stages[-1], "keep", None) if stages else None
         keep = keep[-1] if isinstance(keep, tuple) else keep
@@ -50,7 +48,7 @@ def with_baselines(
             if written in missing or written == spec:
                 continue
             try:
-                check_runnable(model, processor, (made,), sizes if name == "resize" else ())
+                check_rival(model, processor, (made,), folder)
             except FoveateError as error:
                 missing[written] = str(error)
                 continue
@@ -107,7 +105,7 @@ def scored(lines: Sequence[Answered], folder: Folder, batch: int) -> dict[str, d
     for rival, ask, said in each(lines, folder, batch):
         asked = ask.question
         right = score(asked.kind, said, asked.answers, asked.options)
-        one = Scored(asked.id, asked.image, asked.group, said, asked.answers[0], right)
+        one = Scored(asked.id, asked.shown, asked.group, said, asked.answers[0], right)
         answers[rival][asked.kind].append(one)
     return answers
 

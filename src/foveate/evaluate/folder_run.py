@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,14 +13,17 @@ from foveate.checkpoints import fingerprint
 from foveate.core import FoveateError, Method
 from foveate.evaluate.local_task import Folder, Question, turns
 from foveate.evaluate.scenes_task import AHEAD
-from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all
+from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all, visual_tokens
+from foveate.families import family_of
 from foveate.inference.answers import decode, encode, greedy
 from foveate.inference.pictures import load_image, upright_size
 from foveate.inference.processes import ALONE, Processes
 from foveate.inference.resizing import Scaler, check_runnable, scalers_of, scaling
+from foveate.inference.videos import Clip, Sampler, read_header
 from foveate.paths import Given
 from foveate.prune import prune, share_encoding
 from foveate.runs import append_line, drop_torn, run_folder
+from foveate.spec import format as format_spec
 from foveate.texts import check_text
 
 if TYPE_CHECKING:
@@ -68,12 +72,13 @@ def asks(folder: Folder) -> list[Ask]:
 
 
 def settings(
-    name: str, model: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], *, batch: int, max_new_tokens: int
+    name: str, model: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], **asked: Any
 ) -> dict[str, Any]:
     """What must be equal for a run to go on as if it had never stopped.
 
     Args:
         name: how the user calls the model.
+        asked: further settings that an answer depends on.
     """
     import torch
     import transformers
@@ -85,8 +90,7 @@ def settings(
         "device": model.device.type,
         "data": folder.digest,
         "rivals": list(rivals),
-        "batch": batch,
-        "max_new_tokens": max_new_tokens,
+        **asked,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -104,6 +108,8 @@ def answer_folder(
     batch: int = 16,
     max_new_tokens: int = 32,
     clip: Any = None,
+    frames: int | None = None,
+    fps: float | None = None,
     progress: Progress | None = None,
     among: Processes = ALONE,
 ) -> list[Answered]:
@@ -115,6 +121,7 @@ def answer_folder(
         out: the folder of the run, which gets `answers.jsonl`.
         resume: go on with the run that is there.
         clip: as `prune` takes it.
+        frames, fps: of videos, how many are shown of each, or of each second; else what the processor does by itself.
         progress: called with the number of prompts answered since the last call; at first with those that are there.
         among: processes that share the batches; a run that was killed may be resumed by fewer or more of them.
 
@@ -128,8 +135,11 @@ def answer_folder(
     prompts = asks(folder)
     groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     _check(model, processor, folder, rivals, clip)
+    sampler = sampler_of(processor, folder, frames, fps)
     together, needs = _together(rivals)
-    identity = settings(name, model, folder, rivals, batch=batch, max_new_tokens=max_new_tokens)
+    asked: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
+    asked |= {"frames": frames, "fps": fps} if folder.videos else {}
+    identity = settings(name, model, folder, rivals, **asked)
     with run_folder(out, identity, resume, among.first) as path:
         scalers = scalers_of(model, processor, rivals)
         told = progress or (lambda count: None)
@@ -143,12 +153,12 @@ def answer_folder(
             missing = [spec for spec in rivals if (spec, number) not in done]
             if not missing or not among.takes(number):
                 continue
-            asked = _asked(folder, group)
-            inputs = encode(model, processor, *asked)
+            shown = _shown(folder, group, sampler)
+            inputs = encode(model, processor, *shown)
             with share_encoding(model, needs):
                 lines = [run.answer(spec, number, inputs) for spec in missing if spec in together]
             others = [spec for spec in missing if spec not in together]
-            lines += [run.answer_alone(spec, number, asked, inputs) for spec in others]
+            lines += [run.answer_alone(spec, number, shown, inputs) for spec in others]
             fresh += lines
         done |= {(line.rival, line.batch): line for line in among.gathered(fresh)}
     return [done[spec, number] for spec in rivals for number in range(len(groups)) if among.first]
@@ -174,10 +184,39 @@ def _check(model: Any, processor: Any, folder: Folder, rivals: Mapping[str, Sequ
     """Refuse questions with marks of the model, and rivals that cannot run on it or scale a picture to their budget."""
     for ask in asks(folder):
         check_text(processor, ask.question.prompt, f"the question {ask.question.id!r}")
-    sizes = sizes_of(folder) if any(scaling(stages) is not None for stages in rivals.values()) else []
     for stages in rivals.values():
         if stages:
-            check_runnable(model, processor, stages, sizes, clip=clip)
+            check_rival(model, processor, stages, folder, clip)
+
+
+def check_rival(model: Any, processor: Any, stages: Sequence[Method], folder: Folder, clip: Any = None) -> None:
+    """Refuse stages that cannot run on a model, or not on what a folder's questions are about; nothing is encoded.
+
+    Raises:
+        FoveateError: as `check_runnable`, or videos that cannot be pruned.
+    """
+    family, scales = family_of(model), scaling(stages) is not None
+    if folder.videos and scales:
+        raise FoveateError(f"{format_spec(tuple(stages))} scales pictures, and these questions are about videos")
+    if folder.videos and family.videos is None and not family.frames:
+        raise FoveateError(f"videos of {family.name} cannot be pruned; pictures can")
+    check_runnable(model, processor, stages, sizes_of(folder) if scales else (), clip=clip)
+
+
+def sampler_of(processor: Any, folder: Folder, frames: int | None, fps: float | None) -> Sampler | None:
+    """What chooses the frames of a folder's videos; None where its questions are about pictures.
+
+    Raises:
+        FoveateError: the processor reads no videos, or cannot sample one so; it is named.
+    """
+    if not folder.videos:
+        if frames is not None or fps is not None:
+            raise FoveateError("frames and fps are of videos, and these questions are about pictures")
+        return None
+    sampler = Sampler(processor, frames, fps)
+    for path, own in dict.fromkeys((question.video, question.fps) for question in folder.questions):
+        sampler.chosen(read_header(folder.path / path, own))
+    return sampler
 
 
 def read_answers(file: Path) -> list[Answered]:
@@ -200,16 +239,27 @@ def read_answers(file: Path) -> list[Answered]:
     return found
 
 
-def sizes_of(folder: Folder) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4)  # asked for each rival that scales them
+def sizes_of(folder: Folder) -> tuple[tuple[int, int], ...]:
     """Width and height of a folder's pictures, as their headers say them; each size once."""
     names = dict.fromkeys(question.image for question in folder.questions)
-    return list(dict.fromkeys(upright_size(folder.path / name) for name in names))
+    return tuple(dict.fromkeys(upright_size(folder.path / name) for name in names))
 
 
-def _asked(folder: Folder, group: Sequence[Ask]) -> tuple[list[list[Image.Image]], list[str]]:
-    """The picture of each prompt, and its text."""
-    pictures = {ask.question.image: load_image(folder.path / ask.question.image) for ask in group}
-    return [[pictures[ask.question.image]] for ask in group], [ask.question.prompt for ask in group]
+def _shown(
+    folder: Folder, group: Sequence[Ask], sampler: Sampler | None
+) -> tuple[list[list[Image.Image | Clip]], list[str]]:
+    """The picture or video of each prompt, and its text."""
+    ones = {ask.question.shown: ask.question for ask in group}
+    seen = {name: load_shown(folder, question, sampler) for name, question in ones.items()}
+    return [[seen[ask.question.shown]] for ask in group], [ask.question.prompt for ask in group]
+
+
+def load_shown(folder: Folder, question: Question, sampler: Sampler | None) -> Image.Image | Clip:
+    """The picture that a question is about, or the frames of its video."""
+    if sampler is None:
+        return load_image(folder.path / question.image)
+    return sampler.clip(read_header(folder.path / question.video, question.fps))
 
 
 @dataclass(frozen=True)
@@ -231,7 +281,7 @@ class _Run:
         rows, length = inputs["input_ids"].shape
         if not self.rivals[spec]:
             output = greedy(self.model, inputs, max_new_tokens=self.max_new_tokens)
-            tokens = (inputs["input_ids"] == self.model.config.image_token_id).sum(dim=1).tolist()
+            tokens = visual_tokens(self.model, inputs)
             layers = [sum(tokens) / rows] * decoder_layers(self.model)
             figures: dict[str, Any] = {"layers": layers, "flops": [0.0, 0.0], "bytes": [0, 0]}
         else:

@@ -14,11 +14,14 @@ from typing import Any
 from foveate.core import FoveateError, did_you_mean, short
 from foveate.evaluate.scoring import RULES, Rule
 from foveate.inference.pictures import check_image
+from foveate.inference.videos import check_torchvision, read_header
 from foveate.paths import Given, checked
 
 FILE = "questions.jsonl"
-FIELDS = ("image", "question", "answers", "type", "options", "group", "id")
+FIELDS = ("image", "question", "answers", "type", "options", "group", "id", "video", "fps")
 NEEDED = FIELDS[:4]
+"""With a `video` in place of the image."""
+
 MOST_OPTIONS = len(string.ascii_uppercase)
 ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."
 """What stands below the options, in the words of LLaVA's evaluation."""
@@ -33,12 +36,14 @@ class Question:
 
     Attributes:
         id: what tells it from all others: its own, else the number of its line.
-        image: the picture's path as the line has it, below the folder.
+        image: the picture's path as the line has it, below the folder; "" where it is about a video.
         text: the question as it is asked, without the options.
         answers: those that are right; of a question with options the letter of the right one.
         kind: one of `scoring.RULES`.
         options: what A, B, ... stand for, or ().
         group: such as a split of POPE or a subtask of MME, or "".
+        video: a video's path, or that of the folder of its frames; or "".
+        fps: frames a second of a folder of frames.
     """
 
     id: str
@@ -48,6 +53,13 @@ class Question:
     kind: str
     options: tuple[str, ...] = ()
     group: str = ""
+    video: str = ""
+    fps: float | None = None
+
+    @property
+    def shown(self) -> str:
+        """The path of what it is about."""
+        return self.image or self.video
 
     @property
     def prompt(self) -> str:
@@ -58,18 +70,26 @@ class Question:
 
 @dataclass(frozen=True)
 class Folder:
-    """The questions of a folder, at least one, and a digest of them and of the pictures that they are about."""
+    """The questions of a folder, at least one, and a digest of them and of what they are about.
+
+    All are about pictures, or all about videos.
+    """
 
     path: Path
     questions: tuple[Question, ...]
     digest: str
 
+    @property
+    def videos(self) -> bool:
+        return bool(self.questions[0].video)
+
 
 def read(folder: Given, first: int | None = None) -> Folder:
-    """The questions of `questions.jsonl` in a folder, whose pictures lie in it.
+    """The questions of `questions.jsonl` in a folder, whose pictures or videos lie in it.
 
     A line is an object: `image` (a path below the folder), `question`, `answers` (texts, of a question with options the
     right letter) and `type` (one of `scoring.RULES`); `options` where the type has them, `group` and `id` if wanted.
+    In place of `image` there may be a `video`, a file or a folder of its frames, which has an `fps` besides.
 
     Args:
         first: read so many questions only; all lines are checked.
@@ -83,14 +103,20 @@ def read(folder: Given, first: int | None = None) -> Folder:
     if not file.is_file():
         raise FoveateError(f"{path} holds no {FILE}; a task is a folder with that file and its pictures")
     found, wrong, ids = list[Question](), list[str](), dict[str, int]()
-    pictures: dict[str, str | None] = {}
+    problems: dict[tuple[str, float | None], str | None] = {}
+    first_kind: tuple[bool, int] | None = None
     for number, line in _lines(file):
         try:
             question = _question(line, number)
-            if question.image not in pictures:
-                pictures[question.image] = _picture_problem(path, question.image)
-            if pictures[question.image]:
-                raise FoveateError(str(pictures[question.image]))
+            first_kind = first_kind or (bool(question.video), number)
+            if first_kind[0] != bool(question.video):
+                kinds = ("a video", "a picture") if question.video else ("a picture", "a video")
+                raise FoveateError(f"it is about {kinds[0]}, and line {first_kind[1]} about {kinds[1]}; split them")
+            seen = (question.shown, question.fps)
+            if seen not in problems:
+                problems[seen] = _problem(path, question)
+            if problems[seen]:
+                raise FoveateError(str(problems[seen]))
             if question.id in ids:
                 raise FoveateError(f"id {short(repr(question.id))} is that of line {ids[question.id]} too")
         except FoveateError as error:
@@ -159,9 +185,11 @@ def _question(line: str | None, number: int) -> Question:
         if name not in FIELDS:
             raise FoveateError(f"unknown field {short(repr(name))}; {did_you_mean(name, FIELDS)}")
     for name in NEEDED:
-        if name not in value:
-            raise FoveateError(f"it lacks {name!r}")
-    for name in ("image", "question", "type", "group", "id"):
+        if name not in value and not (name == "image" and "video" in value):
+            raise FoveateError(f"it lacks {name!r}" + (" or 'video'" if name == "image" else ""))
+    if "image" in value and "video" in value:
+        raise FoveateError("it has an 'image' and a 'video'; a question is about one of them")
+    for name in ("image", "video", "question", "type", "group", "id"):
         if name in value and not (isinstance(value[name], str) and (value[name].strip() or name == "group")):
             raise FoveateError(f"{name!r} is {short(repr(value[name]), 60)}, not a text")
     if value["type"] not in RULES:
@@ -170,13 +198,24 @@ def _question(line: str | None, number: int) -> Question:
     options = _texts(value, "options") if "options" in value else ()
     return Question(
         value.get("id", str(number)),
-        value["image"],
+        value.get("image", ""),
         value["question"],
         _answers(_texts(value, "answers"), kind, rule, _checked_options(options, kind, rule)),
         kind,
         options,
         value.get("group", ""),
+        value.get("video", ""),
+        _fps(value),
     )
+
+
+def _fps(value: Mapping[str, Any]) -> float | None:
+    if "fps" not in value:
+        return None
+    given = value["fps"]
+    if "video" not in value or isinstance(given, bool) or not isinstance(given, int | float):
+        raise FoveateError(f"'fps' is {short(repr(given), 60)}; it is a number, of a video that is a folder of frames")
+    return float(given)
 
 
 def _texts(value: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -208,26 +247,43 @@ def _answers(answers: tuple[str, ...], kind: str, rule: Rule, options: Sequence[
     return answers
 
 
-def _picture_problem(folder: Path, name: str) -> str | None:
-    """What is wrong with a picture, or None; one outside the folder is not looked at."""
+def _problem(folder: Path, question: Question) -> str | None:
+    """What is wrong with a picture or video, or None; one outside the folder is not looked at."""
+    name, kind = question.shown, "video" if question.video else "image"
     try:
         path = checked(folder / name)
-        if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-            return f"image {short(repr(name))} lies outside the folder; pictures lie in it"
-        if not path.is_file():
+        if Path(name).is_absolute() or not all(_inside(folder, one) for one in [path, *_frames(path)]):
+            return f"{kind} {short(repr(name))} lies outside the folder; pictures and videos lie in it"
+        if question.video:
+            if not path.exists():
+                return f"there is no video {short(repr(name))}"
+            check_torchvision()
+            read_header(path, question.fps)
+        elif not path.is_file():
             return f"there is no picture {short(repr(name))}"
-        check_image(path)
+        else:
+            check_image(path)
     except FoveateError as error:
         return str(error)
     return None
 
 
+def _inside(folder: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _frames(path: Path) -> list[Path]:
+    """The frames of a video that is a folder."""
+    return sorted(path.iterdir()) if path.is_dir() else []
+
+
 def _digest(folder: Path, questions: Sequence[Question]) -> str:
-    """Of the questions and of the bytes of their pictures: 64 digits."""
+    """Of the questions and of the bytes of their pictures or videos: 64 digits."""
     found = hashlib.sha256()
     for question in questions:
         found.update(repr(dataclasses.astuple(question)).encode())
-    for name in sorted({question.image for question in questions}):
-        with (folder / name).open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
+    for name in sorted({question.shown for question in questions}):
+        for path in _frames(folder / name) or [folder / name]:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()

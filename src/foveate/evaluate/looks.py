@@ -31,9 +31,9 @@ LONGEST_SIDE = 448
 
 @dataclass(frozen=True)
 class Shown:
-    """A question about one picture, and what is right."""
+    """A question about one picture, and what is right; one that is timed alone may be about a video."""
 
-    image: Image.Image
+    image: Any
     question: str
     answer: str
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foveate.core import FoveateError, Method
 from foveate.inference.answers import encode
 from foveate.inference.latency import Latency, interleaved, timed
 from foveate.inference.resizing import scalers_of
 from foveate.prune import prune
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 PROMPTS = 3
 """Questions that are enough for a median where nobody asks for another number."""
@@ -25,7 +22,7 @@ ROUNDS = 3
 def answer_times(
     model: Any,
     processor: Any,
-    prompts: Sequence[tuple[Image.Image, str]],
+    prompts: Sequence[tuple[Any, str]],
     rivals: Mapping[str, Sequence[Method]],
     *,
     max_new_tokens: int,
@@ -37,7 +34,7 @@ def answer_times(
     A rival encodes the picture itself and answers until its own answer ends, as a user would see it.
 
     Args:
-        prompts: pictures and questions, at least one.
+        prompts: pictures or videos and questions, at least one.
         rivals: stages by spec; one without stages is the unpruned model.
         max_new_tokens: of the longest answer.
         clip: as `prune` takes it.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveate.cost import kv_bytes, prefill_flops, projector_flops, tower_flops
 from foveate.families import family_of
+from foveate.runtime.placeholders import Placeholders
 from foveate.runtime.support import shape_of
 from foveate.trace import Budget
 
@@ -15,6 +16,12 @@ from foveate.trace import Budget
 def decoder_layers(model: Any) -> int:
     """How many layers the decoder has."""
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def visual_tokens(model: Any, inputs: Any) -> list[int]:
+    """How many ids of each prompt of a batch stand for visual tokens, of pictures or videos."""
+    visual = Placeholders(model, family_of(model)).are(inputs["input_ids"])
+    return [int(count) for count in visual.sum(dim=1)]
 
 
 def unpruned_budget(model: Any, inputs: Any, images: int) -> Budget:

@@ -9,6 +9,7 @@ import torch
 
 from foveate.core import FoveateError
 from foveate.inference.pictures import on_white
+from foveate.inference.videos import Clip
 from foveate.runtime.limits import check_room
 from foveate.texts import check_text
 
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from transformers import BatchFeature
 
 
-def prompt(processor: Any, question: str, images: int = 1) -> str:
+def prompt(processor: Any, question: str, images: int = 1, kind: str = "image") -> str:
     """The text of one user turn, `images` pictures before the question, in the model's own chat template.
+
+    Args:
+        kind: "video" where they are videos.
 
     Raises:
         FoveateError: as `templated`.
     """
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    content = [*({"type": kind} for _ in range(images)), {"type": "text", "text": question}]
     return templated(processor, [{"role": "user", "content": content}])
 
 
@@ -47,18 +51,21 @@ def templated(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def encode(
-    model: Any, processor: Any, images: Sequence[Sequence[Image.Image]], questions: Sequence[str]
+    model: Any, processor: Any, images: Sequence[Sequence[Image.Image | Clip]], questions: Sequence[str]
 ) -> BatchFeature:
     """Model inputs of a batch of prompts, each its pictures before its question, padded on the left.
 
     Args:
-        images: B sequences of pictures, at least one picture each.
+        images: B sequences of pictures, or B of videos, at least one each.
         questions: B texts.
 
     Raises:
-        FoveateError: another number of questions than of sequences, a prompt without picture, an empty question or one
-            that holds special tokens, or a processor without chat template.
+        FoveateError: another number of questions than of sequences, a prompt without picture, pictures beside videos,
+            an empty question or one that holds special tokens, or a processor without chat template.
     """
+    kinds = {"video" if isinstance(one, Clip) else "image" for row in images for one in row}
+    if len(kinds) > 1:
+        raise FoveateError("pictures and videos cannot be asked about in one batch; give them in batches of their own")
     if len(images) != len(questions):
         raise FoveateError(f"{len(questions)} questions about {len(images)} sets of pictures; give one question each")
     for row, (pictures, question) in enumerate(zip(images, questions, strict=True)):
@@ -67,21 +74,23 @@ def encode(
         if not question.strip():
             raise FoveateError(f"the question of prompt {row} is empty; ask at least one word")
         check_text(processor, question, f"the question of prompt {row}")
-    texts = [prompt(processor, question, len(pictures)) for pictures, question in zip(images, questions, strict=True)]
+    kind = kinds.pop() if kinds else "image"
+    texts = [prompt(processor, text, len(row), kind) for row, text in zip(images, questions, strict=True)]
     return prepared(model, processor, images, texts)
 
 
-def prepared(model: Any, processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> BatchFeature:
+def prepared(
+    model: Any, processor: Any, images: Sequence[Sequence[Image.Image | Clip]], texts: Sequence[str]
+) -> BatchFeature:
     """Model inputs of B texts in the model's chat template, padded on the left.
 
     Args:
         images: the pictures whose marks each text holds, in their order; of all texts none, or of each at least one.
+            Or the videos.
     """
     start = processor.tokenizer.bos_token
-    # Some must be told which row a picture belongs to.
-    pictures = [[on_white(picture) for picture in row] for row in images]
     inputs = processor(
-        images=pictures if any(pictures) else None,
+        **_shown(images),
         text=list(texts),
         padding=True,
         padding_side="left",
@@ -91,6 +100,16 @@ def prepared(model: Any, processor: Any, images: Sequence[Sequence[Image.Image]]
     )
     placed: BatchFeature = inputs.to(model.device, dtype=model.dtype)
     return placed
+
+
+def _shown(images: Sequence[Sequence[Image.Image | Clip]]) -> dict[str, Any]:
+    """Pictures or videos as processors take them; some must be told which row each belongs to."""
+    clips = [one for row in images for one in row if isinstance(one, Clip)]
+    if not clips:
+        pictures = [[on_white(one) for one in row if not isinstance(one, Clip)] for row in images]
+        return {"images": pictures if any(pictures) else None}
+    frames = [[one.frames for one in row if isinstance(one, Clip)] for row in images]
+    return {"videos": frames, "video_metadata": [one.metadata for one in clips], "do_sample_frames": False}
 
 
 def decode(processor: Any, model: Any, output: Tensor, prompt_length: int) -> list[str]:

@@ -68,11 +68,13 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     check: Callable[[Any], None] | None = None,
+    check_processor: Callable[[Any], None] | None = None,
 ) -> Loaded:
     """Load a model and its processor with stock `from_pretrained`.
 
     Args:
         check: called with the model's configuration, before its weights are read.
+        check_processor: called with its processor, likewise.
 
     Raises:
         UsageError: an unknown model, device or dtype.
@@ -87,8 +89,10 @@ def load(
     _check_vision(name, config)
     if check is not None:
         check(config)
-    model = _weights(name, source, config, dtype, trust_remote_code).eval().to(place)
-    return Loaded(name, model, _processor(name, source, trust_remote_code))
+    processor = _processor(name, source, trust_remote_code)
+    if check_processor is not None:
+        check_processor(processor)
+    return Loaded(name, _weights(name, source, config, dtype, trust_remote_code).eval().to(place), processor)
 
 
 def find_device(name: str) -> Any:

@@ -56,6 +56,9 @@ def read(table: Table, asked: Asked) -> dict[str, Folder]:
         found = {} if other is None else {other: local_task.read(asked.folder(other), asked.samples)}
     if found and asked.out is None:
         raise FoveateError("--data needs --out, the folder in which answers are written down")
+    for name, folder in found.items():
+        if folder.videos:
+            raise FoveateError(f"{folder.path} holds questions about videos, and {name} asks about pictures")
     for name, model in ((name, model) for name in found for model in _models(table)):
         if not asked.resume:
             check_run(_out(asked, model, name), False)

@@ -1,7 +1,8 @@
-"""Lets the torchvision that vLLM for CPUs pulls in, a build for GPUs, load beside a torch for CPUs: for tests alone.
+"""Lets a torchvision that is built for GPUs load beside a torch for CPUs: for tests alone.
 
 It registers what its operators do on tensors without data, which fails where its library of operators has not loaded.
-Naming the operators first is enough. `make test-vllm` puts this file where every process of its environment loads it.
+Naming the operators first is enough. `make test-vllm` and `make test-video` put this file where every process of their
+environments loads it.
 """
 
 from __future__ import annotations
