@@ -62,6 +62,17 @@ def test_a_checkpoint(call: Any, folder: Path) -> None:
     assert [line.split()[:2] for line in result.out.splitlines()[1:3]] == [["none", "36"], ["fopru:keep=0.25", "9"]]
 
 
+def test_a_tuned_checkpoint_is_timed_under_its_spec(call: Any, folder: Path, adapter: Path, tmp_path: Path) -> None:
+    given = ("bench", folder, "--adapter", adapter, "--answer", 2, "--repeats", 1, "--device", "cpu")
+    result = call(*given, "--prune", "fopru:keep=9", "--json", tmp_path / "times.json")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads((tmp_path / "times.json").read_text())["adapter"] == str(adapter)
+    refused = call(*given, "--prune", "fopru:keep=4")
+    assert refused.code == 2 and "was tuned under fopru:keep=9, not fopru:keep=4" in refused.err
+    refused = call("bench", "--random-weights", "mini", "--adapter", adapter)
+    assert refused.code == 2 and "--adapter belongs to a MODEL; random weights have none" in refused.err
+
+
 def test_choosing_that_does_not_pay_is_said(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foveate.evaluate.bench.warnings", lambda results: ["fopru costs more than it saves: ..."])
     assert "warning: fopru costs more than it saves" in bench("--prune", "fopru").out

@@ -68,6 +68,31 @@ def test_a_folder_is_shared_out_and_a_search_goes_on(tune: Any, questions: Path,
     assert rest == {name: value for name, value in found.items() if name != "command"}
 
 
+def test_a_tuned_model_is_searched_where_any_spec_may_prune_it(tune: Any, adapter: Path, tmp_path: Path) -> None:
+    given = ("--task", "scenes", "--samples", 16, "--max-drop", 50, "--prune", "fopru:keep=0.5", "--adapter", adapter)
+    refused = tune(*given)
+    assert refused.code == 2 and "was tuned under fopru:keep=9, and a search prunes it by others" in refused.err
+    assert tune(*given, "--any-spec").code == 0
+    assert json.loads((tmp_path / "best.json").read_text())["adapter"] == str(adapter)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("tune", "--model", "no", "--task", "scenes", "--out", "best.json"),
+        ("reproduce", "fopru-table2", "--model", "no", "--tasks", "scenes"),
+        ("bench", "no"),
+    ],
+)
+def test_what_one_process_does_is_not_begun_by_several(
+    call: Any, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call(*command)
+    assert result.code == 2
+    assert f"foveate {command[0]} works in one process, and 2 were started; start it without torchrun" in result.err
+
+
 def test_nothing_within_the_drop_is_said_and_nothing_written(tune: Any, tmp_path: Path) -> None:
     result = tune("--task", "scenes", "--samples", 16, "--max-cost", 0.001, "--prune", "random:keep=0.5")
     assert result.code == 1 and "no spec that was tried holds within 1 points" in result.err

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from foveate.core import Method
@@ -28,6 +28,8 @@ def command(
     layers: Annotated[
         int | None, typer.Option(metavar="N", help="At most so many blocks of a PRESET's tower and decoder.")
     ] = None,
+    adapter: Adapter = None,
+    any_spec: AnySpec = False,
     prune: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="A rival; repeat it for more. Unpruned comes first.")
     ] = None,
@@ -52,13 +54,19 @@ def command(
     """Time answers of MODEL or of a shape with random weights: first token, each further one, memory, choosing."""
     with usage():
         from foveate.evaluate.bench import Setting
+        from foveate.inference.adapters import check_asked
         from foveate.inference.loading import find_device
+        from foveate.inference.processes import check_alone
 
+        check_alone("bench")
         setting = Setting(answer=answer, repeats=repeats, warmup=warmup)
         if (model is None) == (random_weights is None):
             raise UsageError("give a MODEL or --random-weights PRESET, one of them")
         _check(layers, random_weights, json_file, plot, {"batch": batch, "text": text})
+        if random_weights is not None and adapter is not None:
+            raise UsageError("--adapter belongs to a MODEL; random weights have none")
         rivals, names = _rivals(prune, paper_table)
+        check_asked(adapter, rivals, any_spec=any_spec)
         place = find_device(device)
         predicted_for = _hardware(hardware, place)
 
@@ -68,13 +76,15 @@ def command(
         prompts = _random_prompts(made[0], text, batch)
     else:
         assert model is not None
-        made, prompts = _loaded(model, place, dtype, trust_remote_code, clip, batch)
+        where = {"device": str(place), "dtype": dtype, "trust_remote_code": trust_remote_code}
+        made, prompts = _loaded(model, clip, batch, adapter=adapter, any_spec=any_spec, **where)
     results = _measure(made, prompts, rivals, setting, predicted_for)
     _show(results, names if paper_table else None, predicted_for)
     if json_file is not None:
         from foveate.runs import write_json
 
         settings = {"batch": batch, "answer": answer, "model": model or random_weights, "layers": layers}
+        settings["adapter"] = None if adapter is None else str(adapter)
         write_json(json_file, {**settings, **_machine(made[0]), "results": [result.to_dict() for result in results]})
     if plot is not None:
         _draw(results, plot)
@@ -173,19 +183,21 @@ def _random_prompts(model: Any, text: int, batch: int) -> Prompts:
     return made
 
 
-def _loaded(
-    name: str, place: Any, dtype: str, trust: bool, clip: str | None, batch: int
-) -> tuple[tuple[Any, dict[str, Any]], Prompts]:
-    """A checkpoint with what `prune` needs besides, and prompts about pictures of noise."""
+def _loaded(name: str, clip: str | None, batch: int, **place: Any) -> tuple[tuple[Any, dict[str, Any]], Prompts]:
+    """A checkpoint with what `prune` needs besides, and prompts about pictures of noise.
+
+    Args:
+        place: as `load_tuned` has it.
+    """
     from PIL import Image
 
     from foveate.cli.output import working
+    from foveate.inference.adapters import load_tuned
     from foveate.inference.answers import encode
-    from foveate.inference.loading import load
     from foveate.inference.resizing import Scaler
 
     with working(f"loading {name}"):
-        loaded = load(name, device=str(place), dtype=dtype, trust_remote_code=trust)
+        loaded = load_tuned(name, **place)
     picture = Image.effect_noise((672, 672), 90).convert("RGB")
     questions = ["what color is behind the dog ?"] * batch
 

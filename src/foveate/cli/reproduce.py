@@ -57,12 +57,14 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Run a paper's table or figure and print its figures beside those of this machine, cell by cell."""
+    from foveate.inference.processes import check_alone
     from foveate.reproduce import tables
 
     if name is None:
         _list()
         return
     with usage():
+        check_alone("reproduce")
         table = tables.table(name)
         place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         shape = _shape(tasks, data)

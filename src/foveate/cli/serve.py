@@ -8,7 +8,7 @@ import typer
 
 from foveate.cli.errors import in_options
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
 
 ENGINES = ("vllm",)
 HOST, PORT = "127.0.0.1", 8000
@@ -29,6 +29,8 @@ Route = Annotated[
 def command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="mini, a folder, or a hub id.")],
+    adapter: Adapter = None,
+    any_spec: AnySpec = False,
     prune: Annotated[
         list[str] | None,
         typer.Option(metavar="SPEC", help="What every picture is pruned by, unless its request says otherwise."),
@@ -75,10 +77,13 @@ def command(
         if engine is None:
             _check_unused(context.args, foveate_methods, route)
             place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+            place |= {"adapter": adapter, "any_spec": any_spec}
             start = _with_transformers(model, spec, shared, limits, clip, place, page=not no_page)
         else:
             if no_page:
                 raise UsageError("--no-page belongs to serving without an engine; vLLM has no page")
+            if adapter is not None or any_spec:
+                raise UsageError("--adapter and --any-spec belong to serving without an engine")
             more = _vllm_options(context.args, shared, limits, device, dtype, trust_remote_code)
             start = _with_vllm(model, spec, more, foveate_methods, clip, route)
     start()
@@ -103,7 +108,7 @@ def _with_transformers(
     page: bool,
 ) -> Any:
     from foveate.cli.output import working
-    from foveate.inference.loading import load
+    from foveate.inference.adapters import check_asked, load_tuned
     from foveate.page import mounting
     from foveate.serve.local.limits import Limits
     from foveate.serve.local.server import application, check_installed, serve
@@ -114,9 +119,10 @@ def _with_transformers(
     port = PORT if shared["port"] is None else shared["port"]
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port} is no port; choose one from 0 to 65535")
-    stages_of(spec, of_request=False)  # a spec with a fault is told before weights are read
+    # A spec with a fault, or another than that of an adapter, is told before weights are read.
+    check_asked(place["adapter"], [stages_of(spec, of_request=False)], any_spec=place["any_spec"])
     with working(f"loading {model}"):
-        loaded = load(model, **place)
+        loaded = load_tuned(model, **place)
         app = application(loaded, spec, limits=bounds, key=shared["api_key"], clip=clip)
         if page and mounting.is_installed():
             mounting.mount(app, loaded, spec, shared["api_key"], clip)

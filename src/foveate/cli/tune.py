@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foveate.cli.evaluate import Fps, Frames, folder_of
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from foveate.evaluate.tuning import Search
@@ -53,6 +54,8 @@ Longest = Annotated[
 
 def command(
     model: Model = None,
+    adapter: Adapter = None,
+    any_spec: AnySpec = False,
     tasks: Task = None,
     max_drop: Drop = 1.0,
     max_cost: Cost = None,
@@ -64,15 +67,16 @@ def command(
     clip: Clip = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a search about a folder.")] = False,
     max_new_tokens: Longest = None,
+    frames: Frames = None,
+    fps: Fps = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Find the method, budget and stages with the fewest tokens that lose no more than --max-drop."""
-    from foveate.cli.evaluate import folder_of
-
     place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    given = {"batch": batch, "seed": seed, "clip": clip}
+    place |= {"adapter": adapter, "any_spec": any_spec}
+    given: dict[str, Any] = {"batch": batch, "seed": seed, "clip": clip}
     with usage():
         from foveate.cli.output import stderr
         from foveate.evaluate import scenes_task
@@ -80,23 +84,27 @@ def command(
         from foveate.evaluate.tuning import QUESTIONS, Search
 
         _check(model, tasks, out, max_drop, max_cost)
+        _check_adapter(adapter, any_spec)
         folder = folder_of([str(tasks)])
-        of_folders = {"resume": resume or None, "max-new-tokens": max_new_tokens}
+        of_folders = {"resume": resume or None, "max-new-tokens": max_new_tokens, "frames": frames, "fps": fps}
         task = _task(str(tasks), folder, of_folders, samples)
         scenes_task.check(samples=samples or 1, batch=batch, seed=seed)
         named = joined(scenes_task.parse_rivals(prune or []))
         run = None if folder is None else _run_folder(Path(str(out)), resume)
-    given |= {"max_new_tokens": max_new_tokens or 32, "resume": resume}
+    given |= {"max_new_tokens": max_new_tokens or 32, "resume": resume, "frames": frames, "fps": fps}
     ask, tried = _asker(str(model), task, named, given, place, samples or QUESTIONS, run)
     search = Search(ask, max_drop / 100, max_cost, told=lambda text: stderr().print(text, markup=False))
     search.run(tried)
-    _finish(search, Path(str(out)), {"model": model, "task": tasks, "max_drop": max_drop, "max_cost": max_cost})
+    asked = {"model": model, "task": tasks, "max_drop": max_drop, "max_cost": max_cost}
+    _finish(search, Path(str(out)), asked | ({} if adapter is None else {"adapter": str(adapter)}))
 
 
 def _check(model: str | None, tasks: str | None, out: Path | None, drop: float, cost: float | None) -> None:
     from foveate.core import FoveateError
+    from foveate.inference.processes import check_alone
     from foveate.paths import file_target
 
+    check_alone("tune")
     for option, value in (("--model", model), ("--task", tasks), ("--out", out)):
         if value is None:
             raise UsageError(f"Missing option '{option}'")
@@ -105,6 +113,19 @@ def _check(model: str | None, tasks: str | None, out: Path | None, drop: float, 
     if cost is not None and not 0 < cost <= 1:
         raise FoveateError(f"--max-cost {cost:g} is no share of the unpruned prefill above 0 and up to 1")
     file_target(str(out), (".json",))
+
+
+def _check_adapter(adapter: Path | None, any_spec: bool) -> None:
+    """Refuse an adapter whose model may be pruned by one spec alone: a search tries others."""
+    from foveate.core import FoveateError
+    from foveate.inference.adapters import check_asked, read_record
+
+    check_asked(adapter, (), any_spec=any_spec)
+    if adapter is not None and not any_spec:
+        raise FoveateError(
+            f"the model's adapter was tuned under {read_record(adapter)['prune']}, and a search prunes it by others; "
+            "say --any-spec, or ask it by foveate eval"
+        )
 
 
 def _task(tasks: str, folder: Path | None, of_folders: dict[str, Any], samples: int | None) -> Any:
@@ -155,15 +176,27 @@ def _asker(
     from foveate.cli.output import working
     from foveate.evaluate.askers import OfFolder, OfScenes
     from foveate.evaluate.candidates import candidates
-    from foveate.evaluate.folder_run import sizes_of
-    from foveate.inference.loading import load
+    from foveate.evaluate.folder_run import check_rival, sampler_of
+    from foveate.inference.adapters import load_tuned
+    from foveate.inference.resizing import check_runnable
     from foveate.runs import make_folder
     from foveate.scenes.generator import SIZE
 
+    def check_processor(processor: Any) -> None:
+        if task is not None:
+            sampler_of(processor, task, given["frames"], given["fps"])
+
     with working(f"loading {model}"):
-        loaded = load(model, **place)
-    sizes = [(SIZE, SIZE)] if task is None else sizes_of(task)
-    tried = named or candidates(loaded.model, loaded.processor, model, sizes, given["clip"])
+        loaded = load_tuned(model, check_processor=check_processor, **place)
+
+    def check(stages: Any) -> None:
+        of = (loaded.model, loaded.processor, stages)
+        if task is None:
+            check_runnable(*of, [(SIZE, SIZE)], clip=given["clip"])
+        else:
+            check_rival(*of, task, given["clip"])
+
+    tried = named or candidates(loaded.model, model, check)
     if run is None:
         return OfScenes(loaded, samples, **{name: given[name] for name in ("batch", "seed", "clip")}), tried
     make_folder(run)

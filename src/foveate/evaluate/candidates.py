@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foveate import methods
 from foveate.core import FoveateError, Keep, Method
 from foveate.evaluate.catalogue import at
-from foveate.inference.resizing import check_runnable
 from foveate.spec import format as format_spec
 from foveate.spec import parse_stages
 
@@ -23,15 +22,12 @@ LOWER = 0.75
 _PICTURE = 576  # tokens of a usual picture, at which a budget must make sense
 
 
-def candidates(
-    model: Any, processor: Any, name: str, sizes: Sequence[tuple[int, int]], clip: Any = None
-) -> dict[str, tuple[Method, ...]]:
+def candidates(model: Any, name: str, check: Callable[[tuple[Method, ...]], None]) -> dict[str, tuple[Method, ...]]:
     """Everything that can be tried on a model, by spec.
 
     Args:
         name: how the user calls the model; weights of trained methods may lie beside its own.
-        sizes: width and height of the pictures that will be asked about.
-        clip: as `prune` takes it.
+        check: refuses, by a FoveateError, stages that cannot run on what will be asked.
     """
     folder = Path(model.name_or_path)
     found: dict[str, tuple[Method, ...]] = {}
@@ -41,7 +37,7 @@ def candidates(
             for keep in _layouts(method, share):
                 try:
                     made = (at(method, keep, _PICTURE, weights),)
-                    check_runnable(model, processor, made, sizes, clip=clip)
+                    check(made)
                 except FoveateError:
                     continue
                 found[format_spec(made)] = made

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+from foveate.core import FoveateError
+
 Value = TypeVar("Value")
 
 _LONGEST = timedelta(days=30)
@@ -70,6 +72,20 @@ def joined() -> Processes:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=_LONGEST)
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def check_alone(command: str) -> None:
+    """Refuse several processes where a command does its work in one: each would do all of it, into the same files.
+
+    Raises:
+        FoveateError: torchrun, or accelerate, has started this process beside others.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise FoveateError(
+            f"foveate {command} works in one process, and {count} were started; start it without torchrun "
+            "(foveate eval shares its questions)"
+        )
 
 
 def own_device(device: str) -> str:
