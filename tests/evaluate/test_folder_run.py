@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from models import tiny
+from models.tiny_processors import PROCESSORS
 from PIL import Image
 
 from foveate.core import FoveateError
 from foveate.evaluate import folder_rows, folder_run
 from foveate.evaluate.folder_run import Answered, answer_folder, asks, read_answers
+from foveate.evaluate.left_out import LeftOut
 from foveate.evaluate.local_task import Folder, read
 from foveate.evaluate.scenes_task import parse_rivals
 from foveate.inference.answers import answer
@@ -173,6 +176,35 @@ def test_baselines_stand_beside_every_rival(model: Any, task: Folder) -> None:
     assert next(iter(everyone)) == "none" and missing.keys() == {"resize:keep=9", "resize:keep=4"}
     assert "makes as many tokens of a small one" in missing["resize:keep=9"]
     assert set(everyone) == {"none", *rivals, *(name for names in beside.values() for name in names)}
+
+
+def test_a_baseline_that_does_not_fit_a_picture_is_left_out(task: Folder, tmp_path: Path) -> None:
+    """Tokens of several tiles form no raster, which shows when a picture is encoded."""
+    tiled, processor = tiny.model("llava-next", blocks=2), PROCESSORS["llava-next"]()
+    everyone, beside, _ = folder_rows.with_baselines(tiled, processor, parse_rivals(["fopru:keep=4"]), task)
+    assert "pool:keep=4" in beside["fopru:keep=4"]
+    told: dict[str, str] = {}
+
+    def leave_out(spec: str, why: str) -> bool:
+        told[spec] = why
+        return spec == "pool:keep=4"
+
+    options: dict[str, Any] = {"name": "tiled", "batch": 3, "max_new_tokens": 2}
+    lines = answer_folder(tiled, processor, task, everyone, out=tmp_path / "run", leave_out=leave_out, **options)
+    assert told.keys() == {"pool:keep=4"} and "needs the whole grid of the image" in told["pool:keep=4"]
+    rows = folder_rows.rows(lines, task, batch=3, beside=beside)
+    assert [row["method"] for row in rows] == ["none", "fopru:keep=4", "random:keep=4", "uniform:keep=4"]
+    assert rows[1]["against"].keys() == {"none", "random:keep=4", "uniform:keep=4"}
+    with pytest.raises(FoveateError, match="needs the whole grid"):
+        answer_folder(tiled, processor, task, parse_rivals(["pool:keep=4"]), out=tmp_path / "other", **options)
+
+
+def test_the_first_process_leaves_out_what_another_does() -> None:
+    told: list[str] = []
+    left = LeftOut(lambda spec, why: told.append(spec) is None, {"tome": "own"})
+    left.share(SimpleNamespace(gathered=lambda own: [*own, ("pool", "theirs")]))  # type: ignore[arg-type]
+    assert told == ["pool"] and left.why == {"tome": "own", "pool": "theirs"}
+    assert left.tried("pool", lambda: pytest.fail("it was asked")) == []
 
 
 KILLED = """

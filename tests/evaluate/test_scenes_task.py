@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from models import tiny
+from models.tiny_processors import PROCESSORS
 
 from foveate.core import FoveateError
 from foveate.evaluate import TASKS, scenes_task, task_names
@@ -162,3 +163,14 @@ def test_tasks() -> None:
         task_names(["scene"])
     with pytest.raises(FoveateError, match=r"no task was given; Choices: scenes\."):
         task_names([" , "])
+
+
+def test_a_rival_that_does_not_fit_the_pictures_is_left_out() -> None:
+    tiled, processor = tiny.model("llava-next", blocks=2), PROCESSORS["llava-next"]()
+    specs, told = ["pool:keep=4", "uniform:keep=4"], dict[str, str]()
+    asked: dict[str, Any] = {"samples": 2, "batch": 2}
+    rows = evaluate(tiled, processor, specs, leave_out=lambda spec, why: not told.update({spec: why}), **asked)
+    assert [row.method for row in rows] == ["none", "uniform:keep=4"]
+    assert "its tokens come from several tiles" in told["pool:keep=4"] and len(told) == 1
+    with pytest.raises(FoveateError, match="its tokens come from several tiles"):
+        evaluate(tiled, processor, specs[:1], **asked)

@@ -48,6 +48,20 @@ def search(holds: Mapping[str, float], *specs: str, drop: float = 0.01, most: fl
     return made
 
 
+def test_candidates_that_do_not_fit_leave_the_search() -> None:
+    """Whether at the start, below a survivor, or on the fresh questions."""
+    ask = Made({"random": 0.1, "uniform": 0.1, "fopru": 0.1})
+
+    def fitting(specs: Mapping[str, Any], number: int) -> dict[str, Reached]:
+        unfit = {"fopru:keep=0.5", "random:keep=0.375"} | ({"uniform:keep=0.375"} if number == ROUNDS else set())
+        return {spec: reached for spec, reached in ask(specs, number).items() if spec not in unfit}
+
+    done = Search(fitting, 0.01)
+    done.run(joined(parse_rivals(["fopru:keep=0.5", "random:keep=0.5", "uniform:keep=0.5"])))
+    assert not done.all.keys() & {"fopru:keep=0.5", "random:keep=0.375", "uniform:keep=0.375"}
+    assert done.found is not None and {row["spec"] for row in done.rows()} == done.all.keys() - {"none"}
+
+
 def test_the_fewest_tokens_within_the_drop_are_found() -> None:
     """`uniform` holds down to 12 % here, from 50 % in steps of three quarters, and the others to much more."""
     done = search(

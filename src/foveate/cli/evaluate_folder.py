@@ -75,7 +75,16 @@ def run_folder(
         loaded = load_tuned(model, check_processor=check, **place)
     everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
     settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], "among": among, **sampling}
-    lines = _answered(loaded, task, everyone, console, name=loaded.name, out=out, resume=resume, **settings)
+
+    def leave_out(spec: str, why: str) -> bool:
+        if spec in rivals:
+            return False  # which the user named
+        missing[spec] = why
+        del everyone[spec]
+        return True
+
+    settings["leave_out"] = leave_out
+    lines = _answered(loaded, task, dict(everyone), console, name=loaded.name, out=out, resume=resume, **settings)
     if among.first:
         shown = _looked_at(task, max(given["timed"], given["pictures"]), found[0])
         _show(loaded, task, lines, (everyone, beside, missing), shown, given, out=out, longest=longest)

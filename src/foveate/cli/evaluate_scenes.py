@@ -58,9 +58,18 @@ def run(
     console = stderr()
     with working(f"loading {asked['model']}"):
         loaded = load_tuned(asked["model"], asked.get("adapter"), **place)
+    named = [*rivals]
     unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
+
+    def leave_out(spec: str, why: str) -> bool:
+        if spec in named or spec not in rivals:
+            return False
+        unreached.append(_unreached(rivals.pop(spec)[0], why))
+        return True
+
     sizes = {name: asked[name] for name in ("samples", "seed")}
     settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on, "among": among}
+    settings["leave_out"] = leave_out
     rows = _answered(loaded, rivals, console, **sizes, **settings)
     if not among.first:
         return
@@ -229,6 +238,14 @@ def _add_every(
                 if found is None or spec.format(made) not in rows_of(found):
                     rivals[spec.format(made)] = (made,)
     return [{"method": name, "keep": keeps, "why": why} for (name, why), keeps in unreached.items()]
+
+
+def _unreached(method: Any, why: str) -> dict[str, Any]:
+    """An entry of what cannot be reached, for a method that turned out not to fit the pictures."""
+    from foveate.methods import name_of
+
+    keep = method.keep[-1] if isinstance(method.keep, tuple) else method.keep
+    return {"method": name_of(method), "keep": [keep], "why": why}
 
 
 def _columns() -> list[Column]:

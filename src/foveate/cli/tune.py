@@ -173,7 +173,7 @@ def _asker(
         named: candidates that the user names; none for all that run.
         run: where answers about a folder are written down.
     """
-    from foveate.cli.output import working
+    from foveate.cli.output import stderr, working
     from foveate.evaluate.askers import OfFolder, OfScenes
     from foveate.evaluate.candidates import candidates
     from foveate.evaluate.folder_run import check_rival, sampler_of
@@ -196,11 +196,18 @@ def _asker(
         else:
             check_rival(*of, task, given["clip"])
 
+    def leave_out(spec: str, why: str) -> bool:
+        stderr().print(f"{spec}: - ({why})", highlight=False, markup=False)
+        return True
+
     tried = named or candidates(loaded.model, model, check)
+    fits = None if named else leave_out  # what a user names is refused
     if run is None:
-        return OfScenes(loaded, samples, **{name: given[name] for name in ("batch", "seed", "clip")}), tried
+        return OfScenes(
+            loaded, samples, leave_out=fits, **{key: given[key] for key in ("batch", "seed", "clip")}
+        ), tried
     make_folder(run)
-    return OfFolder(loaded, task, model, run, **given), tried
+    return OfFolder(loaded, task, model, run, leave_out=fits, **given), tried
 
 
 def _finish(search: Search, out: Path, asked: dict[str, Any]) -> None:

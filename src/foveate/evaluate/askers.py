@@ -14,6 +14,7 @@ from typing import Any
 from foveate.core import FoveateError, Method
 from foveate.evaluate.folder_rows import by_question, cost, scored
 from foveate.evaluate.folder_run import answer_folder
+from foveate.evaluate.left_out import LeaveOut
 from foveate.evaluate.local_task import Folder
 from foveate.evaluate.scenes_task import MOST_SEED, evaluate
 from foveate.evaluate.tuning import ROUNDS, Reached, sizes
@@ -36,6 +37,7 @@ class OfScenes:
     seed: int = 0
     batch: int = 16
     clip: Any = None
+    leave_out: LeaveOut | None = None
 
     def __post_init__(self) -> None:
         sizes(self.questions)
@@ -46,6 +48,7 @@ class OfScenes:
         """What each candidate reached in a round."""
         count = [*sizes(self.questions), self.questions][number]
         settings: dict[str, Any] = {"samples": count, "seed": self.seed + number, "batch": self.batch}
+        settings["leave_out"] = self.leave_out
         rivals = [stages for stages in specs.values() if stages]
         rows = evaluate(self.loaded.model, self.loaded.processor, rivals, clip=self.clip, **settings)
         return {
@@ -84,6 +87,7 @@ class OfFolder:
     clip: Any = None
     frames: int | None = None
     fps: float | None = None
+    leave_out: LeaveOut | None = None
 
     def __call__(self, specs: Mapping[str, tuple[Method, ...]], number: int) -> dict[str, Reached]:
         """What each candidate reached in a round."""
@@ -94,7 +98,7 @@ class OfFolder:
         asked = dataclasses.replace(self.folder, questions=part, digest=f"{self.folder.digest} {self.seed}/{number}")
         out = self.run / f"{number}-{_digest([*specs])}"
         settings: dict[str, Any] = {"batch": self.batch, "max_new_tokens": self.max_new_tokens, "clip": self.clip}
-        settings |= {"frames": self.frames, "fps": self.fps}
+        settings |= {"frames": self.frames, "fps": self.fps, "leave_out": self.leave_out}
         settings |= {"name": self.name, "out": out, "resume": self.resume and out.exists()}
         lines = answer_folder(self.loaded.model, self.loaded.processor, asked, specs, **settings)
         found = {}

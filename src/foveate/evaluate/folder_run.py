@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from foveate.checkpoints import fingerprint
 from foveate.core import FoveateError, Method
+from foveate.evaluate.left_out import LeaveOut, LeftOut
 from foveate.evaluate.local_task import Folder, Question, turns
 from foveate.evaluate.scenes_task import AHEAD
 from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all, visual_tokens
@@ -112,6 +113,7 @@ def answer_folder(
     fps: float | None = None,
     progress: Progress | None = None,
     among: Processes = ALONE,
+    leave_out: LeaveOut | None = None,
 ) -> list[Answered]:
     """Greedy answers of every rival to the same prompts, in the same batches; what a killed run has is not asked again.
 
@@ -124,13 +126,14 @@ def answer_folder(
         frames, fps: of videos, how many are shown of each, or of each second; else what the processor does by itself.
         progress: called with the number of prompts answered since the last call; at first with those that are there.
         among: processes that share the batches; a run that was killed may be resumed by fewer or more of them.
+        leave_out: as `left_out.LeaveOut`; without it a rival that does not fit a picture is an error.
 
     Returns:
-        a line for each rival and batch; in processes beside the first nothing.
+        a line for each rival that was not left out and batch; in processes beside the first nothing.
 
     Raises:
         FoveateError: `out` holds a run and `resume` is False, or one of other settings; a question holds special tokens
-            of the model; or a method cannot run on it.
+            of the model; or a method cannot run on it, or not on one of the pictures.
     """
     prompts = asks(folder)
     groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
@@ -143,6 +146,7 @@ def answer_folder(
     with run_folder(out, identity, resume, among.first) as path:
         scalers = scalers_of(model, processor, rivals)
         told = progress or (lambda count: None)
+        left = LeftOut(leave_out)
         run = _Run(model, processor, rivals, scalers, clip, path / _file(among), max_new_tokens, told)
         # Others may be at work on their files as soon as the first has read them.
         before = among.told(lambda: [line for file in files_of(path) for line in read_answers(file)])
@@ -150,18 +154,20 @@ def answer_folder(
         fresh: list[Answered] = []
         run.progress(sum(len(line.answers) for line in done.values()))
         for number, group in enumerate(groups):
-            missing = [spec for spec in rivals if (spec, number) not in done]
+            missing = [spec for spec in rivals if (spec, number) not in done and spec not in left.why]
             if not missing or not among.takes(number):
                 continue
             shown = _shown(folder, group, sampler)
             inputs = encode(model, processor, *shown)
             with share_encoding(model, needs):
-                lines = [run.answer(spec, number, inputs) for spec in missing if spec in together]
-            others = [spec for spec in missing if spec not in together]
-            lines += [run.answer_alone(spec, number, shown, inputs) for spec in others]
-            fresh += lines
+                for spec in (spec for spec in missing if spec in together):
+                    fresh += left.tried(spec, partial(run.answer, spec, number, inputs))
+            for spec in (spec for spec in missing if spec not in together):
+                fresh += left.tried(spec, partial(run.answer_alone, spec, number, shown, inputs))
         done |= {(line.rival, line.batch): line for line in among.gathered(fresh)}
-    return [done[spec, number] for spec in rivals for number in range(len(groups)) if among.first]
+        left.share(among)
+    there = [spec for spec in rivals if spec not in left.why and among.first]
+    return [done[spec, number] for spec in there for number in range(len(groups))]
 
 
 def files_of(folder: Path) -> list[Path]:

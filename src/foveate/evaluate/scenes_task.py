@@ -7,10 +7,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from foveate import spec
 from foveate.core import FoveateError, Method
+from foveate.evaluate.left_out import LeaveOut, LeftOut
 from foveate.evaluate.oracle import Box, Oracle
 from foveate.evaluate.unpruned import decoder_layers, unpruned_of_all
 from foveate.inference.answers import decode, encode, greedy
@@ -125,6 +127,7 @@ def evaluate(
     progress: Progress | None = None,
     on: Paper | None = None,
     among: Processes = ALONE,
+    leave_out: LeaveOut | None = None,
 ) -> list[Row]:
     """Greedy answers of the unpruned model and of each rival to the same questions about the split "test".
 
@@ -139,6 +142,7 @@ def evaluate(
         progress: called with the number of answers given since the last call; `len(rows) * samples` in all.
         on: pages that the objects are stamped on; None for photos.
         among: processes that share the batches: the first gets the rows that one alone would have, others empty ones.
+        leave_out: as `left_out.LeaveOut`; without it a rival that does not fit the pictures is an error.
 
     Raises:
         FoveateError: fewer than one sample or prompt at once, a seed out of range, or a spec that names no method.
@@ -155,16 +159,19 @@ def evaluate(
     parts = {row.method: [part for stage in named.get(row.method, ()) for part in stage.parts()] for row in rows}
     together = [name for name in parts if all(part.site not in AHEAD for part in parts[name])]
     needs = {need for name in together for part in parts[name] for need in part.needs}
-    rivals_at_work = _Rivals(model, processor, [*parts], handles, scalers, together, needs)
+    left = LeftOut(leave_out)
+    rivals_at_work = _Rivals(model, processor, [*parts], handles, scalers, together, needs, left)
     done = []
     for number, group in enumerate(_batches(samples, batch, seed, on)):
         if among.takes(number):
             done.append((number, rivals_at_work.answer(group, progress or (lambda count: None))))
     # In the order of the batches, in which one process alone would have added them up.
+    by_name = {row.method: row for row in rows}
     for _, found in sorted(among.gathered(done), key=lambda each: each[0]):
-        for row, more in zip(rows, found, strict=True):
-            row.add(more)
-    return rows
+        for more in found:
+            by_name[more.method].add(more)
+    left.share(among)
+    return [row for row in rows if row.method not in left.why]
 
 
 @dataclass(frozen=True)
@@ -178,10 +185,12 @@ class _Rivals:
     scalers: dict[str, Scaler]
     together: list[str]
     needs: set[str]
+    left: LeftOut
 
     def answer(self, group: list[Sample], progress: Progress) -> list[Row]:
-        """What each reaches on one batch."""
+        """What each that is not left out reaches on one batch."""
         rows = {name: Row(name) for name in self.names}
+        said = self.model, self.processor
         pictures, asked = [[sample.image] for sample in group], [sample.question for sample in group]
         inputs = encode(self.model, self.processor, pictures, asked)
         handles: dict[str, Handle] = dict(self.handles)
@@ -189,16 +198,16 @@ class _Rivals:
             handles[CEILING] = prune(self.model, Oracle([sample.boxes for sample in group]))
         with share_encoding(self.model, self.needs):
             for name in self.together:
-                _answer(self.model, self.processor, handles.get(name), inputs, group, rows[name])
+                self.left.tried(name, partial(_answer, *said, handles.get(name), inputs, group, rows[name]))
         for name, row in rows.items():
             if name in self.scalers:
                 own = self.scalers[name].encode(pictures, asked)
-                _answer(self.model, self.processor, None, own, group, row)
+                _answer(*said, None, own, group, row)
                 _compare(self.model, own, inputs, row)
             elif name not in self.together:
-                _answer(self.model, self.processor, handles[name], inputs, group, row)
+                self.left.tried(name, partial(_answer, *said, handles[name], inputs, group, row))
             progress(len(group))
-        return [*rows.values()]
+        return [row for name, row in rows.items() if name not in self.left.why]
 
 
 def check(*, samples: int, batch: int, seed: int) -> None:

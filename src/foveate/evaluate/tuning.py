@@ -46,7 +46,7 @@ class Reached:
 
 Ask: TypeAlias = Callable[[Mapping[str, "Stages"], int], Mapping[str, Reached]]
 """From candidates by spec, and the number of a round, to what each reached on that round's questions; `ROUNDS` is the
-number of the fresh questions. Whoever asks may add the unpruned model."""
+number of the fresh questions. Whoever asks may add the unpruned model, and leave out what does not fit a picture."""
 
 
 @dataclass
@@ -117,13 +117,20 @@ class Search:
 
     def _take_part(self, specs: Sequence[str], number: int) -> None:
         asked = {spec: self.all[spec].stages for spec in specs}
-        for spec, reached in self.ask(asked, number).items():
+        answered = self.ask(asked, number)
+        self._leave([spec for spec in asked if spec not in answered])
+        for spec, reached in answered.items():
             if spec in asked:
                 standing = self.all[spec]
                 before, more = len(standing.scores), len(reached.scores)
                 standing.tokens = (standing.tokens * before + reached.tokens * more) / (before + more)
                 standing.cost = (standing.cost * before + reached.cost * more) / (before + more)
                 standing.scores += reached.scores
+
+    def _leave(self, specs: Sequence[str]) -> None:
+        for spec in specs:
+            del self.all[spec]
+        self.alive = [spec for spec in self.alive if spec in self.all]
 
     def _best(self) -> list[str]:
         """The better half: those within the drop by rising tokens, then the others by what they lose."""
@@ -149,8 +156,8 @@ class Search:
         if below:
             self.told(f"smaller budgets: {len(below)}")
             for before in range(number + 1):
-                self._take_part([*below], before)
-        self.alive += below
+                self._take_part([spec for spec in below if spec in self.all], before)
+        self.alive += [spec for spec in below if spec in self.all]
 
     def _confirm(self) -> None:
         """Ask the cheapest of those within the drop fresh questions; the first that holds there too is the one."""
@@ -160,7 +167,8 @@ class Search:
             return
         self.told(f"fresh questions, finalists: {len(finalists)}")
         reached = self.ask({spec: self.all[spec].stages for spec in [NONE, *finalists]}, ROUNDS)
-        for spec in finalists:
+        self._leave([spec for spec in finalists if spec not in reached])
+        for spec in (spec for spec in finalists if spec in reached):
             self.all[spec].fresh = found = difference(reached[spec].scores, reached[NONE].scores)
             if self.found is None and found.mean >= -self.drop:
                 self.found = spec
