@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,26 @@ def test_scenes_show_the_shape_of_any_table(
     assert again.code == 0 and rows.read_text() == whole
     refused = call("reproduce", "fopru-fig7", *options[:-4], "--seed", 5, *options[-4:], "--resume")
     assert refused.code == 1 and "was begun with" in refused.err
+
+
+def test_a_tuned_row_is_a_share_of_the_model_before_tuning(
+    call: Any, folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.5 and 0.6 of 0.8, though the tuned model reaches 0.7 without pruning."""
+    spec, tuned, out = "image_text_interaction", tmp_path / "tuned", tmp_path / "out"
+    record = json.loads((shutil.copytree(adapter, tuned) / "foveate.json").read_text())
+    (tuned / "foveate.json").write_text(json.dumps({**record, "prune": spec}))
+    monkeypatch.setattr(
+        "foveate.reproduce.shape._answers",
+        lambda loaded, rivals, asked, given, progress: {
+            "none": {"accuracy": 0.7 if given else 0.8},
+            spec: {"accuracy": 0.6 if given else 0.5},
+        },
+    )
+    options = ("--model", folder, "--tasks", "scenes", "--device", "cpu", "--out", out, "--adapter", f"{spec}={tuned}")
+    assert call("reproduce", "interaction-table3", *options).code == 0
+    stored = json.loads((out / "interaction-table3.json").read_text())["rows"]
+    assert {row["row"]: row["share"] for row in stored} == {"Training-Free": 0.625, "Fine-tuning": pytest.approx(0.75)}
 
 
 def test_times_are_taken_in_turn(call: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,8 @@ def run(table: Table, asked: Asked, tell: Tell, progress: Progress) -> list[dict
     """One row for each of the table: what the paper prints and what scenes gave, figures that JSON can hold.
 
     `paper_share` is the mean over its data sets of the paper's figure as a share of its unpruned row's, and `share` the
-    same of the scenes; `why` says what a row without figures needs.
+    same of the scenes, of rows with an adapter too a share of the model without it where that is asked; `why` says what
+    a row without figures needs.
 
     Args:
         tell: told what cannot run.
@@ -45,10 +46,13 @@ def run(table: Table, asked: Asked, tell: Tell, progress: Progress) -> list[dict
     for row in table.rows:
         if row.runs:
             groups.setdefault(asked.adapter(row.model) or "", []).append(row)
-    for rows in groups.values():
+    whole: float | None = None
+    for rows in (groups[adapter] for adapter in sorted(groups)):  # the model without an adapter comes first
         ready, specs = _ready(table, rows, asked, why)
         if ready:
-            found |= _measured(table, ready, specs, asked, tell, progress)
+            made, unpruned = _measured(table, ready, specs, asked, tell, progress)
+            whole = unpruned if whole is None else whole
+            found |= {label: {**row, "share": _share(row, whole)} for label, row in made.items()}
     return [_row(table, row, found, why) for row in table.rows]
 
 
@@ -81,10 +85,14 @@ def _ships(source: str, method: str) -> bool:
     return (Path(find(source)) / method).is_dir()
 
 
+def _share(row: Mapping[str, Any], whole: float) -> float | None:
+    return row["accuracy"] / whole if whole and "accuracy" in row else None
+
+
 def _measured(
     table: Table, rows: Sequence[Row], specs: Mapping[str, str], asked: Asked, tell: Tell, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """What each row gave, by its label."""
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """What each row gave, by its label, and the accuracy of the unpruned model."""
     from foveate.prune import check_prunable
 
     loaded = load_for(asked, rows[0].model)
@@ -107,14 +115,13 @@ def _measured(
             made[row.label] = {"spec": spec, "why": refused[spec]}
             continue
         told: dict[str, Any] = {"spec": spec, **figures[spec]}
-        told["share"] = figures[spec]["accuracy"] / figures[NONE]["accuracy"] if figures[NONE]["accuracy"] else None
         for column in table.columns:
             if column.measure in TIMES:
                 told[column.title] = speeds.figure(times, spec, column.measure)
             elif column.measure in CURVE:
                 told[column.title] = similarity.get(column.measure)
         made[row.label] = told
-    return made
+    return made, figures[NONE]["accuracy"]
 
 
 def _answers(
