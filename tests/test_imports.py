@@ -19,13 +19,14 @@ AT_LOAD = {
     "core": set(),
     "trace": {"core"},
     "forms": {"core"},
+    "depths": {"core"},
     "paths": {"core"},
     "runs": {"core", "paths"},
     "texts": {"core"},
     "checkpoints": {"core", "paths"},
     "ops": {"core"},
     "registry": {"core", "forms"},
-    "methods": {"core", "forms", "ops"},
+    "methods": {"core", "forms", "depths", "ops"},
     "modules": {"core", "ops", "paths", "runs"},
     "spec": {"core", "registry", "paths"},
     "families": {"core"},
@@ -33,7 +34,7 @@ AT_LOAD = {
     "scenes": {"core", "paths", "runs", "checkpoints"},
 }
 AT_LOAD["choosing"] = {"core", "trace", "forms", "ops", "spec", "families", "cost"}
-AT_LOAD["runtime"] = AT_LOAD["choosing"] | {"choosing", "registry", "texts", "paths", "checkpoints"}
+AT_LOAD["runtime"] = AT_LOAD["choosing"] | {"choosing", "registry", "depths", "texts", "paths", "checkpoints"}
 AT_LOAD["prune"] = {"core", "spec", "runtime"}
 AT_LOAD["inference"] = AT_LOAD["runtime"] | {"runtime", "prune", "runs"}
 AT_LOAD["calibrate"] = {"core", "prune", "inference", "runtime"}
@@ -60,9 +61,22 @@ WHEN_CALLED = {
     "foveate": set(AT_LOAD),
 }
 
-NO_TRANSFORMERS = {"core", "trace", "forms", "ops", "registry", "methods", "spec", "cost", "choosing", "texts", "runs"}
-NO_TORCH = {"cost", "texts", "paths", "runs"}
-ONLY_STANDARD_AT_LOAD = {"foveate", "core", "trace", "forms", "registry", "spec", "cost"}
+NO_TRANSFORMERS = {
+    "core",
+    "depths",
+    "trace",
+    "forms",
+    "ops",
+    "registry",
+    "methods",
+    "spec",
+    "cost",
+    "choosing",
+    "texts",
+    "runs",
+}
+NO_TORCH = {"cost", "depths", "texts", "paths", "runs"}
+ONLY_STANDARD_AT_LOAD = {"foveate", "core", "depths", "trace", "forms", "registry", "spec", "cost"}
 SCENES_MAY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

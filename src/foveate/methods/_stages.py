@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from foveate.core import FoveateError, Keep, check_depths, check_keep, scaled_layers, tokens_to_keep
+from foveate.core import FoveateError, Keep, check_keep, tokens_to_keep
+from foveate.depths import check_depths, scaled_layers
 
 
 def check_layers(method: str, layers: tuple[int, ...]) -> None:

@@ -15,9 +15,9 @@ from foveate.core import (
     Selection,
     Signals,
     Site,
-    check_depths,
     check_keep,
 )
+from foveate.depths import check_depths
 from foveate.methods._stages import check_layers
 from foveate.ops.pooling import take
 from foveate.ops.scores import cosines

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.core import Signals, Site, check_depths
+from foveate.core import Signals, Site
+from foveate.depths import check_depths
 from foveate.forms import Scorer
 from foveate.methods._stages import check_layers
 

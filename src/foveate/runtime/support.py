@@ -12,8 +12,9 @@ from typing import Any
 
 from foveate import methods
 from foveate.choosing.choose import JOINT
-from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, check_depths, hints_of, names_of
+from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, hints_of, names_of
 from foveate.cost.plan import visual_per_layer
+from foveate.depths import check_depths
 from foveate.families import family_of
 from foveate.families.family import Family
 from foveate.families.generic import GenericFamily

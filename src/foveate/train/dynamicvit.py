@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from foveate.core import FoveateError, check_depths, scaled_layers
+from foveate.core import FoveateError
+from foveate.depths import check_depths, scaled_layers
 from foveate.families import family_of
 from foveate.modules import dynamicvit as modules
 from foveate.runtime.encoder.soften import check_softens_encoder

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from foveate.core import FoveateError, Keep, check_depths, scaled_layers
+from foveate.core import FoveateError, Keep
+from foveate.depths import check_depths, scaled_layers
 from foveate.modules import lvpruning as modules
 from foveate.train.conversations import Row
 from foveate.train.held_out import Examiner, HeldOut
