@@ -49,7 +49,7 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure attention by encoder block, what prompts are made of, and where the similarity to CLS falls off."""
-    from foveate.cli.output import stderr, working
+    from foveate.cli.output import counting, working
 
     with usage():
         _check_targets(out, json_file)
@@ -58,26 +58,14 @@ def command(
         method = _method(alpha, where)
         pictures, questions, names = _inputs(images or [], question)
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from foveate.evaluate.analysis import analyze
     from foveate.inference.loading import load
 
-    console = stderr()
     with working(f"loading {model}"):
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bars, console=console, transient=True, disable=not console.is_terminal) as bar:
-        measured = bar.add_task("pictures", total=len(pictures))
-        analysis = analyze(
-            loaded.model,
-            loaded.processor,
-            pictures,
-            questions,
-            names=names,
-            method=method,
-            progress=lambda count: bar.advance(measured, count),
-        )
+    with counting("pictures", len(pictures)) as progress:
+        options: dict[str, Any] = {"names": names, "method": method, "progress": progress}
+        analysis = analyze(loaded.model, loaded.processor, pictures, questions, **options)
     written = _write(analysis, model, out, json_file)
     _print(analysis, model, written)
 

@@ -38,7 +38,7 @@ def run_folder(
         sampling: `frames` and `fps` of videos.
     """
     from foveate.cli.evaluate_looks import check_few
-    from foveate.cli.output import stderr, working
+    from foveate.cli.output import working
     from foveate.evaluate import local_task, scenes_task
     from foveate.inference.adapters import check_asked, load_tuned
     from foveate.paths import checked
@@ -64,7 +64,6 @@ def run_folder(
 
     from foveate.evaluate import folder_rows, folder_run
 
-    console = stderr()
     found: list[Any] = []
 
     def check(processor: Any) -> None:
@@ -74,7 +73,7 @@ def run_folder(
     with working(f"loading {model}"):
         loaded = load_tuned(model, check_processor=check, **place)
     everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
-    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], "among": among, **sampling}
+    settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], **sampling}
 
     def leave_out(spec: str, why: str) -> bool:
         if spec in rivals:
@@ -84,7 +83,7 @@ def run_folder(
         return True
 
     settings["leave_out"] = leave_out
-    lines = _answered(loaded, task, dict(everyone), console, name=loaded.name, out=out, resume=resume, **settings)
+    lines = _answered(loaded, task, dict(everyone), among, name=loaded.name, out=out, resume=resume, **settings)
     if among.first:
         shown = _looked_at(task, max(given["timed"], given["pictures"]), found[0])
         _show(loaded, task, lines, (everyone, beside, missing), shown, given, out=out, longest=longest)
@@ -130,24 +129,15 @@ def _show(
     _write(out, loaded.name, task, rows, seen)
 
 
-def _answered(loaded: Any, task: Any, everyone: dict[str, Any], console: Any, **settings: Any) -> Any:
-    """The answers of everyone, with a bar of those given so far where somebody looks."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _answered(loaded: Any, task: Any, everyone: dict[str, Any], among: Processes, **settings: Any) -> Any:
+    """The answers of everyone; the first process counts its own."""
+    from foveate.cli.output import counting
     from foveate.evaluate.folder_run import answer_folder, asks
 
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    seen = console.is_terminal and settings["among"].first  # which counts its own
-    with Progress(*parts, console=console, transient=True, disable=not seen) as bar:
-        answers = bar.add_task("answers", total=len(everyone) * len(asks(task)) // settings["among"].count)
-        return answer_folder(
-            loaded.model,
-            loaded.processor,
-            task,
-            everyone,
-            progress=lambda count: bar.advance(answers, count),
-            **settings,
-        )
+    total = len(everyone) * len(asks(task)) // among.count
+    with counting("answers", total, seen=among.first) as progress:
+        options = {"progress": progress, "among": among, **settings}
+        return answer_folder(loaded.model, loaded.processor, task, everyone, **options)
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def run(
         return True
 
     sizes = {name: asked[name] for name in ("samples", "seed")}
-    settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on, "among": among}
+    settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on}
     settings["leave_out"] = leave_out
-    rows = _answered(loaded, rivals, console, **sizes, **settings)
+    rows = _answered(loaded, rivals, among, **sizes, **settings)
     if not among.first:
         return
     table = [row.to_dict() for row in rows]
@@ -171,26 +171,15 @@ def _write(
         write_json(json_file, {"command": command, **asked, "data": data, "rows": table, **more})
 
 
-def _answered(loaded: Loaded, rivals: dict[str, Any], console: Any, *, samples: int, **settings: Any) -> list[Row]:
-    """The rows of the table, with a bar of the answers given so far where somebody looks."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _answered(loaded: Loaded, rivals: dict[str, Any], among: Processes, **settings: Any) -> list[Row]:
+    """The rows of the table; the first process counts its own answers."""
+    from foveate.cli.output import counting
     from foveate.evaluate.scenes_task import evaluate
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    seen = console.is_terminal and settings["among"].first  # which counts its own
-    with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
-        answers = bar.add_task(
-            "answers", total=(len(rivals) + settings["ceiling"]) * samples // settings["among"].count
-        )
-        return evaluate(
-            loaded.model,
-            loaded.processor,
-            list(rivals.values()),
-            samples=samples,
-            progress=lambda count: bar.advance(answers, count),
-            **settings,
-        )
+    total = (len(rivals) + settings["ceiling"]) * settings["samples"] // among.count
+    with counting("answers", total, seen=among.first) as progress:
+        options = {"progress": progress, "among": among, **settings}
+        return evaluate(loaded.model, loaded.processor, list(rivals.values()), **options)
 
 
 def _budgets(text: str | None) -> list[int]:

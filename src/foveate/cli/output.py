@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -37,6 +38,18 @@ def stderr() -> Console:
 def working(text: str) -> Status:
     """A sign of life on stderr while something runs, redrawn so seldom that it does not disturb what is timed."""
     return stderr().status(text, refresh_per_second=2)
+
+
+@contextmanager
+def counting(what: str, total: int, *, seen: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where somebody looks; told how many more of `total` pieces of work are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = stderr()
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*parts, console=console, transient=True, disable=not (console.is_terminal and seen)) as bar:
+        done = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(done, count)
 
 
 def show(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:

@@ -184,7 +184,7 @@ def _dry_run(table: Table, asked: Asked, data: Path | None, hardware: str) -> No
 
 def _cells(table: Table, asked: Asked) -> None:
     """The table on its own data, as far as it is there."""
-    from foveate.cli.output import show, stderr
+    from foveate.cli.output import counting, show, stderr
     from foveate.reproduce import folders
 
     with usage():
@@ -197,7 +197,7 @@ def _cells(table: Table, asked: Asked) -> None:
     for one in dict.fromkeys(row.model for row in table.rows if row.runs):
         adapter = f" with {asked.adapter(one)}" if asked.adapter(one) else ""
         typer.echo(f"{one}: {asked.source(one)}{adapter}")
-    with _bar(folders.total(table, asked, data)) as progress:
+    with counting("answers", folders.total(table, asked, data)) as progress:
         cells = folders.run(table, asked, data, tell, progress)
     rows = [{**vars(cell), "difference": cell.difference} for cell in cells]
     show(_cell_columns(), rows)
@@ -207,7 +207,7 @@ def _cells(table: Table, asked: Asked) -> None:
 
 def _scenes(table: Table, asked: Asked) -> None:
     """The table's rows on scenes, and its computed cells."""
-    from foveate.cli.output import show, stderr
+    from foveate.cli.output import counting, show, stderr
     from foveate.reproduce import folders, shape
     from foveate.reproduce.cells import COST
 
@@ -216,7 +216,7 @@ def _scenes(table: Table, asked: Asked) -> None:
     def tell(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    with _bar(shape.total(table, asked)) as progress:
+    with counting("answers", shape.total(table, asked)) as progress:
         rows = shape.run(table, asked, tell, progress)
     columns = _shape_columns(table, rows)
     show(columns, rows)
@@ -228,25 +228,6 @@ def _scenes(table: Table, asked: Asked) -> None:
         show(_cell_columns(), [{**vars(cell), "difference": cell.difference} for cell in computed])
     if asked.out is not None:
         _write(asked.out, table, columns, rows)
-
-
-def _bar(total: int) -> Any:
-    """A bar of the answers given so far, where somebody looks."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from foveate.cli.output import stderr
-
-    @contextmanager
-    def shown() -> Any:
-        console = stderr()
-        parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
-            answers = bar.add_task("answers", total=total)
-            yield lambda count: bar.advance(answers, count)
-
-    return shown()
 
 
 def _number(value: Any) -> str:
