@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from outside import loaded
 
 from foveate import methods
 from foveate.core import FoveateError, Signals, described
@@ -19,11 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    found = importlib.util.spec_from_file_location("render_docs", ROOT / "tools" / "render_docs.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return loaded("tools/render_docs.py")
 
 
 def test_nothing_is_out_of_date(tool: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from outside import loaded
 
 import foveate
 from foveate import methods
@@ -24,11 +24,7 @@ HOMES = {"cost": "foveate.cost.estimates.estimate", "vllm": "foveate.serve.vllm.
 
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
-    found = importlib.util.spec_from_file_location("site_hooks", ROOT / "tools" / "site_hooks.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return loaded("tools/site_hooks.py")
 
 
 def settings() -> dict[str, Any]:

@@ -68,3 +68,17 @@ def task(tmp_path: Path) -> Path:
     line = {"image": "1.png", "question": "w10 w11", "answers": ["w12"], "type": "exact"}
     (path / "questions.jsonl").write_text(json.dumps(line) + "\n")
     return path
+
+
+@pytest.fixture
+def instructions(tmp_path: Path) -> tuple[Path, Path]:
+    """LLaVA's JSON of six entries, one of them without its picture, and the folder of the pictures."""
+    images = tmp_path / "images"
+    images.mkdir()
+    entries = []
+    for number in range(6):
+        Image.effect_noise((30, 30), 90).convert("RGB").save(images / f"{number}.png")
+        said = [{"from": "human", "value": "<image>\nw10 w11"}, {"from": "gpt", "value": f"w{30 + number}"}]
+        entries.append({"image": f"{number}.png" if number else "gone.png", "conversations": said})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    return tmp_path / "data.json", images

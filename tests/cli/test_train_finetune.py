@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 from models import tiny
-from PIL import Image
 from safetensors.torch import load_file
 
 from foveate.inference import adapters
@@ -39,22 +37,15 @@ main(sys.argv[1:])
 
 
 @pytest.fixture
-def where(tmp_path: Path) -> list[str]:
+def where(tmp_path: Path, instructions: tuple[Path, Path]) -> list[str]:
     """A checkpoint with a chat template, LLaVA's JSON of six entries, one without its picture, and the pictures."""
     model = tiny.model()
     model.save_pretrained(tmp_path / "model")
     processor = tiny.processor(model)
     processor.chat_template = TEMPLATE
     processor.save_pretrained(tmp_path / "model")
-    images = tmp_path / "images"
-    images.mkdir()
-    entries = []
-    for number in range(6):
-        Image.effect_noise((30, 30), 90).convert("RGB").save(images / f"{number}.png")
-        said = [{"from": "human", "value": "<image>\\nw10 w11"}, {"from": "gpt", "value": f"w{30 + number}"}]
-        entries.append({"image": f"{number}.png" if number else "gone.png", "conversations": said})
-    (tmp_path / "data.json").write_text(json.dumps(entries))
-    given = {"--model": tmp_path / "model", "--data": tmp_path / "data.json", "--images": images, "--device": "cpu"}
+    data, images = instructions
+    given = {"--model": tmp_path / "model", "--data": data, "--images": images, "--device": "cpu"}
     return [str(part) for pair in given.items() for part in pair]
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import tiny
-from PIL import Image
 
 import foveate
 from foveate.modules.lvpruning import load
@@ -27,20 +25,6 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr("foveate.train.lvpruning.train_lvpruning", train_lvpruning)
     return seen
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> tuple[Path, Path]:
-    """LLaVA's JSON of six entries, one of them without its picture, and the folder."""
-    images = tmp_path / "images"
-    images.mkdir()
-    entries = []
-    for number in range(6):
-        Image.effect_noise((30, 30), 90).convert("RGB").save(images / f"{number}.png")
-        said = [{"from": "human", "value": "<image>\nw10 w11"}, {"from": "gpt", "value": f"w{30 + number}"}]
-        entries.append({"image": f"{number}.png" if number else "gone.png", "conversations": said})
-    (tmp_path / "data.json").write_text(json.dumps(entries))
-    return tmp_path / "data.json", images
 
 
 def test_the_shipped_model_has_its_own_rate_and_says_so(call: Any, given: dict[str, Any], tmp_path: Path) -> None:
@@ -65,14 +49,17 @@ def test_who_asks_for_one_set_of_ratios_gets_no_budgets(call: Any, given: dict[s
     assert settings.causal_weight == 1.0 and "ratios 0.3/0.2/0.1" in result.err
 
 
-def test_options_reach_the_training(call: Any, given: dict[str, Any], folder: Path, data: Any, tmp_path: Path) -> None:
+def test_options_reach_the_training(
+    call: Any, given: dict[str, Any], folder: Path, instructions: Any, tmp_path: Path
+) -> None:
     options = (
         "--layers 1/3 --ratios 0.4/0.2 --rate 1e-5 --batch 4 --micro 2 --epochs 3 --steps 7 --ratio-weight 5 "
         "--causal-weight 0.5 --hint-weight 0.1 "
         "--ratio-loss huber --decision-clip 0.1 --visual-share 0.5 --anneal 0.3 --answers --checkpointing "
         "--no-bf16 --seed 9 --save-steps 11 --log-steps 13 --max-seconds 60 --resume --device cpu"
     ).split()
-    where = ["--model", folder, "--data", data[0], "--images", data[1], "--out", tmp_path / "run"]
+    data, images = instructions
+    where = ["--model", folder, "--data", data, "--images", images, "--out", tmp_path / "run"]
     write_json(make_folder(tmp_path / "run") / SETTINGS, {})
     result = call("train", "lvpruning", *where, *options)
     assert result.code == 0, result.err
@@ -132,9 +119,20 @@ def test_what_scenes_cannot_be_asked_is_refused(call: Any, tmp_path: Path, optio
 
 
 def test_other_models_are_trained_as_in_the_paper(
-    call: Any, given: dict[str, Any], folder: Path, data: Any, tmp_path: Path
+    call: Any, given: dict[str, Any], folder: Path, instructions: Any, tmp_path: Path
 ) -> None:
-    where = ["--model", folder, "--data", data[0], "--images", data[1], "--out", tmp_path / "run", "--device", "cpu"]
+    where = [
+        "--model",
+        folder,
+        "--data",
+        instructions[0],
+        "--images",
+        instructions[1],
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
     assert call("train", "lvpruning", *where).code == 0
     settings = given["settings"]
     assert (settings.rate, settings.batch, settings.ratios) == (2e-6, 64, (0.5, 0.3, 0.1))
@@ -152,13 +150,22 @@ TEMPLATE = (
 )
 
 
-def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
+def test_a_run_ends_in_modules(call: Any, instructions: Any, tmp_path: Path) -> None:
     model = tiny.model()
     model.save_pretrained(tmp_path / "model")
     processor = tiny.processor(model)
     processor.chat_template = TEMPLATE
     processor.save_pretrained(tmp_path / "model")
-    where = ["--model", tmp_path / "model", "--data", data[0], "--images", data[1], "--out", tmp_path / "run"]
+    where = [
+        "--model",
+        tmp_path / "model",
+        "--data",
+        instructions[0],
+        "--images",
+        instructions[1],
+        "--out",
+        tmp_path / "run",
+    ]
     result = call("train", "lvpruning", *where, *"--batch 2 --epochs 2 --rate 1e-3 --no-bf16 --device cpu".split())
     assert result.code == 0, result.err
     assert "2 rows at once, 1 times a step, blocks kept: " in result.err
@@ -175,16 +182,27 @@ def test_a_run_ends_in_modules(call: Any, data: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_read(
-    call: Any, folder: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Any, folder: Path, instructions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint in float16, as most are stored, and a folder that is no place for this run."""
     half = tmp_path / "half"
     tiny.model().half().save_pretrained(half)
-    data[0].write_text("no JSON")
+    instructions[0].write_text("no JSON")
     monkeypatch.setattr("foveate.inference.loading._weights", lambda *_: pytest.fail("weights were read"))
 
     def refused(model: Path, *options: Any) -> str:
-        where = ["--model", model, "--data", data[0], "--images", data[1], "--out", tmp_path / "run", "--device", "cpu"]
+        where = [
+            "--model",
+            model,
+            "--data",
+            instructions[0],
+            "--images",
+            instructions[1],
+            "--out",
+            tmp_path / "run",
+            "--device",
+            "cpu",
+        ]
         result = call("train", "lvpruning", *where, *options)
         assert (result.code, result.out) == (1, "")
         return result.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from outside import loaded
 
 from foveate.core import FoveateError
 from foveate.cost import HARDWARE, PRESETS, ModelShape, estimate
@@ -330,12 +330,7 @@ def test_refused(call: Any, message: str) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = importlib.util.spec_from_file_location("gpu", BENCHMARKS / "gpu.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules["gpu"] = module
-    found.loader.exec_module(module)
-    yield module
+    yield loaded("benchmarks/gpu.py")
     for name in ("gpu", "cpu"):
         sys.modules.pop(name, None)
 

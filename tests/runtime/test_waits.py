@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from models import tiny
+from outside import loaded
 
 import foveate
 from foveate.ops.subsets import top_k
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "waits.py"
 MOST = 5
 
 
 @pytest.fixture(scope="module")
 def waits() -> Iterator[ModuleType]:
-    found = importlib.util.spec_from_file_location("waits", BENCHMARK)
-    assert found is not None and found.loader is not None
-    module = sys.modules["waits"] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    yield module
+    yield loaded("benchmarks/waits.py")
     del sys.modules["waits"]
 
 

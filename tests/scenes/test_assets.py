@@ -1,9 +1,9 @@
 """The shipped pictures fit the generator, and each is named with its source and licence."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from outside import loaded
 from PIL import Image
 
 from foveate.scenes import generator
@@ -15,10 +15,7 @@ ASSETS = ROOT / "src" / "foveate" / "scenes" / "assets"
 
 @pytest.fixture(scope="module")
 def renderer():
-    specification = importlib.util.spec_from_file_location("render_assets", ROOT / "tools" / "render_assets.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return loaded("tools/render_assets.py")
 
 
 def test_one_pictogram_per_name_in_order(renderer):
