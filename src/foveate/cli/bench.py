@@ -60,11 +60,8 @@ def command(
 
         check_alone("bench")
         setting = Setting(answer=answer, repeats=repeats, warmup=warmup)
-        if (model is None) == (random_weights is None):
-            raise UsageError("give a MODEL or --random-weights PRESET, one of them")
+        _check_model(model, random_weights, adapter)
         _check(layers, random_weights, json_file, plot, {"batch": batch, "text": text})
-        if random_weights is not None and adapter is not None:
-            raise UsageError("--adapter belongs to a MODEL; random weights have none")
         rivals, names = _rivals(prune, paper_table)
         check_asked(adapter, rivals, any_spec=any_spec)
         place = find_device(device)
@@ -75,26 +72,33 @@ def command(
         made = _random(random_weights, layers, place, dtype, needs)
         prompts = _random_prompts(made[0], text, batch)
     else:
-        assert model is not None
         where = {"device": str(place), "dtype": dtype, "trust_remote_code": trust_remote_code}
-        made, prompts = _loaded(model, clip, batch, adapter=adapter, any_spec=any_spec, **where)
+        made, prompts = _loaded(str(model), clip, batch, adapter=adapter, any_spec=any_spec, **where)
     results = _measure(made, prompts, rivals, setting, predicted_for)
     _show(results, names if paper_table else None, predicted_for)
+    settings = {"batch": batch, "answer": answer, "model": model or random_weights, "layers": layers}
+    settings["adapter"] = None if adapter is None else str(adapter)
+    _keep(results, json_file, plot, {**settings, **_machine(made[0])})
+
+
+def _check_model(model: str | None, preset: str | None, adapter: Path | None) -> None:
+    if (model is None) == (preset is None):
+        raise UsageError("give a MODEL or --random-weights PRESET, one of them")
+    if preset is not None and adapter is not None:
+        raise UsageError("--adapter belongs to a MODEL; random weights have none")
+
+
+def _keep(results: Sequence[Result], json_file: Path | None, plot: Path | None, head: dict[str, Any]) -> None:
+    """Write and draw the results where that is wanted."""
     if json_file is not None:
         from foveate.runs import write_json
 
-        settings = {"batch": batch, "answer": answer, "model": model or random_weights, "layers": layers}
-        settings["adapter"] = None if adapter is None else str(adapter)
-        write_json(json_file, {**settings, **_machine(made[0]), "results": [result.to_dict() for result in results]})
+        write_json(json_file, {**head, "results": [result.to_dict() for result in results]})
     if plot is not None:
-        _draw(results, plot)
+        from foveate.report.bench_figures import bench_figure
+        from foveate.report.figures import save_figure
 
-
-def _draw(results: Sequence[Result], plot: Path) -> None:
-    from foveate.report.bench_figures import bench_figure
-    from foveate.report.figures import save_figure
-
-    save_figure(bench_figure(results), plot)
+        save_figure(bench_figure(results), plot)
 
 
 def _check(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import UsageError, usage
 
 if TYPE_CHECKING:
+    from foveate.evaluate.left_out import LeaveOut
+    from foveate.evaluate.local_task import Folder
     from foveate.evaluate.looks import Shown
     from foveate.inference.processes import Processes
     from foveate.report.tables import Column
@@ -39,7 +41,7 @@ def run_folder(
     """
     from foveate.cli.evaluate_looks import check_few
     from foveate.cli.output import working
-    from foveate.evaluate import local_task, scenes_task
+    from foveate.evaluate import scenes_task
     from foveate.inference.adapters import check_asked, load_tuned
     from foveate.paths import checked
     from foveate.runs import check_run
@@ -49,15 +51,11 @@ def run_folder(
         if model is None or out is None:
             lacking = "--model" if model is None else "--out"
             raise UsageError(f"Missing option '{lacking}'; a folder of questions needs both")
-        for name, value in (("samples", samples), ("batch", given["batch"]), ("max-new-tokens", longest)):
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} {value} measures nothing; the smallest is 1")
+        _check_counts({"samples": samples, "batch": given["batch"], "max-new-tokens": longest})
         check_few(given)
         rivals = scenes_task.parse_rivals(given["prune"])
         check_asked(place["adapter"], rivals.values(), any_spec=place["any_spec"])
-        task = local_task.read(folder, samples)
-        if task.videos and given["pictures"]:
-            raise UsageError(f"--pictures {given['pictures']} are of pictures, and these questions are about videos")
+        task = _task(folder, samples, given)
         if among.first:
             check_run(out, resume)
         out = checked(out)
@@ -74,19 +72,39 @@ def run_folder(
         loaded = load_tuned(model, check_processor=check, **place)
     everyone, beside, missing = folder_rows.with_baselines(loaded.model, loaded.processor, rivals, task)
     settings = {"batch": given["batch"], "max_new_tokens": longest, "clip": given["clip"], **sampling}
+    settings |= {"name": loaded.name, "out": out, "resume": resume, "leave_out": _leaving(rivals, everyone, missing)}
+    lines = _answered(loaded, task, dict(everyone), among, **settings)
+    if among.first:
+        shown = _looked_at(task, max(given["timed"], given["pictures"]), found[0])
+        _show(loaded, task, lines, (everyone, beside, missing), shown, given, out=out, longest=longest)
+
+
+def _task(folder: Path, samples: int | None, given: dict[str, Any]) -> Folder:
+    from foveate.evaluate import local_task
+
+    task = local_task.read(folder, samples)
+    if task.videos and given["pictures"]:
+        raise UsageError(f"--pictures {given['pictures']} are of pictures, and these questions are about videos")
+    return task
+
+
+def _check_counts(counts: dict[str, int | None]) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} measures nothing; the smallest is 1")
+
+
+def _leaving(named: Any, everyone: dict[str, Any], missing: dict[str, str]) -> LeaveOut:
+    """What lets a baseline that does not fit a picture go, with its reason, and no rival that the user named."""
 
     def leave_out(spec: str, why: str) -> bool:
-        if spec in rivals:
-            return False  # which the user named
+        if spec in named:
+            return False
         missing[spec] = why
         del everyone[spec]
         return True
 
-    settings["leave_out"] = leave_out
-    lines = _answered(loaded, task, dict(everyone), among, name=loaded.name, out=out, resume=resume, **settings)
-    if among.first:
-        shown = _looked_at(task, max(given["timed"], given["pictures"]), found[0])
-        _show(loaded, task, lines, (everyone, beside, missing), shown, given, out=out, longest=longest)
+    return leave_out
 
 
 def _looked_at(task: Any, count: int, sampler: Any) -> list[Shown]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.core import usage
 
 if TYPE_CHECKING:
+    from foveate.evaluate.left_out import LeaveOut
     from foveate.evaluate.looks import Shown
     from foveate.evaluate.scenes_task import Paper, Row
     from foveate.inference.loading import Loaded
@@ -60,16 +61,9 @@ def run(
         loaded = load_tuned(asked["model"], asked.get("adapter"), **place)
     named = [*rivals]
     unreached = _add_every(rivals, budgets, loaded, asked["model"], found)
-
-    def leave_out(spec: str, why: str) -> bool:
-        if spec in named or spec not in rivals:
-            return False
-        unreached.append(_unreached(rivals.pop(spec)[0], why))
-        return True
-
     sizes = {name: asked[name] for name in ("samples", "seed")}
     settings = {"batch": given["batch"], "clip": given["clip"], "ceiling": ceiling, "on": on}
-    settings["leave_out"] = leave_out
+    settings["leave_out"] = _leaving(named, rivals, unreached)
     rows = _answered(loaded, rivals, among, **sizes, **settings)
     if not among.first:
         return
@@ -229,12 +223,19 @@ def _add_every(
     return [{"method": name, "keep": keeps, "why": why} for (name, why), keeps in unreached.items()]
 
 
-def _unreached(method: Any, why: str) -> dict[str, Any]:
-    """An entry of what cannot be reached, for a method that turned out not to fit the pictures."""
+def _leaving(named: list[str], rivals: dict[str, Any], unreached: list[dict[str, Any]]) -> LeaveOut:
+    """What lets a method of --every go that does not fit the pictures, with its reason; none that the user named."""
     from foveate.methods import name_of
 
-    keep = method.keep[-1] if isinstance(method.keep, tuple) else method.keep
-    return {"method": name_of(method), "keep": [keep], "why": why}
+    def leave_out(spec: str, why: str) -> bool:
+        if spec in named or spec not in rivals:
+            return False
+        method = rivals.pop(spec)[0]
+        keep = method.keep[-1] if isinstance(method.keep, tuple) else method.keep
+        unreached.append({"method": name_of(method), "keep": [keep], "why": why})
+        return True
+
+    return leave_out
 
 
 def _columns() -> list[Column]:

@@ -77,16 +77,20 @@ def command(
         if engine is None:
             _check_unused(context.args, foveate_methods, route)
             place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-            place |= {"adapter": adapter, "any_spec": any_spec}
-            start = _with_transformers(model, spec, shared, limits, clip, place, page=not no_page)
+            tuned = {"adapter": adapter, "any_spec": any_spec}
+            start = _with_transformers(model, spec, shared, limits, clip, {**place, **tuned}, page=not no_page)
         else:
-            if no_page:
-                raise UsageError("--no-page belongs to serving without an engine; vLLM has no page")
-            if adapter is not None or any_spec:
-                raise UsageError("--adapter and --any-spec belong to serving without an engine")
+            _check_unused_by_vllm(no_page, adapter is not None or any_spec)
             more = _vllm_options(context.args, shared, limits, device, dtype, trust_remote_code)
             start = _with_vllm(model, spec, more, foveate_methods, clip, route)
     start()
+
+
+def _check_unused_by_vllm(no_page: bool, adapter: bool) -> None:
+    if no_page:
+        raise UsageError("--no-page belongs to serving without an engine; vLLM has no page")
+    if adapter:
+        raise UsageError("--adapter and --any-spec belong to serving without an engine")
 
 
 def _check_unused(more: list[str], methods: str | None, route: str | None) -> None:

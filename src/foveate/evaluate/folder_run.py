@@ -73,12 +73,20 @@ def asks(folder: Folder) -> list[Ask]:
 
 
 def settings(
-    name: str, model: Any, folder: Folder, rivals: Mapping[str, Sequence[Method]], **asked: Any
+    name: str,
+    model: Any,
+    folder: Folder,
+    rivals: Mapping[str, Sequence[Method]],
+    *,
+    frames: Any,
+    fps: Any,
+    **asked: Any,
 ) -> dict[str, Any]:
     """What must be equal for a run to go on as if it had never stopped.
 
     Args:
         name: how the user calls the model.
+        frames, fps: of videos.
         asked: further settings that an answer depends on.
     """
     import torch
@@ -92,6 +100,7 @@ def settings(
         "data": folder.digest,
         "rivals": list(rivals),
         **asked,
+        **({"frames": frames, "fps": fps} if folder.videos else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -111,7 +120,7 @@ def answer_folder(
     clip: Any = None,
     frames: int | None = None,
     fps: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda count: None,
     among: Processes = ALONE,
     leave_out: LeaveOut | None = None,
 ) -> list[Answered]:
@@ -135,19 +144,14 @@ def answer_folder(
         FoveateError: `out` holds a run and `resume` is False, or one of other settings; a question holds special tokens
             of the model; or a method cannot run on it, or not on one of the pictures.
     """
-    prompts = asks(folder)
-    groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    groups = _batches(asks(folder), batch)
     _check(model, processor, folder, rivals, clip)
     sampler = sampler_of(processor, folder, frames, fps)
-    together, needs = _together(rivals)
-    asked: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens}
-    asked |= {"frames": frames, "fps": fps} if folder.videos else {}
+    asked: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "frames": frames, "fps": fps}
     identity = settings(name, model, folder, rivals, **asked)
     with run_folder(out, identity, resume, among.first) as path:
-        scalers = scalers_of(model, processor, rivals)
-        told = progress or (lambda count: None)
-        left = LeftOut(leave_out)
-        run = _Run(model, processor, rivals, scalers, clip, path / _file(among), max_new_tokens, told)
+        scalers, left = scalers_of(model, processor, rivals), LeftOut(leave_out)
+        run = _Run(model, processor, rivals, scalers, clip, path / _file(among), max_new_tokens, progress, left)
         # Others may be at work on their files as soon as the first has read them.
         before = among.told(lambda: [line for file in files_of(path) for line in read_answers(file)])
         done = {(line.rival, line.batch): line for line in before}
@@ -157,17 +161,15 @@ def answer_folder(
             missing = [spec for spec in rivals if (spec, number) not in done and spec not in left.why]
             if not missing or not among.takes(number):
                 continue
-            shown = _shown(folder, group, sampler)
-            inputs = encode(model, processor, *shown)
-            with share_encoding(model, needs):
-                for spec in (spec for spec in missing if spec in together):
-                    fresh += left.tried(spec, partial(run.answer, spec, number, inputs))
-            for spec in (spec for spec in missing if spec not in together):
-                fresh += left.tried(spec, partial(run.answer_alone, spec, number, shown, inputs))
+            fresh += run.answer_all(missing, number, _shown(folder, group, sampler))
         done |= {(line.rival, line.batch): line for line in among.gathered(fresh)}
         left.share(among)
     there = [spec for spec in rivals if spec not in left.why and among.first]
     return [done[spec, number] for spec in there for number in range(len(groups))]
+
+
+def _batches(prompts: Sequence[Ask], batch: int) -> list[Sequence[Ask]]:
+    return [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -280,7 +282,24 @@ class _Run:
     file: Path
     max_new_tokens: int
     progress: Progress
+    left: LeftOut
     handles: dict[str, Any] = field(default_factory=dict)  # made when first needed: a resumed run may need none
+
+    def answer_all(self, specs: Sequence[str], number: int, shown: Any) -> list[Answered]:
+        """Answer one batch by rivals, of which those share an encoding that can; without such as are left out.
+
+        Args:
+            shown: pictures or videos, and questions.
+        """
+        together, needs = _together(self.rivals)
+        inputs = encode(self.model, self.processor, *shown)
+        lines: list[Answered] = []
+        with share_encoding(self.model, needs):
+            for spec in (spec for spec in specs if spec in together):
+                lines += self.left.tried(spec, partial(self.answer, spec, number, inputs))
+        for spec in (spec for spec in specs if spec not in together):
+            lines += self.left.tried(spec, partial(self.answer_alone, spec, number, shown, inputs))
+        return lines
 
     def answer(self, spec: str, number: int, inputs: Any) -> Answered:
         """Answer one batch, through the rival's handle where there is one, and write it down."""
