@@ -45,7 +45,7 @@ AT_LOAD["report"] = {"core", "trace", "cost", "paths", "runs", "inference", "eva
 # An engine brings a runtime of its own: what it takes of ours is named in serve/vllm/rooms.py.
 AT_LOAD["serve"] = AT_LOAD["inference"] | {"inference", "foveate"}
 AT_LOAD["page"] = AT_LOAD["serve"] | {"serve", "evaluate", "report", "registry", "scenes"}
-AT_LOAD["batch"] = AT_LOAD["inference"] | {"inference"}
+AT_LOAD["batch"] = AT_LOAD["serve"] | {"serve"}
 AT_LOAD["cli"] = {*AT_LOAD, "foveate"}
 AT_LOAD["foveate"] = set()
 

@@ -226,6 +226,21 @@ def test_options_of_ray_without_it(
 
 
 @pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--engine", "vlm"), "unknown engine 'vlm'; choices: vllm"),
+        (("--route", "in-tree"), "--route belongs to --engine vllm; leave it out, or add that"),
+        (("--max-new-token", "3"), "--max-new-token is no option of batch; with --engine vllm"),
+    ],
+)
+def test_options_of_an_engine_without_it(
+    tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (("in.txt", "out.jsonl"), "rows are read from .jsonl and .parquet"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,11 +72,7 @@ def answers_on_ray(
     Raises:
         FoveateError: there is no such cluster, or an actor fails by an error of its own.
     """
-    check_installed()
-    import ray
-
-    _connect(ray, address)
-    try:
+    with connected(address) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         wanted = workers if workers is not None else max(1, gpus)
         made = [json.dumps([one.offset, one.numbers]) for one in windows(work.source, done, work.batch * WINDOW)]
@@ -90,6 +87,21 @@ def answers_on_ray(
         )
         for row in asked.iter_rows():
             yield json.loads(row["answers"])
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Ray, joined to a cluster while this is open.
+
+    Raises:
+        FoveateError: there is no such cluster, or Ray fails.
+    """
+    check_installed()
+    import ray
+
+    _connect(ray, address)
+    try:
+        yield ray
     except ray.exceptions.RayError as error:
         raise FoveateError(f"Ray failed: {short(str(error), 400)}") from error
     finally:

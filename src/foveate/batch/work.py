@@ -74,6 +74,17 @@ def _length(row: Row) -> tuple[int, int]:
     return len(row.pictures), len(row.question)
 
 
+def open_picture(picture: Picture, folder: Path) -> Any:
+    """A picture of a row; relative paths begin in `folder`.
+
+    Raises:
+        FoveateError: it cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return picture_of(picture, "the picture")
+    return load_image(folder / picture)
+
+
 class _Asking:
     """A model that is asked batches, which it halves where they fail."""
 
@@ -86,16 +97,11 @@ class _Asking:
         readable, pictures = [], []
         for row in rows:
             try:
-                pictures.append([self._open(picture) for picture in row.pictures])
+                pictures.append([open_picture(picture, self.folder) for picture in row.pictures])
                 readable.append(row)
             except FoveateError as error:
                 made.append({"id": row.id, "error": str(error)})
         return made + self._answered(readable, pictures)
-
-    def _open(self, picture: Picture) -> Any:
-        if isinstance(picture, bytes):
-            return picture_of(picture, "the picture")
-        return load_image(self.folder / picture)
 
     def _answered(self, rows: list[Row], pictures: list[list[Any]]) -> list[Answer]:
         if not rows:

@@ -42,7 +42,6 @@ app = typer.Typer(
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _COMMANDS = {
     "run": run,
-    "batch": batch,
     "eval": evaluate,
     "reproduce": reproduce,
     "cost": cost,
@@ -57,7 +56,8 @@ _COMMANDS = {
 }
 for _name, _file in _COMMANDS.items():
     app.command(_name)(_file.command)
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.command)
+for _name, _file in {"batch": batch, "serve": serve}.items():  # what they do not know may be vLLM's
+    app.command(_name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_file.command)
 app.add_typer(train.app, name="train")
 
 

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from foveate.cli.errors import in_options
+from foveate.cli.serve import ENGINES, Route, check_unused
 from foveate.core import UsageError, usage
 from foveate.inference.loading import Clip, Device, Dtype, Trust
 
 
 def command(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Rows of id, image(s), question: .jsonl or .parquet.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Answers, in any order: .jsonl or .parquet.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="mini, a folder, or a hub id.")],
@@ -29,19 +31,28 @@ def command(
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="With --ray: models at once.", show_default="a GPU each, else 1")
     ] = None,
+    engine: Annotated[str | None, typer.Option(metavar="E", help="vllm; transformers without it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT; rows that are in it stay.")] = False,
     clip: Clip = None,
+    route: Route = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer every row of IN with MODEL; id, answer, tokens and milliseconds go to OUT, and so does a row's fault."""
+    """Answer every row of IN with MODEL; id, answer, tokens and milliseconds go to OUT, and so does a row's fault.
+
+    With --engine vllm, further options are those of its engine (--max-model-len, --tensor-parallel-size, ...).
+    """
     with in_options(command):
+        _check_engine(engine, context.args, route, device)
         _run(
             source,
             target,
             model,
             prune,
+            engine=engine,
+            given=context.args,
+            route=route,
             batch=batch,
             max_new_tokens=max_new_tokens,
             ray=ray,
@@ -60,6 +71,9 @@ def _run(
     model: str,
     prune: list[str] | None,
     *,
+    engine: str | None,
+    given: list[str],
+    route: str | None,
     batch: int,
     max_new_tokens: int,
     ray: str | None,
@@ -78,25 +92,19 @@ def _run(
 
     with usage():
         spec = _spec(prune)
-        for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise UsageError(f"{name}={value} leaves nothing to do; the smallest is 1")
-        if workers is not None and ray is None:
-            raise UsageError("--workers belongs to --ray; leave it out, or add that")
-        if workers is not None and workers < 1:
-            raise UsageError(f"workers={workers} leaves nobody to answer; the smallest is 1")
-        if ray is not None:
-            from foveate.batch.on_ray import check_installed
-
-            check_installed()
+        _check_counts(batch, max_new_tokens, ray, workers)
         source, target = check_file(source), check_output(target, resume)
         count = check_ids(source)
+        options = _options(model, spec, batch, clip, dtype, trust, route, given) if engine else {}
     told = {"model": model, "prune": spec, "max_new_tokens": max_new_tokens, "dtype": dtype, "clip": clip}
+    told |= {"engine": engine} if engine else {}
     with journal(target, {"rows": _digest(source), **told}, resume) as written:
         if len(written.done) < count:
             asking: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "clip": clip}
             place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
-            if ray is None:
+            if engine:
+                made = _with_vllm(source, spec, max_new_tokens, options, written, ray, workers)
+            elif ray is None:
                 with working(f"loading {model}"):
                     loaded = load(model, **place)
                 made = _here(loaded, source, spec, written, **asking)
@@ -112,6 +120,21 @@ def _run(
     typer.echo(f"{count} rows in {target}" + (f", {faults} of them with an error" if faults else ""), err=True)
 
 
+def _check_counts(batch: int, max_new_tokens: int, ray: str | None, workers: int | None) -> None:
+    """Refuse numbers that leave nothing to do, and workers of no cluster."""
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UsageError(f"{name}={value} leaves nothing to do; the smallest is 1")
+    if workers is not None and ray is None:
+        raise UsageError("--workers belongs to --ray; leave it out, or add that")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers={workers} leaves nobody to answer; the smallest is 1")
+    if ray is not None:
+        from foveate.batch.on_ray import check_installed
+
+        check_installed()
+
+
 def _spec(prune: list[str] | None) -> str:
     """The spec in its one spelling."""
     from foveate.spec import format, parse_stages
@@ -119,6 +142,56 @@ def _spec(prune: list[str] | None) -> str:
     if prune is not None and len(prune) > 1:
         raise UsageError(f"batch takes one --prune, not {len(prune)}; join stages with +")
     return "none" if prune is None or prune[0] == "none" else format(parse_stages(prune[0]))
+
+
+def _check_engine(engine: str | None, given: list[str], route: str | None, device: str) -> None:
+    """Refuse an engine that is not known, and what belongs to one of the two ways alone."""
+    if engine is None:
+        check_unused(given, "batch", {"--route": route})
+    elif engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}; choices: {', '.join(ENGINES)}")
+    elif device != "auto":
+        raise UsageError(
+            f"--device {device} belongs to batches without an engine; vLLM takes the device it is built for"
+        )
+
+
+def _options(
+    model: str, spec: str, batch: int, clip: str | None, dtype: str, trust: bool, route: str | None, given: list[str]
+) -> dict[str, Any]:
+    """Arguments of vLLM's engine."""
+    from foveate.inference.loading import find
+    from foveate.serve.vllm import options
+    from foveate.serve.vllm.command_line import engine_arguments
+
+    usual: dict[str, Any] = {"max_num_seqs": batch, "disable_log_stats": True}
+    usual |= {} if dtype == "auto" else {"dtype": dtype}
+    usual |= {"trust_remote_code": True} if trust else {}
+    return options(find(model), spec, clip=clip, route=route, **{**usual, **engine_arguments(given)})
+
+
+def _with_vllm(
+    source: Path,
+    spec: str,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    written: Any,
+    ray: str | None,
+    workers: int | None,
+) -> Any:
+    """The answers of vLLM, in this process or on a cluster."""
+    from foveate.batch.requests import Engine
+    from foveate.batch.rows import rows_of
+
+    engine = Engine(source, spec, max_new_tokens, options)
+    if ray is not None:
+        from foveate.batch.on_ray_vllm import answers_on_ray_vllm
+
+        return answers_on_ray_vllm(engine, written.done, address=ray, workers=workers)
+    from foveate.batch.on_vllm import VllmAnswers
+
+    left = (row for row in rows_of(source) if row.id not in written.done)
+    return VllmAnswers(engine).answers(left)
 
 
 def _digest(source: Path) -> str:

@@ -75,7 +75,7 @@ def command(
             raise UsageError(f"serve takes one --prune, not {len(prune)}; a request may name its own")
         spec = "none" if prune is None else prune[0]
         if engine is None:
-            _check_unused(context.args, foveate_methods, route)
+            check_unused(context.args, "serve", {"--foveate-methods": foveate_methods, "--route": route})
             place = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
             tuned = {"adapter": adapter, "any_spec": any_spec}
             start = _with_transformers(model, spec, shared, limits, clip, {**place, **tuned}, page=not no_page)
@@ -93,12 +93,19 @@ def _check_unused_by_vllm(no_page: bool, adapter: bool) -> None:
         raise UsageError("--adapter and --any-spec belong to serving without an engine")
 
 
-def _check_unused(more: list[str], methods: str | None, route: str | None) -> None:
+def check_unused(more: list[str], name: str, of_vllm: dict[str, str | None]) -> None:
+    """Refuse what means nothing without an engine.
+
+    Args:
+        more: options that the command does not know.
+        name: of the command.
+        of_vllm: what was given of its options for vLLM.
+    """
     if more:
-        raise UsageError(f"{more[0]} is no option of serve; with --engine vllm it would be handed to vLLM")
-    for name, value in (("--foveate-methods", methods), ("--route", route)):
+        raise UsageError(f"{more[0]} is no option of {name}; with --engine vllm it would be handed to vLLM")
+    for option, value in of_vllm.items():
         if value is not None:
-            raise UsageError(f"{name} belongs to --engine vllm; leave it out, or add that")
+            raise UsageError(f"{option} belongs to --engine vllm; leave it out, or add that")
 
 
 def _with_transformers(

@@ -89,7 +89,7 @@ def load(
     _check_vision(name, config)
     if check is not None:
         check(config)
-    processor = _processor(name, source, trust_remote_code)
+    processor = load_processor(name, source, trust_remote_code)
     if check_processor is not None:
         check_processor(processor)
     return Loaded(name, _weights(name, source, config, dtype, trust_remote_code).eval().to(place), processor)
@@ -181,7 +181,17 @@ def _weights(name: str, source: str, config: Any, dtype: str, trust: bool) -> An
     return model
 
 
-def _processor(name: str, source: str, trust: bool) -> Any:
+def load_processor(name: str, source: str, trust: bool = False) -> Any:
+    """The processor of a model.
+
+    Args:
+        name: what messages call the model.
+        source: its folder or hub id, as `find` gives it.
+        trust: run Python code that its repository ships.
+
+    Raises:
+        FoveateError: it cannot be loaded, or prepares no pictures.
+    """
     from transformers import AutoProcessor
 
     try:

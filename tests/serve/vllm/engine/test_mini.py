@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 from references.vllm_answers import LONGEST, MINI, MINI_SPECS, QUESTIONS
+from references.vllm_ties import near
 from vllm import SamplingParams
 from vllm.compilation.counter import compilation_counter
 from vllm.exceptions import VLLMValidationError
@@ -24,7 +18,6 @@ from foveate.serve.vllm.model import Pruning
 
 SAMPLES = list(draw_samples(QUESTIONS, seed=3))
 FEW = 6
-TESTS = Path(__file__).parents[3]
 GREEDY = SamplingParams(temperature=0, max_tokens=LONGEST, logprobs=1)
 
 
@@ -63,17 +56,6 @@ def check(answers: Sequence[Any], expected: Sequence[dict[str, Any]]) -> None:
         if not agrees(answer, right):
             others = near(right["spec"], right["number"]) if "spec" in right else []
             assert any(agrees(answer, other) for other in others), (told(answer), right, others)
-
-
-@lru_cache
-def near(spec: str, number: int) -> list[dict[str, Any]]:
-    """What the reference answers when rounding falls otherwise."""
-    script = str(TESTS / "references" / "vllm_answers.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, folder, "near", spec, str(number)]
-        subprocess.run(command, env=environment, check=True)
-        return json.loads((Path(folder) / "near.json").read_text())
 
 
 @pytest.fixture(scope="module")
