@@ -127,10 +127,10 @@ def _cover_rows(rest: Tensor, added: Tensor, total: Tensor) -> Tensor:
     """
     for table, amounts, sums in zip(rest, added.squeeze(2), total, strict=True):
         for changed in amounts.nonzero().squeeze(1).split(max(1, CACHED // table.shape[1])):
-            before = table.index_select(0, changed)
-            after = (before - amounts[changed, None]).clamp_(min=0.0)
-            table.index_copy_(0, changed, after)
-            sums.sub_(before.sub_(after).sum(dim=0))
+            covered = table.index_select(0, changed)
+            torch.minimum(covered, amounts[changed, None], out=covered)
+            table.index_add_(0, changed, covered, alpha=-1)  # exactly zero where all of it is covered
+            sums.sub_(covered.sum(dim=0))
     return total
 
 
