@@ -128,6 +128,20 @@ def test_huge_logits_do_not_overflow(skip: int) -> None:
         torch.testing.assert_close(getattr(sums, name).double(), wanted, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize(("spread", "subtracted"), [(2.0, False), (9.0, True)])
+def test_the_maximum_is_taken_away_where_it_must_be(
+    spread: float, subtracted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the lengths of queries and keys: where no exponential can be large, the sums are the same without."""
+    queries, keys = drawn(1, 2, 30, 8, spread=spread)
+    assert scores._bounded(queries, keys, 8**-0.5) is not subtracted
+    sums = attention_sums(queries, keys, 8**-0.5, skip=1)
+    monkeypatch.setattr(scores, "HARMLESS", 0.0)
+    either = attention_sums(queries, keys, 8**-0.5, skip=1)
+    for name in ("received", "given", "received_all"):
+        torch.testing.assert_close(getattr(sums, name), getattr(either, name), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float16, 1e-3), (torch.float64, 1e-6)])
 def test_other_precisions_are_summed_in_float32(dtype: torch.dtype, tolerance: float) -> None:
     queries, keys = (tensor.to(dtype) for tensor in drawn(2, 2, 41, 8, spread=1.0))

@@ -24,6 +24,9 @@ CACHED = 1 << 18
 MANY = 1024
 """Vectors from which on a table of their cosines is computed in parts, and each pair once."""
 
+HARMLESS = 60.0
+"""Logits up to which exponentials, and sums of many of them, are far from what float32 holds: no maximum is needed."""
+
 ROWS = 128
 """Rows of a causal map that are computed at once: they stay in a cache, and what comes later than they is left out."""
 
@@ -59,11 +62,12 @@ def attention_sums(
     batch, heads, total, _ = queries.shape
     own = torch.ones(batch, total, dtype=torch.bool, device=keys.device) if valid is None else valid
     tokens = own[:, skip:].sum(dim=1, keepdim=True)
+    bounded = bias is None and _bounded(queries, keys, scale)
     summary, received, on_skipped = queries.new_zeros(3, batch, total, dtype=torch.float32)
     if skip:
-        summary = _received(queries[:, :, :skip], keys, scale, valid, bias, slice(0, skip))[0]
+        summary = _received(queries[:, :, :skip], keys, scale, valid, bias, slice(0, skip), bounded)[0]
     for some, part in _tiles(batch, heads, skip, total, queries.device):
-        column, lost = _received(queries[:, some, part], keys[:, some], scale, valid, bias, part, skip)
+        column, lost = _received(queries[:, some, part], keys[:, some], scale, valid, bias, part, bounded, skip)
         received += column
         on_skipped[:, part] += lost
     received_all = (received + summary) / heads / (tokens + skip)
@@ -93,23 +97,41 @@ def _received(
     valid: Tensor | None,
     bias: Tensor | None,
     part: slice,
+    bounded: bool,
     skip: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Column sums (B, N) of a few rows of the map, summed over heads; each row's mass on the first `skip` keys (B, M).
 
     The division by the row sum is folded into the sum over rows, so that the map is written once and read once.
+
+    Args:
+        bounded: no logit needs the row's maximum taken from it.
     """
-    weights = torch.matmul(queries * scale, keys.transpose(-1, -2)).float()
+    queries = queries * scale
+    if queries.shape[0] == queries.shape[1] == 1:  # a product of two matrices is many times faster than one of stacks
+        weights = torch.mm(queries[0, 0], keys[0, 0].mT)[None, None].float()
+    else:
+        weights = torch.matmul(queries, keys.mT).float()
     if bias is not None:
         weights = weights.add_(bias[:, None, None, :])
     if valid is not None:
         weights = weights.masked_fill_(~valid[:, None, None, :], -torch.inf)
-    weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+    if not bounded:
+        weights = weights.sub_(weights.amax(dim=-1, keepdim=True))
+    weights = weights.exp_()
     share = 1.0 / weights.sum(dim=-1, keepdim=True)
     share = share if valid is None else share * valid[:, None, part, None]
     columns = torch.matmul(share.transpose(-1, -2), weights).squeeze(-2).sum(dim=1)
     on_skipped = (weights[..., :skip].sum(dim=-1) * share.squeeze(-1)).sum(dim=1)
     return columns, on_skipped
+
+
+def _bounded(queries: Tensor, keys: Tensor, scale: float) -> bool:
+    """Whether all logits are small, by the lengths of queries and keys; asked on a CPU alone, where no host waits."""
+    if queries.device.type != "cpu":
+        return False
+    longest = [torch.linalg.vector_norm(values.detach().float(), dim=-1).amax() for values in (queries, keys)]
+    return bool(abs(scale) * longest[0] * longest[1] <= HARMLESS)
 
 
 def row_attention(
@@ -158,7 +180,8 @@ def causal_received(
     batch, heads, new, _ = queries.shape
     length = keys.shape[2]
     if new == 1 and counted is None:  # of every token of an answer
-        return _grouped_attention(queries, keys, scale, length - 1, mask).mean(dim=(2, 3))
+        weights = _grouped_attention(queries, keys, scale, length - 1, mask).squeeze(3)
+        return weights.mean(dim=2) if weights.shape[2] > 1 else weights.squeeze(2)
     received = queries.new_zeros(batch, keys.shape[1], length, dtype=torch.float32)
     rows = max(1, min(ROWS, CHUNK_VALUES // (batch * heads * length)))
     for start in range(0, new, rows):
@@ -193,9 +216,7 @@ def window_attention(queries: Tensor, keys: Tensor, kernel: int) -> Tensor:
 def _grouped_attention(queries: Tensor, keys: Tensor, scale: float, first: int, mask: Tensor | None = None) -> Tensor:
     """(B, Hkv, G, M, L) causal probabilities, float32; the first query stands at `first`, G heads share a KV head."""
     group = queries.shape[1] // keys.shape[1]
-    # Queries of one group lie behind each other, so that no key is repeated.
-    stacked = queries.unflatten(1, (-1, group)).flatten(2, 3) * scale
-    weights: Tensor = torch.matmul(stacked, keys.transpose(-1, -2)).float().unflatten(2, (group, -1))
+    weights = grouped_logits(queries * scale, keys).float()
     if mask is not None:
         mask = mask[..., : keys.shape[2]]
         by_group = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (-1, group))
@@ -205,6 +226,18 @@ def _grouped_attention(queries: Tensor, keys: Tensor, scale: float, first: int, 
         later = torch.ones(queries.shape[2], keys.shape[2] - first, dtype=torch.bool, device=keys.device).triu_(1)
         weights[..., first:].masked_fill_(later, -torch.inf)
     return weights.softmax(dim=-1)
+
+
+def grouped_logits(queries: Tensor, keys: Tensor) -> Tensor:
+    """(B, Hkv, G, M, L) products of queries (B, H, M, d) and keys (B, Hkv, L, d); G heads share a KV head."""
+    heads = keys.shape[1]
+    if queries.shape[1] == heads:
+        return torch.matmul(queries, keys.transpose(-1, -2))[:, :, None]
+    # Queries of one group lie behind each other, so that no key is repeated.
+    group = queries.shape[1] // heads
+    stacked = queries.unflatten(1, (-1, group)).flatten(2, 3)
+    logits: Tensor = torch.matmul(stacked, keys.transpose(-1, -2)).unflatten(2, (group, -1))
+    return logits
 
 
 def text_raters(features: Tensor, text: Tensor, mask: Tensor) -> Tensor:
