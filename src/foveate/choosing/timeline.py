@@ -92,6 +92,11 @@ class Held:
     scores: Tensor | None  # (R, Hkv, L) attention received so far
     counts: list[int]  # of each row, entries that are no padding
     prompts: list[int]  # of each row, those of them that the prompt left
+    order: Tensor | None = (
+        None  # (R, Hkv, L) slot of the cache that each entry is in; None where that is its place here
+    )
+    room: list[tuple[Tensor, Tensor]] | None = None  # of keys and of values: with a slot to spare, and all but it
+    stack: Any = None  # of which these are views, where all layers share one
 
     @property
     def unpadded(self) -> bool:
@@ -101,13 +106,14 @@ class Held:
     def cut(self, slots: int) -> None:
         """Only the last `slots` are left."""
         if slots < self.ages.shape[2]:
-            unpadded = self.unpadded
+            unpadded, self.stack = self.unpadded, None
             self.ages, self.valid = self.ages[:, :, -slots:], self.valid[:, -slots:]
             self.scores = None if self.scores is None else self.scores[:, :, -slots:]
             self.counts = [slots] * len(self.counts) if unpadded else self.valid.sum(dim=1).tolist()
 
     def take(self, slots: Tensor, filled: Tensor | None, counts: list[int]) -> None:
         """Keep (R, Hkv, K) slots, of which (R, K), so many of each row, are no re-padding; all of them where None."""
+        self.stack = None
         if filled is None:  # and no slot was
             filled = self.valid[:, : slots.shape[2]]
         self.ages, self.valid, self.counts = self.ages.gather(2, slots), filled, counts
@@ -123,6 +129,8 @@ class Held:
         self.counts = [self.counts[row] for row in numbers or [0] * rows.numel()]
         self.prompts = [self.prompts[row] for row in numbers or [0] * rows.numel()]
         self.scores = None if self.scores is None else self.scores[rows]
+        self.order = None if self.order is None else self.order[rows]
+        self.room = self.stack = None
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from foveate.choosing.timeline import Owner, Timeline
 from foveate.core import FoveateError
+from foveate.runtime.decoder import together
 
 
 class _Timelined(Cache):
@@ -31,6 +32,11 @@ class _Timelined(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **options: Any) -> Any:
         self._check_owner()
+        if self.timeline is not None and self.timeline.evicting:
+            layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            held = self.timeline.held.get(layer_idx)
+            if held is not None and together.append(layer, held, key_states, value_states):
+                return layer.keys, layer.values
         return super().update(key_states, value_states, layer_idx, *rest, **options)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -16,10 +16,11 @@ from torch import Tensor
 from foveate.choosing.timeline import Held, Timeline
 from foveate.core import CacheBlock, FoveateError, Method, Signals
 from foveate.ops.device import Complaints, noting, on_device, on_host
-from foveate.ops.scores import causal_received
+from foveate.ops.scores import causal_received, grouped_logits
+from foveate.runtime.decoder import together
 from foveate.runtime.decoder.layers import Descent, window_of
 from foveate.runtime.decoder.probe import DecoderProbe
-from foveate.runtime.seams import unfit
+from foveate.runtime.seams import CACHE, unfit
 from foveate.spec import format as format_spec
 
 
@@ -28,6 +29,8 @@ class _Heard:
     """What one layer's attention showed in this call."""
 
     received: Tensor | None = None  # (R, Hkv, L) sums over the call's queries
+    logits: Tensor | None = None  # (R, Hkv, G, L) of a token's query, in their place where no mask is
+    scale: float = 1.0  # of the logits
     queries: Tensor | None = None  # (R, H, Q, d), those of padding first
     asking: list[int] | None = None  # of each row, how many of them are no padding; None where all are
 
@@ -41,6 +44,7 @@ class Evictor:
     descent: Descent | None = None  # of the prefill in progress, where layers see different tokens
     complaints: Complaints = field(default_factory=Complaints)  # what it did wrong, not yet read from the device
     _heard: dict[int, _Heard] = field(default_factory=dict)
+    _waiting: list[together.Waiting] = field(default_factory=list)  # layers of the token in progress
     _listening: bool = False  # in this call, whose cache is to lose entries
     _counted: Tensor | None = None  # (R, Q) bool, queries of this call that are no padding; None where all are
     _padded: tuple[int, list[int]] | None = None  # a call's, by the entries before it
@@ -55,6 +59,7 @@ class Evictor:
     def forget(self) -> None:
         """A call is over."""
         self._heard, self.descent, self._listening, self._padded, self._places = {}, None, False, None, None
+        self._waiting = []
 
     def check(self) -> None:
         """Refuse what the method has done wrong since this was last asked; where it acted, this waits for the device.
@@ -72,6 +77,8 @@ class Evictor:
         mask = options.get("attention_mask")
         new = timeline.seen - timeline.before
         window = window_of(self.layers[number])
+        if held.order is not None and (new > 1 or not held.unpadded):
+            together.in_order(options[CACHE].layers[number], held)
         if held.unpadded and window is None and (mask is None or new == 1):
             return {**options, "attention_mask": None}
         columns, valid = held.ages, held.valid
@@ -139,7 +146,10 @@ class Evictor:
         if "cache.scores" in self.part.needs:
             if softcap:
                 raise FoveateError(f"{format_spec(self.part)} cannot score a decoder that caps its attention logits")
-            heard.received = causal_received(queries, keys, scale, mask, self._counted)
+            if queries.shape[2] == 1 and mask is None and self._counted is None:
+                heard.logits, heard.scale = grouped_logits(queries, keys).squeeze(3), scale
+            else:
+                heard.received = causal_received(queries, keys, scale, mask, self._counted)
 
     # -- after a layer --------------------------------------------------------------------------------------------
 
@@ -153,8 +163,24 @@ class Evictor:
     @torch.no_grad()
     def after_layer(self, number: int, timeline: Timeline, layer: Any) -> None:
         """Take into account what this layer has just cached, and evict what is over the budget."""
-        heard = self._heard.pop(number)
+        heard, held = self._heard.pop(number), timeline.held.get(number)
+        if held is not None and self._waits(number, timeline, layer, held, heard):
+            assert heard.logits is not None
+            self._waiting.append(together.Waiting(number, layer, held, heard.logits, heard.scale))
+        else:
+            self._after(number, timeline, layer, heard)
+        if number + 1 == len(self.layers) and self._waiting:
+            waiting, self._waiting = self._waiting, []
+            done = together.alike(waiting, len(self.layers)) and together.evict(waiting, timeline.before, self._asked)
+            for one in [] if done else waiting:
+                self._after(one.number, timeline, one.layer, _Heard(logits=one.logits, scale=one.scale))
+
+    def _after(self, number: int, timeline: Timeline, layer: Any, heard: _Heard) -> None:
         earlier = timeline.held.get(number)
+        if heard.logits is not None:
+            heard.received = together.received(heard.logits, heard.scale)
+        if earlier is not None and earlier.order is not None:
+            heard.received = together.in_order(layer, earlier, heard.received)
         held = self._grown(number, timeline, earlier, heard)
         kept = layer.keys.shape[2] if layer.is_initialized else 0
         slides = window_of(self.layers[number]) is not None  # and forgets by itself
@@ -167,6 +193,19 @@ class Evictor:
             held.prompts = list(held.counts)
         if prompt or getattr(self.part, "when", "decode") == "decode":
             self._evict(layer, held, heard, timeline.pictured)
+
+    def _waits(self, number: int, timeline: Timeline, layer: Any, held: Held, heard: _Heard) -> bool:
+        """Whether what a token drops from this layer is decided together with what it drops from the others."""
+        return (
+            timeline.seen - timeline.before == 1
+            and all(timeline.pictured)
+            and getattr(self.part, "when", "decode") == "decode"
+            and set(self.part.needs) == {"cache.scores", "cache.age"}
+            and heard.logits is not None
+            and window_of(self.layers[number]) is None
+            and together.fits(layer, held)
+            and layer.keys.shape[2] == held.ages.shape[2] + 1
+        )
 
     def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard) -> Held:
         places, valid = self._fresh(timeline)
@@ -235,7 +274,15 @@ class Evictor:
             window_queries=window,
             prompt_length=prompt,
         )
-        index = torch.arange(count, device=ages.device).expand(len(rows), -1)
+        slots, _ = self._asked(block)
+        return slots if total == count else slots + (total - count)
+
+    def _asked(self, block: CacheBlock) -> tuple[Tensor, Tensor]:
+        """(B, Hkv, K) entries of a block that stay, ascending, and their ages."""
+        ages = block.age
+        assert ages is not None
+        count = ages.shape[2]
+        index = torch.arange(count, device=ages.device).expand(ages.shape[0], -1)
         signals = Signals(original=count, index=index, cache=block)
         lacking = signals.lacking(self.part.needs)
         if lacking:
@@ -243,14 +290,20 @@ class Evictor:
         with noting(self.complaints):
             selection: Any = self.part.select(signals)
         if selection.slots is not None:
-            of_ours: Tensor = selection.slots
-            return of_ours if total == count else of_ours + (total - count)
+            return selection.slots, selection.positions
+        if selection.positions is ages:
+            return index[:, None].expand_as(ages), ages
+        slots = self._found(selection, ages)
+        return slots, ages.gather(2, slots)
+
+    def _found(self, selection: Any, ages: Tensor) -> Tensor:
+        """Where the positions that somebody's method keeps stand; what stands nowhere is a complaint."""
         wanted = selection.positions.sort(dim=-1).values
-        slots = torch.searchsorted(ages.contiguous(), wanted.contiguous()).clamp(max=count - 1)
+        slots = torch.searchsorted(ages.contiguous(), wanted.contiguous()).clamp(max=ages.shape[2] - 1)
         wrong = (ages.gather(2, slots) != wanted).sum() + (wanted[..., 1:] == wanted[..., :-1]).sum()
         words = f"{format_spec(self.part)} keeps a cache entry that is not there, or one twice"
         self.complaints.add(wrong, words)  # a token is not worth a wait for the device: `check` comes later
-        return slots + (total - count)
+        return slots
 
     def _compact(self, layer: Any, held: Held) -> None:
         """Padding out, entries to the right, so that every row's own entries stand at its end."""
