@@ -48,11 +48,12 @@ def prune(
         FoveateError: the model is no VLM of a known family, a method cannot run on it, an argument is missing, or the
             model has an adapter that was tuned under another spec.
     """
+    from foveate.runtime.compiled import Compiled
     from foveate.runtime.encoder.joint_space import joint_space
     from foveate.runtime.handle import Handle
     from foveate.runtime.support import check_parts
     from foveate.runtime.tuned import check_tuned
-    from foveate.runtime.wrapped import is_pipeline, unwrapped
+    from foveate.runtime.wrapped import is_pipeline, outermost, unwrapped
 
     stages = _listed(methods)
     parts = tuple(part for method in stages for part in method.parts())
@@ -60,11 +61,13 @@ def prune(
         raise FoveateError("no method was given; to run without pruning, call the model outside prune()")
     if processor is None and is_pipeline(model):
         processor = model.processor
-    model = unwrapped(model)
+    top, model = outermost(model), unwrapped(model)
     check_tuned(model, stages)
-    shape = check_parts(model, parts)
-    space = joint_space(model, parts, processor=processor, question=question, clip=clip)
-    return Handle(model, parts, shape, space, short_outputs)
+    compiled = Compiled(top, model, parts)
+    with compiled.as_written():
+        shape = check_parts(model, parts)
+        space = joint_space(model, parts, processor=processor, question=question, clip=clip)
+        return Handle(model, parts, shape, compiled, space, short_outputs)
 
 
 def check_prunable(model: Any, methods: Method | str | Sequence[Method | str], **options: Any) -> None:

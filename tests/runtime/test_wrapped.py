@@ -1,4 +1,4 @@
-"""Models that something wraps: adapters of PEFT, quantized linears, weights that are elsewhere, compiled modules."""
+"""Models that something wraps: adapters of PEFT, quantized linears, weights that are elsewhere."""
 
 from __future__ import annotations
 
@@ -249,59 +249,6 @@ def test_blocks_on_several_accelerators(method: str) -> None:
     foveate.prune(model, "fopru:keep=0.5").discard()
     model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu", "lm_head": "disk"}
     foveate.prune(model, method).discard()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# compiled
-
-
-def in_place(model: Any) -> Any:
-    model.compile(backend="eager")
-    return model
-
-
-def one_part(model: Any) -> Any:
-    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
-    return model
-
-
-def its_forward(model: Any) -> Any:
-    model.forward = torch.compile(model.forward, backend="eager")
-    return model
-
-
-def every_block(model: Any) -> Any:
-    for layer in model.get_decoder().layers:
-        layer.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    ("compiled", "name"),
-    [
-        (lambda model: torch.compile(model, backend="eager"), "the model"),
-        (in_place, "the model"),
-        (its_forward, "the model"),
-        (one_part, "model.language_model"),
-        (every_block, "model.language_model.layers.0"),
-    ],
-)
-def test_a_compiled_module_is_refused(compiled: Any, name: str) -> None:
-    model = compiled(tiny.model())
-    with pytest.raises(FoveateError) as error:
-        foveate.prune(model, "fopru:keep=0.5")
-    assert str(error.value) == (
-        f"{name} is compiled by torch.compile, and a compiled module does not follow a prompt that gets shorter inside "
-        "it; give the model as it was before torch.compile. generate(cache_implementation='static') compiles decoding "
-        "by itself and can be pruned"
-    )
-
-
-def test_what_torch_compile_was_given_can_be_pruned() -> None:
-    model = tiny.model()
-    torch.compile(model, backend="eager")
-    given = tiny.inputs(model, *ROWS)
-    assert_same(pruned(model, METHODS[0], given), pruned(tiny.model(), METHODS[0], given))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

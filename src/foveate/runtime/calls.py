@@ -38,6 +38,7 @@ class Run:
     mask: Tensor | None = None  # (B, S) of that prompt, as generate() prepared it
     repeats: int = 1  # beams or samples of each row
     shortened: Shortened | None = None
+    answering: bool = False  # the prompt, or its first piece, has run
 
     def as_callers(self, ids: Tensor) -> Tensor:
         """(R, L) ids in which generate() has the shortened prompt, with the caller's own in its place."""
@@ -153,6 +154,8 @@ class Calls(Uncopied):
     def end_step(self, done: bool) -> None:
         """A call of generate()'s own is over; `done`: it has not ended in an error."""
         self._awaited = set()
+        if self.run is not None:
+            self.run.answering = done
         try:
             self.settle(done)
         finally:
@@ -223,6 +226,15 @@ class Calls(Uncopied):
             return False
         self._awaited = self._awaited - {id(module)}
         return True
+
+    def answering(self, module: nn.Module | None) -> bool:
+        """Whether a call is that of a token of the answer of the generate() in progress.
+
+        Args:
+            module: it is called, and might also be by somebody else; None for one inside the decoder.
+        """
+        run = self.run
+        return self.mine and run is not None and run.answering and (module is None or id(module) in self._awaited)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -23,6 +23,19 @@ from foveate.runtime.shortened import Shortened
 from foveate.runtime.uncopied import Uncopied
 
 
+class _Hook:
+    """One that can be registered again, under the number that it had."""
+
+    def __init__(self, handle: Any, hook: Callable[..., Any]) -> None:
+        self.handle, self._hook = handle, hook
+        self._marked = [of for of in (one() for one in handle.extra_dict_ref) if handle.id in of]
+
+    def put_back(self) -> None:
+        self.handle.hooks_dict_ref()[self.handle.id] = self._hook
+        for of in self._marked:
+            of[self.handle.id] = True
+
+
 class Forwards(Uncopied):
     """The hooks on one model and its decoder's layers, from install() to remove().
 
@@ -34,33 +47,48 @@ class Forwards(Uncopied):
         self.model, self.family, self._layers, self.calls, self._prefill = model, family, layers, calls, prefill
         self._whole = [model] if model.base_model is model else [model, model.base_model]
         self._inner = _between(model.base_model, model.get_decoder())
-        self._hooks: list[Any] = []
+        self._hooks: list[_Hook] = []
+
+    @property
+    def entered(self) -> list[nn.Module]:
+        """The modules around the decoder's layers, from the model on."""
+        return [*self._whole, *self._inner]
 
     def install(self) -> None:
-        """Put the hooks in place."""
-        # Before a call of the decoder by itself is over, so that it is never taken for the outer one's.
-        self._hooks.append(self.model.get_decoder().register_forward_hook(self._after_decoder))
-        for module in self._whole:
-            self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._after_forward, always_call=True))
-        for module in self._inner:
-            self._hooks.append(module.register_forward_pre_hook(self._before_inner, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._after_forward, always_call=True))
-        for number, layer in enumerate(self._layers):
-            hook = partial(self._before_layer, number)
-            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            if self.calls.evictor is not None:
-                self._hooks.append(layer.register_forward_hook(partial(self._after_layer, number), with_kwargs=True))
+        """Put the hooks in place; under the same numbers each time, which graphs of the model are guarded by."""
+        for one in self._hooks:
+            one.put_back()
+        if not self._hooks:
+            self._register()
         if self.calls.stages and self.family.deepstack is not None:
             decoder = self.model.get_decoder()
             stock = getattr(decoder, self.family.deepstack)
             setattr(decoder, self.family.deepstack, partial(self._add_deep_features, stock))
 
+    def _register(self) -> None:
+        # Before a call of the decoder by itself is over, so that it is never taken for the outer one's.
+        self._behind(self.model.get_decoder(), self._after_decoder)
+        for module in self._whole:
+            self._before(module, self._before_forward)
+            self._behind(module, self._after_forward, always_call=True)
+        for module in self._inner:
+            self._before(module, self._before_inner)
+            self._behind(module, self._after_forward, always_call=True)
+        for number, layer in enumerate(self._layers):
+            self._before(layer, partial(self._before_layer, number))
+            if self.calls.evictor is not None:
+                self._behind(layer, partial(self._after_layer, number), with_kwargs=True)
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._hooks.append(_Hook(module.register_forward_pre_hook(hook, with_kwargs=True), hook))
+
+    def _behind(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
+        self._hooks.append(_Hook(module.register_forward_hook(hook, **options), hook))
+
     def remove(self) -> None:
         """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for one in self._hooks:
+            one.handle.remove()
         if self.family.deepstack is not None:
             vars(self.model.get_decoder()).pop(self.family.deepstack, None)
 
@@ -71,7 +99,9 @@ class Forwards(Uncopied):
         self.calls.await_calls(*self._whole, *self._inner)
 
     def _before_forward(self, module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():  # a step of generate()
+        if torch.compiler.is_compiling():
+            if self.calls.run is None:
+                _refuse_graph(type(module).__name__)
             return self._generate_step(arguments, options) if module is self.model else None
         if self.calls.is_awaited(module):
             return self._generate_step(arguments, options) if module is self.model else None
@@ -183,6 +213,15 @@ class Forwards(Uncopied):
         if self.calls.descent is None or self.calls.descent.left is None:
             return stock(hidden, visual, features)
         return self.calls.descent.add(hidden, visual, features)
+
+
+@torch.compiler.disable
+def _refuse_graph(name: str) -> None:
+    """A graph that prune() was not shown has been entered by somebody else than generate()."""
+    raise FoveateError(
+        f"this pruned {name} was called through torch.compile, and prune() was given the model without it, so that it "
+        "would run unpruned; give prune() what torch.compile has returned, or stop() the handle first"
+    )
 
 
 def _between(base: Any, decoder: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from foveate.core import FoveateError, Method
 from foveate.families import family_of
 from foveate.families.shapes import ModelShape
 from foveate.runtime.calls import Calls
+from foveate.runtime.compiled import Compiled
 from foveate.runtime.decoder.evict import Evictor
 from foveate.runtime.decoder.layers import stages_of
 from foveate.runtime.decoder.probe import DecoderProbe
@@ -44,12 +45,14 @@ class Handle(Uncopied):
         model: Any,
         parts: Sequence[Method],
         shape: ModelShape,
+        compiled: Compiled,
         joint_space: JointSpace | None = None,
         short_outputs: bool = False,
     ) -> None:
         self.model = model
         self.parts = tuple(parts)
         self._started = False  # has ever been
+        self._compiled = compiled
         self.trace = Trace()
         self.family = family_of(model)
         decoder = model.get_decoder()
@@ -98,8 +101,9 @@ class Handle(Uncopied):
                     "where it is out of reach, or give several methods as a list"
                 )
             self._generating.check()
-            check_seams(self.model, self.model.get_decoder().layers)
             try:
+                self._compiled.install(self._calls, self._forwards.entered)
+                check_seams(self.model, self.model.get_decoder().layers)
                 self._install()
             except BaseException:
                 self._uninstall()
@@ -141,7 +145,8 @@ class Handle(Uncopied):
         self._calls.active = False
         self._forwards.remove()
         self._generating.remove()
-        del self.model._foveate_handle
+        self._compiled.remove()
+        vars(self.model).pop("_foveate_handle", None)
 
     def discard(self) -> None:
         """Nobody is going to start it, which else is worth a warning when it is lost."""

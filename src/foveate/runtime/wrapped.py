@@ -17,15 +17,14 @@ _PEFT = "0.21"
 
 
 def unwrapped(model: Any) -> Any:
-    """The model of transformers that a pipeline, a PEFT model, both or nothing wraps.
+    """The model of transformers that a pipeline, a PEFT model, torch.compile(), several of them or nothing wraps.
 
     They call the one inside like any caller, so that pruning acts on what it generates.
 
     Raises:
-        FoveateError: a wrapping that hides the prompt's ids, or a module that is compiled as a whole.
+        FoveateError: a wrapping that hides the prompt's ids.
     """
-    if is_pipeline(model):
-        model = model.model
+    model = _inside_graph(outermost(model))
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         _check_peft()
         learning = getattr(model.active_peft_config, "is_prompt_learning", False)
@@ -36,9 +35,17 @@ def unwrapped(model: Any) -> Any:
                 "adapters that change weights, such as LoRA, work"
             )
         model = model.get_base_model()
-    if hasattr(model, "named_modules"):
-        _check_compiled(model)
-    return model
+    return _inside_graph(model)
+
+
+def outermost(model: Any) -> Any:
+    """The module that is around all others: that of a pipeline, or what was given."""
+    return model.model if is_pipeline(model) else model
+
+
+def _inside_graph(model: Any) -> Any:
+    """What torch.compile() has wrapped."""
+    return vars(model).get("_modules", {}).get("_orig_mod", model) if hasattr(model, "__dict__") else model
 
 
 def is_pipeline(model: Any) -> bool:
@@ -55,28 +62,6 @@ def _check_peft() -> None:
             f"peft {peft.__version__} calls the model that it wraps past its hooks, so a direct call would not be "
             f"pruned; {_PEFT} or newer does not"
         )
-
-
-def _check_compiled(model: Any) -> None:
-    """A graph is captured around the hooks by which pruning acts, which change what a block sees from call to call."""
-    modules = [model]
-    while modules:
-        own = vars(modules.pop())  # a module that is asked for what it has not takes its time
-        children = own["_modules"]
-        if children:  # most have none
-            modules += [child for child in reversed(children.values()) if child is not None]
-        forward = own.get("forward")
-        if (
-            own.get("_compiled_call_impl") is not None
-            or (children and "_orig_mod" in children)
-            or (forward is not None and hasattr(forward, "_torchdynamo_orig_callable"))
-        ):
-            name = next(name for name, module in model.named_modules() if vars(module) is own)
-            raise FoveateError(
-                f"{name.replace('_orig_mod.', '') or 'the model'} is compiled by torch.compile, and a compiled module "
-                "does not follow a prompt that gets shorter inside it; give the model as it was before torch.compile. "
-                "generate(cache_implementation='static') compiles decoding by itself and can be pruned"
-            )
 
 
 def check_devices(model: Any, part: Method) -> None:
