@@ -92,6 +92,8 @@ def test_choosing_that_does_not_pay_is_said(bench: Any, monkeypatch: pytest.Monk
         (["--random-weights", "mini", "--device", "toaster"], "unknown device 'toaster'"),
         (["--random-weights", "mini", "--prune", "fopro"], "did you mean 'fopru'?"),
         (["--random-weights", "mini", "--paper-table", "--prune", "h2o"], "H2O keeps no single share"),
+        (["--random-weights", "mini", "--compile", "--prune", "h2o"], "compiled decoding needs a static cache"),
+        (["--random-weights", "mini", "--compile", "--warmup", "0"], "the smallest with it is warmup=1"),
         (["--random-weights", "mini", "--json", "a.csv"], "a.csv ends in '.csv'"),
         (["--random-weights", "mini", "--plot", "a.jpg"], "a.jpg ends in '.jpg'"),
     ],

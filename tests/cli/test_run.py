@@ -149,6 +149,7 @@ def test_the_drawing_shows_what_the_model_saw(call: Any, folder: Path, tmp_path:
         (["--max-new-tokens", "0"], "--max-new-tokens 0 leaves no answer; the smallest is 1"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--device", "cuda:99"], "torch sees"),
+        (["--prune", "h2o", "--compile"], "compiled decoding needs a static cache"),
         (["--dtype", "int8"], "unknown dtype 'int8'; Choices: auto, bfloat16, float16, float32."),
     ],
 )  # fmt: skip

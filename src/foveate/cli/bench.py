@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Compiled, Device, Dtype, Trust
 
 if TYPE_CHECKING:
     from foveate.core import Method
@@ -38,6 +38,7 @@ def command(
     answer: Annotated[int, typer.Option(metavar="N", help="Tokens of each answer.")] = 32,
     repeats: Annotated[int, typer.Option(metavar="N", help="Rounds in which all rivals take turns.")] = 5,
     warmup: Annotated[int, typer.Option(metavar="N", help="Rounds before those that count.")] = 1,
+    compiled: Compiled = False,
     hardware: Annotated[
         str, typer.Option(metavar="H", help="Predict for auto (this device), none, or a name as in foveate cost.")
     ] = "auto",
@@ -56,13 +57,11 @@ def command(
         from foveate.evaluate.bench import Setting
         from foveate.inference.adapters import check_asked
         from foveate.inference.loading import find_device
-        from foveate.inference.processes import check_alone
 
-        check_alone("bench")
-        setting = Setting(answer=answer, repeats=repeats, warmup=warmup)
+        setting = Setting(answer=answer, repeats=repeats, warmup=warmup, compiled=compiled)
         _check_model(model, random_weights, adapter)
         _check(layers, random_weights, json_file, plot, {"batch": batch, "text": text})
-        rivals, names = _rivals(prune, paper_table)
+        rivals, names = _rivals(prune, paper_table, compiled)
         check_asked(adapter, rivals, any_spec=any_spec)
         place = find_device(device)
         predicted_for = _hardware(hardware, place)
@@ -77,11 +76,14 @@ def command(
     results = _measure(made, prompts, rivals, setting, predicted_for)
     _show(results, names if paper_table else None, predicted_for)
     settings = {"batch": batch, "answer": answer, "model": model or random_weights, "layers": layers}
-    settings["adapter"] = None if adapter is None else str(adapter)
+    settings |= {"adapter": None if adapter is None else str(adapter), "compiled": compiled}
     _keep(results, json_file, plot, {**settings, **_machine(made[0])})
 
 
 def _check_model(model: str | None, preset: str | None, adapter: Path | None) -> None:
+    from foveate.inference.processes import check_alone
+
+    check_alone("bench")
     if (model is None) == (preset is None):
         raise UsageError("give a MODEL or --random-weights PRESET, one of them")
     if preset is not None and adapter is not None:
@@ -126,8 +128,9 @@ def _check(
             check_drawing()
 
 
-def _rivals(specs: list[str] | None, paper_table: bool) -> tuple[list[Stages], list[str]]:
+def _rivals(specs: list[str] | None, paper_table: bool, compiled: bool) -> tuple[list[Stages], list[str]]:
     """The rivals, and for the paper's table the name of each method, which then stands at each ratio."""
+    from foveate.inference.compiling import check_static
     from foveate.inference.resizing import scaling
     from foveate.methods import name_of
     from foveate.report.bench_tables import at_ratios
@@ -136,6 +139,8 @@ def _rivals(specs: list[str] | None, paper_table: bool) -> tuple[list[Stages], l
     given = [parse_stages(spec) for spec in specs or (["fopru"] if paper_table else []) if spec != "none"]
     for stages in given:
         scaling(stages)  # refuses what cannot be joined
+        if compiled:
+            check_static(stages)
     if not paper_table:
         return given, []
     rivals: list[Stages] = [stages for one in given for stages in at_ratios(one)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foveate.core import UsageError, usage
-from foveate.inference.loading import Adapter, AnySpec, Clip, Device, Dtype, Trust
+from foveate.inference.loading import Adapter, AnySpec, Clip, Compiled, Device, Dtype, Trust
 from foveate.texts import check_characters
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 64,
+    compiled: Compiled = False,
     clip: Clip = None,
     adapter: Adapter = None,
     any_spec: AnySpec = False,
@@ -47,9 +48,12 @@ def command(
 ) -> None:
     """Ask MODEL a QUESTION about one or more IMAGEs and print the answer, what was kept, and what it took."""
     from foveate.inference.adapters import check_asked, load_tuned
+    from foveate.inference.compiling import check_static
 
     with usage():
         methods = _one_method(prune)
+        if compiled:
+            check_static(methods)
         check_asked(adapter, [methods], any_spec=any_spec)
         targets = _targets(draw, len(images), methods)
         if max_new_tokens < 1:
@@ -65,7 +69,7 @@ def command(
         place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded = load_tuned(model, adapter, any_spec=any_spec, **place)
     with working("answering"):
-        report, trace = _answer(loaded, pictures, question, methods, max_new_tokens, clip)
+        report, trace = _answer(loaded, pictures, question, methods, max_new_tokens, clip, compiled)
     for record, path in zip(report["images"], images, strict=True):
         record["path"] = str(path)
     try:
@@ -118,15 +122,18 @@ def _answer(
     methods: tuple[Any, ...],
     max_new_tokens: int,
     clip: str | None,
+    compiled: bool,
 ) -> tuple[dict[str, Any], Trace | None]:
     """Everything that is printed, and the trace when something was pruned."""
     from foveate import spec
     from foveate.inference.answers import decode, encode
+    from foveate.inference.compiling import compiled_decoding
     from foveate.inference.latency import settled
     from foveate.inference.resizing import Scaler, scaling
     from foveate.prune import prune
 
     model, processor = loaded.model, loaded.processor
+    decoding = compiled_decoding(model) if compiled else None
     whole = inputs = encode(model, processor, [pictures], [question])
     scales = scaling(methods)
     scaler = None if scales is None else Scaler(model, processor, scales)
@@ -135,7 +142,7 @@ def _answer(
     pruned = bool(methods) and scaler is None
     handle = prune(model, methods, processor=processor, question=question, clip=clip) if pruned else nullcontext()
     with handle as trace:
-        output, latency = settled(model, inputs, max_new_tokens=max_new_tokens)
+        output, latency = settled(model, inputs, max_new_tokens=max_new_tokens, compiled=decoding)
     if scaler is not None:
         spent = _scaled(model, scaler, pictures, whole, inputs)
     else:

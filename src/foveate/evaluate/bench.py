@@ -17,6 +17,7 @@ from foveate.core import FoveateError, Method
 from foveate.cost import Hardware, ModelShape, estimate, fitted
 from foveate.cost import hardware as row
 from foveate.inference.answers import end_tokens, greedy
+from foveate.inference.compiling import check_static, compiled_decoding
 from foveate.inference.resizing import scaling
 from foveate.trace import Trace
 
@@ -104,17 +105,21 @@ class Setting:
     Attributes:
         answer: tokens generated for each prompt, also past the end of an answer.
         repeats: rounds in which all rivals take turns; `warmup` are those before the ones that count.
+        compiled: decode on a static cache as one graph; the first round, which warms up, waits for the compiler.
     """
 
     answer: int = 32
     repeats: int = 5
     warmup: int = 1
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("answer", 1), ("repeats", 1), ("warmup", 0)):
             value = getattr(self, name)
             if value < least:
                 raise FoveateError(f"{name}={value} is below {least}; the smallest is {name}={least}")
+        if self.compiled and not self.warmup:
+            raise FoveateError("warmup=0 would count the seconds of the compiler; the smallest with it is warmup=1")
 
 
 class _Clock:
@@ -151,14 +156,15 @@ class _Clock:
         """Nothing is held back."""
 
 
-def run_once(model: Any, inputs: Any, answer: int, trace: Trace | None = None) -> Run:
+def run_once(model: Any, inputs: Any, answer: int, trace: Trace | None = None, **options: Any) -> Run:
     """One answer of `answer` tokens to each prompt, timed.
 
     Args:
+        options: further ones of `generate`.
         trace: of the handle that is at work on the model.
     """
     clock = _Clock(model.device)
-    options = {"min_new_tokens": answer} if end_tokens(model) else {}
+    options |= {"min_new_tokens": answer} if end_tokens(model) else {}
     if clock.cuda:
         torch.cuda.synchronize(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -205,6 +211,10 @@ def measure(
     from foveate.prune import prune
 
     setting = setting or Setting()
+    decoding: dict[str, Any] = {}
+    if setting.compiled:
+        check_static(method for stages in rivals for method in stages)
+        decoding = compiled_decoding(model)
     handles: list[AbstractContextManager[Trace | None]] = [nullcontext()]
     own: dict[int, Mapping[str, Any]] = {}  # by place, of rivals whose pictures are smaller
     for stages in rivals:
@@ -220,7 +230,7 @@ def measure(
     for turn in range(setting.warmup + setting.repeats):
         for place, handle in enumerate(handles):
             with handle as trace:
-                run = run_once(model, own.get(place, inputs), setting.answer, trace)
+                run = run_once(model, own.get(place, inputs), setting.answer, trace, **decoding)
             traces[place] = trace
             if turn >= setting.warmup:
                 runs[place].append(run)

@@ -49,17 +49,20 @@ class Ticks:
         """Nothing is held back."""
 
 
-def timed(model: Any, inputs: Any, *, max_new_tokens: int, full: bool = False) -> tuple[Tensor, Latency]:
+def timed(
+    model: Any, inputs: Any, *, max_new_tokens: int, full: bool = False, **options: Any
+) -> tuple[Tensor, Latency]:
     """One greedy answer and how long its tokens took.
 
     Args:
+        options: further ones of `generate`.
         full: generate all of `max_new_tokens`, also past the end of the answer, so that decoding can be timed.
 
     Returns:
         (B, L) tokens, prompt included, and the times of this one call.
     """
     ticks = Ticks()
-    options = {"min_new_tokens": max_new_tokens} if full and end_tokens(model) else {}
+    options |= {"min_new_tokens": max_new_tokens} if full and end_tokens(model) else {}
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     start = time.perf_counter()
@@ -70,17 +73,25 @@ def timed(model: Any, inputs: Any, *, max_new_tokens: int, full: bool = False) -
     return output, Latency((ticks.times[0] - start) * 1e3, per_token, whole_ms=whole)
 
 
-def settled(model: Any, inputs: Any, *, max_new_tokens: int, repeats: int = 3) -> tuple[Tensor, Latency]:
+def settled(
+    model: Any, inputs: Any, *, max_new_tokens: int, repeats: int = 3, compiled: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Latency]:
     """One greedy answer with steady times: a quick one is repeated, and its first call counts as warm-up.
 
     A first call pays for compiled kernels and cold caches. Where it takes more than 2 s that share is small and
     a repetition is not, so its own times stand (`runs` is 1).
+
+    Args:
+        compiled: options of `generate` that compile decoding, whose first answer waits for the compiler.
     """
+    options = {"max_new_tokens": max_new_tokens, **(compiled or {})}
+    if compiled:
+        timed(model, inputs, **options)
     start = time.perf_counter()
-    output, first = timed(model, inputs, max_new_tokens=max_new_tokens)
+    output, first = timed(model, inputs, **options)
     if time.perf_counter() - start > QUICK:
         return output, first
-    return output, medians([timed(model, inputs, max_new_tokens=max_new_tokens)[1] for _ in range(repeats)])
+    return output, medians([timed(model, inputs, **options)[1] for _ in range(repeats)])
 
 
 def interleaved(runs: Mapping[str, Callable[[], Latency]], *, repeats: int = 5, warmup: int = 1) -> dict[str, Latency]:

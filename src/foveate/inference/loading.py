@@ -23,6 +23,9 @@ Clip = Annotated[
     typer.Option(metavar="C", help="Folder or hub id of the CLIP whose vision tower the encoder is; mini has its own."),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that a hub repository ships.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Decode on a static cache as one compiled graph; the first answer waits.")
+]
 Adapter = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Of foveate train finetune; it is pruned by the spec it records.")
 ]

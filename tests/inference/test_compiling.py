@@ -1,0 +1,90 @@
+"""Compiled decoding as `foveate run` and `foveate bench` ask for it: what it refuses, and that it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from transformers import CompileConfig
+
+from foveate import methods
+from foveate.core import FoveateError
+from foveate.evaluate import bench
+from foveate.inference import latency
+from foveate.inference.compiling import check_static, compiled_decoding
+from foveate.spec import parse_stages
+
+
+def test_what_generate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    options = compiled_decoding(tiny.model())
+    assert options["cache_implementation"] == "static"
+    assert isinstance(options["compile_config"], CompileConfig)
+    assert options["compile_config"]._compile_all_devices, "transformers compiles nothing on a CPU by itself"
+
+
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    with pytest.raises(FoveateError) as error:
+        compiled_decoding(tiny.model())
+    assert str(error.value) == (
+        "compiling for the CPU needs a C++ compiler, and none is found; install g++ or clang++, or name one in the "
+        "environment variable CXX"
+    )
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_which_methods_a_static_cache_holds(name: str) -> None:
+    method = methods.get(name).example()
+    if "cache" not in {part.site for part in method.parts()}:
+        check_static([method])
+        return
+    with pytest.raises(FoveateError, match=f"^{name}.* evicts entries, and compiled decoding needs a static cache"):
+        check_static([method])
+
+
+def quickly(model: Any) -> dict[str, Any]:
+    config = CompileConfig(backend="eager", mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def test_a_benchmark_decodes_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for the unpruned model and one for the rival, however often they take turns."""
+    from torch._dynamo.utils import counters
+
+    model, asked = tiny.model(), []
+    monkeypatch.setattr(bench, "compiled_decoding", lambda model: asked.append(model) or quickly(model))
+    torch._dynamo.reset()
+    counters.clear()
+    setting = bench.Setting(answer=3, repeats=2, compiled=True)
+    plain, pruned = bench.measure(model, tiny.inputs(model, "3i4"), [parse_stages("fopru:keep=0.5")], setting)
+    torch._dynamo.reset()
+    assert asked == [model]
+    assert counters["stats"]["unique_graphs"] == 2
+    assert plain.per_token_ms is not None
+    assert pruned.per_token_ms is not None
+
+
+def test_an_answer_before_those_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def timed(model: Any, inputs: Any, **options: Any) -> Any:
+        seen.append(options)
+        return None, latency.Latency(float(len(seen)), None)
+
+    monkeypatch.setattr(latency, "timed", timed)
+    _, found = latency.settled(None, None, max_new_tokens=2, compiled={"cache_implementation": "static"})
+    assert found.first_token_ms == 4.0
+    assert found.runs == 3
+    assert seen == [{"max_new_tokens": 2, "cache_implementation": "static"}] * 5
+
+
+def test_a_warm_up_is_needed() -> None:
+    with pytest.raises(FoveateError, match="the smallest with it is warmup=1"):
+        bench.Setting(warmup=0, compiled=True)
