@@ -1,6 +1,10 @@
 """What pruning adds to the work of this machine's processor, which other programs' work does not count to.
 
 python benchmarks/overhead.py [--quick] [--out FILE.json]
+python benchmarks/overhead.py --large [--quick] [--out FILE.json]
+
+The second measures large pictures: the first token of a Qwen2-VL of 4,096 patches in bfloat16, and the memory that h2o
+takes on 7,744 visual tokens.
 
 Milliseconds are process time of one thread; rivals take turns.
 """
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -22,11 +27,12 @@ from typing import Any
 
 import torch
 import transformers
-from cpu import Row, clock, interleaved, prompt, quartiles, row
+from cpu import Row, clock, interleaved, llava, prompt, quartiles, row
 from rich.console import Console
 from rich.table import Table
+from selection import high_water
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import foveate
@@ -137,19 +143,120 @@ def reading(patches: int, dtype: torch.dtype, rounds: int) -> Row:
     return row(name, share, "<= 2 %", share <= 0.02, **{one: quartiles(values) for one, values in times.items()})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# large pictures
+
+
+def qwen() -> Any:
+    """A Qwen2-VL of random weights in bfloat16: 8 blocks of width 640, then 8 layers of width 1,024."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "vocab_size": 1000, "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+    }  # fmt: skip
+    vision = {"depth": 8, "embed_dim": 640, "hidden_size": 1024, "num_heads": 10, "patch_size": 14}
+    ids = {"image_token_id": 999, "video_token_id": 998, "vision_start_token_id": 997, "vision_end_token_id": 996}
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2VLForConditionalGeneration(config).eval().to(torch.bfloat16)
+
+
+def qwen_prompt(model: Any, side: int) -> dict[str, Tensor]:
+    """A picture of `side` x `side` patches and 60 text tokens."""
+    visual = side**2 // 4
+    text = torch.randint(5, 900, (1, 60))
+    picture = torch.cat([torch.tensor([[997]]), torch.full((1, visual), 999), torch.tensor([[996]])], dim=1)
+    ids = torch.cat([text[:, :30], picture, text[:, 30:]], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 999).int(),
+        "pixel_values": torch.randn(side**2, 3 * 2 * 14 * 14).to(model.dtype),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+    }
+
+
+def large_encoder(side: int, rounds: int) -> list[Row]:
+    """The first token of that model under FoPru, which reads the encoder's attention, and under CDPruner."""
+    model = qwen()
+    inputs = qwen_prompt(model, side)
+    specs = {"unpruned": None, "fopru:keep=0.25": "fopru:keep=0.25", "cdpruner": "cdpruner:keep=0.25,space=decoder"}
+
+    def first(spec: str | None) -> Callable[[], Any]:
+        def run() -> None:
+            with foveate.prune(model, spec) if spec else nullcontext():
+                model.generate(**inputs, max_new_tokens=1, do_sample=False)
+
+        return run
+
+    times = interleaved({name: spent(first(spec)) for name, spec in specs.items()}, rounds)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    detail = {name: quartiles(values) for name, values in times.items()}
+    rows = []
+    for name in list(specs)[1:]:
+        faster = median["unpruned"] / median[name]
+        shape = f"Qwen2-VL of {side**2} patches, bfloat16: first token, unpruned / {name}"
+        rows.append(row(shape, faster, "> 1", faster > 1, **detail))
+    return rows
+
+
+def taken(spec: str | None, side: int, answer: Any) -> None:
+    """MB beside the model and the prompt that a first token takes, in a process of its own."""
+    torch.set_num_threads(1)
+    patch = 14
+    vision = CLIPVisionConfig(
+        image_size=side * patch, patch_size=patch, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=1,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=99,
+        max_position_embeddings=16384,
+    )  # fmt: skip
+    with torch.no_grad():
+        model = llava(vision, text)
+        inputs = prompt(model)
+        with foveate.prune(model, spec) if spec else nullcontext():
+            Path("/proc/self/clear_refs").write_text("5")  # the mark comes down to what is held now
+            before = high_water()
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        answer.put(high_water() - before)
+
+
+def memory(side: int) -> list[Row]:
+    """What h2o takes beside what the unpruned model does."""
+    context, found = multiprocessing.get_context("fork"), {}
+    for spec in (None, "h2o"):
+        answer: Any = context.SimpleQueue()
+        worker = context.Process(target=taken, args=(spec, side, answer))
+        worker.start()
+        worker.join()
+        if worker.exitcode:
+            raise RuntimeError(f"{spec or 'unpruned'} ended with {worker.exitcode}")
+        found[spec or "unpruned"] = answer.get()
+    more = found["h2o"] - found["unpruned"]
+    return [row(f"h2o on {side**2} visual tokens: MB more than unpruned", more, "<= 200", more <= 200, **found)]
+
+
 def main() -> None:
     """Run everything, print one table, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
+    parser.add_argument("--large", action="store_true", help="large pictures, which take minutes")
     parser.add_argument("--out", type=Path, default=None, help="write the figures to this JSON file")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     many, few = (2, 2) if options.quick else (8, 3)
     load = os.getloadavg()[0]
+    if options.large:
+        rows = memory(24 if options.quick else 88)
+        with torch.no_grad():
+            rows += large_encoder(16 if options.quick else 64, few)
     with torch.no_grad():
-        rows = on_mini(many)
-        for patches in (576,) if options.quick else (576, 2304, 4096):
+        rows = rows if options.large else on_mini(many)
+        for patches in () if options.large else (576,) if options.quick else (576, 2304, 4096):
             rows += [reading(patches, dtype, few) for dtype in (torch.float32, torch.bfloat16)]
     table = Table("figure", "measured", "target", "met")
     for one in rows:
@@ -163,7 +270,7 @@ def main() -> None:
             "load": [load, os.getloadavg()[0]],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": "python benchmarks/overhead.py",
+            "command": "python benchmarks/overhead.py" + " --large" * options.large,
             "rows": rows,
         }
         write_text(options.out, json.dumps(result, indent=1) + "\n")
