@@ -189,7 +189,8 @@ class Signals:
     `original` is the number of tokens an image had before any stage, `stage` which stage of its part a method is
     asked for, `memory` is carried between the stages of one part within one prefill.
 
-    At sites `pixels` and `tower` the images are the tiles of the pictures, or the frames of a video, each by itself.
+    At sites `pixels` and `tower` the images are the tiles of the pictures, or the frames of a video, each by itself;
+    `tile` says which one, and `frames` of which video.
 
     At site `tower`, block "latest" is the one that has run last. For a `Merger` that is the block in which it acts: its
     attention has run, and `hidden` and `cls` are the stream between attention and MLP.
@@ -202,10 +203,13 @@ class Signals:
     keep: int | None = None  # tokens that this stage is to leave of each image; None: ask the method's own `keep`
     memory: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None  # raster shape (h, w); None once tokens have left
-    tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base
+    tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base; or frame
+    frames: tuple[tuple[int, int], ...] | None = None  # of each image, its video and which frame; None for pictures
     size: Tensor | None = None  # (B, N) how many original tokens each stands for
-    # (B, N, P) in [0, 1], before the encoder: all patches of a token side by side, the frames of a still picture once
+    # (B, N, P) before the encoder, all patches of a token side by side: in [0, 1], the frames of a still picture once
     pixels: Tensor | None = _signal("BND", "the pixels", "picture")
+    # (B, N, P) as the encoder is given them: normalised, and all frames
+    normalised: Tensor | None = _signal("BND", "the pixels as the encoder is given them", "picture")
     # (B, N, D) after the projector; (B, T, D) input embeddings of the prompt's text, (B, T) bool which of them count
     features: Tensor | None = _signal("BND", "the visual tokens after the projector", "prompt")
     text: Tensor | None = _signal("BTD", "the prompt's word embeddings", "prompt")
@@ -229,8 +233,11 @@ class Signals:
 
     @property
     def tiles(self) -> int:
-        """Tiles of the image; 1 without anyres."""
-        return 1 if self.tile is None else int(self.tile.max()) + 1
+        """Tiles of the image; 1 without anyres, and of tiles by themselves."""
+        if self.tile is None:
+            return 1
+        several = (self.tile != self.tile[:, :1]).any()
+        return int(self.tile.max() * several) + 1
 
     def lacking(self, needs: Iterable[str]) -> list[str]:
         """Which of a method's needs ("features", "tower.read.hidden") nobody has filled in."""

@@ -20,6 +20,9 @@ from foveate.trace import StageRecord
 JOINT = names_of(Signals, room="joint")
 """Signals that need question and picture in CLIP's joint space."""
 
+PICTURE = frozenset(names_of(Signals, room="picture"))
+"""Signals that show what the encoder is given."""
+
 TOKEN_AXIS = {name: what.axes.index("N") for name, what in described(Block).items() if "N" in what.axes}
 """The axis of each Block field that counts visual tokens; the others hold one value per image."""
 
@@ -69,7 +72,8 @@ class Depth:
     memory: dict[tuple[int, ...], dict[str, Any]]  # by the images that are asked about together
     block: Callable[[Sequence[int], set[str]], Block]  # images and wanted fields -> what the block at hand shows
     stages: int = 1
-    pixels: Callable[[Sequence[int]], Sequence[Tensor]] | None = None  # before the encoder: images -> (K, P) of each
+    # Before the encoder: images and "pixels" or "normalised" -> (K, P) of each.
+    pixels: Callable[[Sequence[int], str], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +81,7 @@ class Outcome(Generic[T]):
     """What a stage inside encoder or decoder left of some tokens."""
 
     tokens: T
-    stream: Tensor  # (K, E) their hidden states
-    merged: bool  # these are new ones; else each is that of a token that was there
+    features: Tensor | None  # (K, E) their hidden states, where they merged; else each has its own
 
 
 def choose(
@@ -105,7 +108,7 @@ def choose(
 def choose_inside(
     part: Method,
     images: Sequence[T],
-    streams: Sequence[Tensor],
+    like: Tensor,
     blocks: Mapping[int | str, Block],
     prompt: Prompt,
     at: Depth,
@@ -113,14 +116,13 @@ def choose_inside(
     """Let one stage inside the decoder or the encoder act on every image.
 
     Args:
-        streams: (K, E) of each, the hidden states of its tokens.
+        like: has device and dtype of the hidden states.
         blocks: as `choose` has them.
     """
-    device = streams[0].device if streams else torch.device("cpu")
-    answers = _ask(part, images, _Sources(blocks, prompt, at, device))
+    answers = _ask(part, images, _Sources(blocks, prompt, at, like.device))
     return [
-        _shortened_inside(part, answer, image, stream, prompt, at)
-        for answer, image, stream in zip(answers, images, streams, strict=True)
+        _shortened_inside(part, answer, image, like.dtype, prompt, at)
+        for answer, image in zip(answers, images, strict=True)
     ]
 
 
@@ -155,7 +157,8 @@ def _groups(images: Sequence[Tokens], keeps: Sequence[int | None]) -> list[list[
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, (image, keep) in enumerate(zip(images, keeps, strict=True)):
         history = tuple(stage.after for stage in image.stages)
-        key = (image.original, image.index.numel(), history, image.grid, image.tiling, image.untouched, keep)
+        tiles = image.tile is None, image.tiling
+        key = (image.original, image.index.numel(), history, image.grid, tiles, image.untouched, keep)
         groups.setdefault(key, []).append(place)
     return list(groups.values())
 
@@ -279,8 +282,13 @@ def _signals_inside(
     decoder = at.block(numbers, wanted) if wanted else None
     memory = at.memory.setdefault(tuple(numbers), {})
     found: dict[str, Any] = {"decoder": decoder, "stage": at.stage, "stages": at.stages, "memory": memory}
-    if "pixels" in part.needs and at.pixels is not None:
-        found["pixels"] = torch.stack(list(at.pixels(numbers)))
+    for name in PICTURE.intersection(part.needs):
+        if at.pixels is None:
+            continue
+        seen = at.pixels(numbers, name)
+        found[name] = seen[0][None] if len(seen) == 1 else torch.stack(list(seen))
+    frames = [tokens.frame for tokens in group if isinstance(tokens, TileTokens) and tokens.frame is not None]
+    found["frames"] = tuple(frames) or None
     if part.merging:
         wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
         blocks["latest"] = at.block(numbers, wanted)
@@ -372,7 +380,7 @@ def _shortened(part: Method, answer: _Answer, image: Image, project: Callable[[T
 
 
 def _shortened_inside(
-    part: Method, answer: _Answer, tokens: T, stream: Tensor, prompt: Prompt, at: Depth
+    part: Method, answer: _Answer, tokens: T, dtype: torch.dtype, prompt: Prompt, at: Depth
 ) -> Outcome[T]:
     """Inside encoder or decoder: every kept token is one of the block's, with its own hidden state or a new one."""
     name, kept = format_spec(part), answer.kept
@@ -388,9 +396,7 @@ def _shortened_inside(
     if isinstance(tokens, TileTokens):
         changed.update(_regrouped(name, answer.groups, positions, tokens))
     changed.update(_noted(part, name, answer, kept, tokens, at, flops))
-    if answer.features is None:
-        return Outcome(replace(tokens, **changed), stream[on_device(positions, stream.device)], merged=False)
-    return Outcome(replace(tokens, **changed), answer.features.to(stream.dtype), merged=True)
+    return Outcome(replace(tokens, **changed), None if answer.features is None else answer.features.to(dtype))
 
 
 def _noted(

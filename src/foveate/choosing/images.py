@@ -118,8 +118,15 @@ class TileTokens(Tokens):
             many each has; None for a picture that is one tile.
         size: (K,) patches in each token; None while it is one.
         group: (N,) place of the token that a patch is in, -1 once dropped; None where nobody asks.
+        frame: the video of the call that it is a frame of, and which; None for pictures.
     """
 
     share: tuple[int, tuple[int, ...]] | None = None
     size: Tensor | None = None
     group: Tensor | None = None
+    frame: tuple[int, int] | None = None
+
+    @property
+    def tiling(self) -> tuple[int, ...]:
+        """Empty: a tile has none, whatever its number."""
+        return ()

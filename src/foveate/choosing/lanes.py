@@ -35,7 +35,7 @@ class Lane:
         beside: blocks that ran with a companion.
     """
 
-    def __init__(self, tile: Tile, row: Tensor, blocks: int, put_back: bool) -> None:
+    def __init__(self, tile: Tile, row: Tensor, blocks: int, put_back: bool, video: bool = False) -> None:
         """`row`: (P, E), its patches before any stage."""
         self.tile, self.beside, self.device = tile, 0, row.device
         self.patches = tile.patches
@@ -45,7 +45,15 @@ class Lane:
         if tile.tokens.numel():
             every = torch.arange(tile.tokens.numel())
             group = every if put_back else None
-            self.left = TileTokens(original=every.numel(), grid=tile.grid, index=every, share=tile.share, group=group)
+            self.left = TileTokens(
+                original=every.numel(),
+                grid=tile.grid,
+                index=every,
+                tile=None if tile.number is None else torch.full_like(every, tile.number),
+                share=tile.share,
+                group=group,
+                frame=(tile.picture, tile.number or 0) if video else None,
+            )
         self.last = row if put_back else None
         self.attended, self.outputs = ([self.every] * blocks for _ in range(2))
         self._own_token: int | None = None  # block in which a token that is no patch took a patch's place
@@ -67,9 +75,10 @@ class Lane:
         """Numbers of patches where the hidden states are."""
         return on_device(numbers, self.device)
 
-    def of_tokens(self, row: Tensor) -> Tensor:
-        """(L, E) of the patches -> (K, G * E) of the tokens, each with its patches behind each other."""
-        return row if self.tile.plain else row[self._on(self.where)].flatten(1)
+    @property
+    def whole(self) -> bool:
+        """All its patches are there, in their order."""
+        return torch.equal(self.present, self.every)
 
     def write(self, row: Tensor, outcome: Outcome[TileTokens] | None, name: str) -> Tensor:
         """What runs on of (L, E), now that a stage has acted on the tokens.
@@ -84,22 +93,28 @@ class Lane:
         if outcome is None:
             self.present = self.every[:1]
             return row[:1]
-        self.left, stream = outcome.tokens, outcome.stream
-        width, patches = stream.shape[1], self.patches.shape[1]
-        if width != patches * row.shape[1] or (outcome.merged and self.tile.weights is not None):
+        self.left, tokens = outcome.tokens, outcome.features
+        if self.tile.plain:
+            present = self.left.index
+        else:
+            present = torch.cat([self.rest, self.patches[self.left.index].flatten()])
+            if tokens is None:  # a patch may be behind several tokens
+                present = present.unique()
+        if tokens is None:
+            stays = torch.equal(present, self.present)
+            row = row if stays else row[self._on(self._places[present])]
+            self.present = present
+            return row
+        width, patches = tokens.shape[1], self.patches.shape[1]
+        if width != patches * row.shape[1] or self.tile.weights is not None:
             raise FoveateError(
                 f"{name} returns tokens {width} wide, where each token stands for {patches} patches of {row.shape[1]}; "
                 "here a method drops tokens, or is a Merger, which sees all of a token's patches behind each other"
             )
         if self.tile.plain:
-            self.present = self.left.index
-            return stream
-        if self.tile.weights is not None:  # a patch may be behind several tokens, none of which is changed
-            present = torch.cat([self.rest, self.patches[self.left.index].flatten()]).unique()
-            row, self.present = row[self._on(self._places[present])], present
-            return row
-        tokens = stream.unflatten(1, (self.patches.shape[1], -1)).flatten(0, 1)
-        present = torch.cat([self.rest, self.patches[self.left.index].flatten()])
+            self.present = present
+            return tokens
+        tokens = tokens.unflatten(1, (self.patches.shape[1], -1)).flatten(0, 1)
         rows = torch.cat([row[self._on(self._places[self.rest])], tokens])
         # As they stood before: windows, and positions that are gathered along, count on it.
         order = present.argsort()
@@ -122,7 +137,7 @@ class Lane:
             tokens = row[self._on(self.where[left.group.clamp(min=0)])]  # (n, G, E)
             there, patches = self._on(left.group >= 0)[:, None, None], self._on(self.patches)
             last = last.index_copy(0, patches.flatten(), tokens.where(there, last[patches]).flatten(0, 1))
-        self.last = last.index_copy(0, self._on(self.present), row)
+        self.last = row if self.whole else last.index_copy(0, self._on(self.present), row)
 
     def sizes(self) -> Tensor | None:
         """(L,) how many patches each stands for, where the hidden states are; None while each is one."""
@@ -158,6 +173,7 @@ class Lanes:
     lanes: list[Lane]
     packed: bool  # the encoder runs all tiles as one sequence
     put_back: bool  # its output has all patches again
+    described: Sequence[Layout] = ()  # how the pictures lie
     stopwatches: list[Stopwatch] = field(default_factory=list)
 
     @property

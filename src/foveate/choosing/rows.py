@@ -97,7 +97,7 @@ class Packed:
     bias: Tensor | None = None
     _left: Tensor | None = None  # numbers of the patches that are left
     _patches: int = 0  # P
-    _made: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _made: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)  # blocks take turns with some
 
     def split(self, hidden: Tensor, lanes: Sequence[Lane], lead: int) -> list[Tensor]:
         """(L, E) of each tile."""
@@ -132,10 +132,10 @@ class Packed:
 
     def _of_left(self, name: str, value: Any) -> Any:
         """An argument for the patches that are left; made once for the blocks that share it."""
-        known = self._made.get(name)
-        if known is None or known[0] is not value:
-            known = self._made[name] = (value, self._made_for(name, value))
-        return known[1]
+        key = name, id(value)
+        if key not in self._made:
+            self._made[key] = (value, self._made_for(name, value))  # held, so that nothing else takes its number
+        return self._made[key][1]
 
     def _made_for(self, name: str, value: Any) -> Any:
         left = self._left

@@ -110,6 +110,7 @@ class Tile:
         grid: raster of its tokens, where they form one.
         share: its place among the tiles of the picture that have tokens, and how many each of them has; None where it
             is the only one.
+        number: of the tile or frame, as the picture's tokens have it, 0 = base; None without tiles.
     """
 
     picture: int
@@ -120,6 +121,7 @@ class Tile:
     weights: Tensor | None = None
     grid: Grid | None = None
     share: tuple[int, tuple[int, ...]] | None = None
+    number: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -166,6 +168,7 @@ def tiles_of(layouts: Sequence[Layout]) -> list[Tile]:
                     weights=None if weights is None else weights[tokens],
                     grid=grids[number],
                     share=(sum(count > 0 for count in counts[:number]), sizes) if len(sizes) > 1 else None,
+                    number=int(layout.tile[tokens[0]]) if layout.tile is not None and tokens.numel() else None,
                 )
             )
         first += sum(layout.lengths)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._checks import check_share
+from foveate.ops.device import on_host
 from foveate.ops.prediction import Metric, unpredicted
 
 _GREYS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # thresholds that calibration tries
@@ -24,8 +29,12 @@ class PixelPrune(Method):
     prediction by more than the threshold; at the threshold it counts as the same. The first token stays. How many that
     leaves is the picture's affair: a page has many that repeat, a photograph none.
 
-    Each picture is looked at by itself, tiles and frames too: frames are not compared with each other. The pixels are
-    those that the encoder is given, so that a picture that the processor has scaled repeats itself less.
+    Each picture is looked at by itself, tiles too, and so is each frame of a video: the authors' code leaves videos
+    alone. With frames="before", which is ours, a token whose neighbours to the left and above are like those at their
+    places in the frame before is predicted from its own place there, so that what stands still leaves as well. The
+    first token of each frame stays. A frame is what the encoder takes for one: two of the video's in Qwen-VL.
+
+    The pixels are those that the encoder is given, so that a picture that the processor has scaled repeats itself less.
 
     Args:
         threshold: largest distance, of pixels from 0 to 1, at which two tokens are alike; a grey of 8 bits is 1/255.
@@ -33,16 +42,20 @@ class PixelPrune(Method):
             (rmse).
         anchored: a dropped token counts as its prediction in later comparisons, so that small differences do not add
             up over a slope. It matters for thresholds above 0 alone.
+        frames: of a video each by itself (apart), or compared with the one before as well (before).
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2604.00886"
     site: ClassVar[Site] = "pixels"
     adaptive: ClassVar[bool] = True
-    needs = ("pixels",)
-
     threshold: float = 0.0
     metric: Metric = "max"
     anchored: bool = True
+    frames: Literal["apart", "before"] = "apart"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("pixels",) if self.threshold > 0 else ("normalised",)  # what is equal is so in any scale
 
     def __post_init__(self) -> None:
         check_share("threshold", self.threshold, 0.0)
@@ -84,16 +97,43 @@ class PixelPrune(Method):
         return dataclasses.replace(self, threshold=min(_GREYS, key=distance) / 255)
 
     def select(self, signals: Signals) -> Selection:
-        pixels = signals.pixels
-        assert pixels is not None
         grid = signals.raster("PixelPrune", "give it as the first method")
-        if self.threshold > 0:
-            low, high = pixels.min().item(), pixels.max().item()
-            if low < -_MARGIN or high > 1 + _MARGIN:
-                raise FoveateError(
-                    f"{self} compares pixels in [0, 1], and these reach from {low:.3g} to {high:.3g}: they were not "
-                    "normalised by the mean and deviation that the checkpoint states; pass what its processor made, or "
-                    "use threshold=0, which compares for equality alone"
-                )
-        stays = unpredicted(pixels, grid, self.threshold, self.metric, self.anchored)
-        return Selection([index[row] for index, row in zip(signals.index, stays, strict=True)])
+        equal = self.threshold == 0
+        pixels = signals.normalised if equal and signals.normalised is not None else signals.pixels
+        assert pixels is not None
+        found: dict[int, Tensor] = {}
+        for rows in self._runs(signals):
+            some = pixels[rows.start : rows.stop]
+            unlike = unpredicted(some, grid, self.threshold, self.metric, self.anchored, frames=self._in_time(signals))
+            found.update(zip(rows, unlike, strict=True))
+        stays = torch.stack([found[row] for row in range(len(found))])
+        beside = stays.device == signals.index.device
+        extremes = [] if equal else [torch.stack(pixels.aminmax()).float().view(torch.int32)]
+        index, *read = on_host([signals.index, *extremes, *([stays] if beside else [])])
+        if not equal:
+            low, high = read[0].view(torch.float32).tolist()
+            self._check_range(low, high)
+        kept = (read[-1] if beside else stays).bool()
+        return Selection([of_row[mine] for of_row, mine in zip(index, kept, strict=True)])
+
+    def _check_range(self, low: float, high: float) -> None:
+        if low < -_MARGIN or high > 1 + _MARGIN:
+            raise FoveateError(
+                f"{self} compares pixels in [0, 1], and these reach from {low:.3g} to {high:.3g}: they were not "
+                "normalised by the mean and deviation that the checkpoint states; pass what its processor made, or "
+                "use threshold=0, which compares for equality alone"
+            )
+
+    def _in_time(self, signals: Signals) -> bool:
+        """Whether frames are compared with each other."""
+        return self.frames == "before" and signals.frames is not None
+
+    def _runs(self, signals: Signals) -> list[range]:
+        """The images that are looked at together: all, or runs of frames behind each other."""
+        batch = signals.shape[0]
+        if not self._in_time(signals):
+            return [range(batch)]
+        assert signals.frames is not None
+        follows = [video == before and frame == last + 1 for (before, last), (video, frame) in pairwise(signals.frames)]
+        starts = [0, *(row + 1 for row, one in enumerate(follows) if not one), batch]
+        return [range(start, stop) for start, stop in pairwise(starts)]

@@ -149,7 +149,7 @@ class _Anchors:
         Args:
             kinds: (N,) by which neighbour a token is predicted by its own values.
         """
-        frames, height, width = self.seen.raster
+        _, height, width = self.seen.raster
         frame, count = height * width, len(unlike)
         like, equal = (one[kinds, np.arange(count)] for one in (self.seen.like, self.seen.equal))
         pending = like & ~equal
@@ -194,9 +194,7 @@ class _Anchors:
         self.exact[own] = ~same | (equal & self.exact[guess])
         return np.asarray(~same)
 
-    def _related(
-        self, kind: Any, tokens: np.ndarray, others: np.ndarray, sure: np.ndarray | None = None
-    ) -> np.ndarray:
+    def _related(self, kind: Any, tokens: np.ndarray, others: np.ndarray, sure: np.ndarray | None = None) -> np.ndarray:
         """Which tokens and their neighbours of a kind stand for values that are alike.
 
         Args:

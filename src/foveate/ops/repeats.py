@@ -50,7 +50,7 @@ class Tokens:
         values = values if values.dtype in (torch.float32, torch.float64) else values.float()
         self.values = values.contiguous().numpy()
         self.threshold, self.metric = threshold, metric
-        count, width = self.values.shape
+        width = self.values.shape[1]
         self.whole = width < _NARROW
         step = 1 if self.whole else _step(width)
         few = np.ascontiguousarray(self.values[:, ::step])  # in the order in which they lie in memory
@@ -67,7 +67,7 @@ class Tokens:
             if offset < len(seen):
                 seen[offset:] = self._near(self.probes[:, offset:], self.probes[:, :-offset])
             self._seen[offset] = seen
-        return self._seen[offset] & of
+        return np.asarray(self._seen[offset] & of)
 
     def compare(self, offsets: Sequence[int], of: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Which tokens equal the ones so many places before them, and which are like them: (N,) of each offset.

@@ -23,7 +23,7 @@ from foveate.choosing.timeline import Owner, Timeline
 from foveate.core import Block, FoveateError, Method
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded as Pictures
-from foveate.families.layouts import runs_of
+from foveate.families.layouts import Layout, runs_of
 from foveate.families.shapes import ModelShape
 from foveate.ops.device import on_device
 from foveate.runtime.arguments import TOKEN_TYPES, kind_of, text_config
@@ -290,7 +290,9 @@ class Prefill:
         rows = [one.shape[0] for one in features]
         describe = self.family.layouts if kind == "image" else self.family.videos
         assert describe is not None, "videos of other families were refused before"
-        layouts = describe(Pictures(self.model, tower, given, rows, lambda: runs_of(ids, token)))
+        layouts: Sequence[Layout] = () if left is None else left.described  # once: stated sizes wait for the device
+        if not layouts:
+            layouts = describe(Pictures(self.model, tower, given, rows, lambda: runs_of(ids, token)))
         images = place_images(ids, token, torch.cat(features), layouts)
         if left is not None:
             pairs = zip(images, left.pictures(), strict=True)

@@ -123,12 +123,9 @@ class Descent:
         view = _View(self, stage, number, hidden, options)
         self.probe.close(stage.depth - 1)
         rows = [self.call.rows_of(image) for image in self.call.images]
-        streams = [
-            hidden[row.start, on_device(place, hidden.device)] for row, place in zip(rows, view.places, strict=True)
-        ]
         memory = self.memories.setdefault(id(stage.part), {})
         at = Depth(stage.number, stage.depth, memory, view.block)
-        outcomes = choose_inside(stage.part, self.call.images, streams, {}, self.call.prompt, at)
+        outcomes = choose_inside(stage.part, self.call.images, hidden, {}, self.call.prompt, at)
         before = [image.index for image in self.call.images]
         self.call.images = [outcome.tokens for outcome in outcomes]
         return self._drop(hidden, rows, view.places, before, outcomes)
@@ -149,14 +146,14 @@ class Descent:
             before: (N,) their original indices.
         """
         stays = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        if any(outcome.merged for outcome in outcomes):
+        if any(outcome.features is not None for outcome in outcomes):
             hidden = hidden.clone()
         for outcome, row, place, index in zip(outcomes, rows, places, before, strict=True):
             kept = outcome.tokens.index
             stays[row, place[~torch.isin(index, kept)]] = False
-            if outcome.merged:
+            if outcome.features is not None:
                 at = place[_inverse(index, torch.ones_like(index, dtype=torch.bool))[kept]]
-                hidden[row, on_device(at, hidden.device)] = outcome.stream
+                hidden[row, on_device(at, hidden.device)] = outcome.features
         if bool(stays.all()):
             return hidden
         # Padding leaves as well: a short row must not keep the batch as long as it was.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from foveate.choosing.choose import narrow
 from foveate.choosing.packing import to_tokens
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.families import family_of
-from foveate.families.layouts import Layout, as_pictures, tiles_of
+from foveate.families.layouts import Layout, Tile, as_pictures, tiles_of
 from foveate.ops.device import on_device
 from foveate.runtime.encoder.encode import encode
 from foveate.runtime.encoder.pixels import Pixels
@@ -96,21 +96,30 @@ def _signals_of_pixels(model: Any, given: Mapping[str, Any]) -> list[Signals]:
         entries = 1 if row.packed else pixels.entries
         told = Brought(given, lambda: [height * width] * entries)
         tiles = tiles_of(layouts_of(family, model, tower, told, height * width, entries))
-        seen = pixels.of(tiles, told.kind)
+        seen, given_ones = (pixels.of(tiles, told.kind, name) for name in ("pixels", "normalised"))
     finally:
         pixels.remove()
-    groups: dict[tuple[Any, ...], list[Tensor]] = {}
-    for tile, values in zip((tile for tile in tiles if tile.tokens.numel()), seen, strict=True):
-        groups.setdefault((values.shape, tile.grid), []).append(values)
+    visible = [tile for tile in tiles if tile.tokens.numel()]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, tile in enumerate(visible):
+        groups.setdefault((seen[number].shape[0], tile.grid, tile.number is None), []).append(number)
     return [
         Signals(
-            original=shape[0],
-            index=torch.arange(shape[0], device=model.device).expand(len(mine), -1),
+            original=tokens,
+            index=torch.arange(tokens, device=model.device).expand(len(mine), -1),
             grid=grid,
-            pixels=torch.stack(mine),
+            tile=None if alone else _numbered([visible[number] for number in mine], model.device),
+            pixels=torch.stack([seen[number] for number in mine]),
+            normalised=torch.stack([given_ones[number] for number in mine]),
         )
-        for (shape, grid), mine in groups.items()
+        for (tokens, grid, alone), mine in groups.items()
     ]
+
+
+def _numbered(tiles: Sequence[Tile], device: torch.device) -> Tensor:
+    """(B, N) the number of each tile, as its tokens have it."""
+    numbers = torch.tensor([[tile.number] for tile in tiles])
+    return on_device(numbers, device).expand(-1, tiles[0].tokens.numel())
 
 
 def _signals(blocks: Mapping[int | str, Block], layout: Layout, numbers: list[int], device: torch.device) -> Signals:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
+from foveate.choosing.lanes import Lanes
 from foveate.core import FoveateError
 from foveate.families.layouts import Tile
 from foveate.families.towers import Tower
+from foveate.ops.device import on_device
 from foveate.paths import read_json
 from foveate.runtime.uncopied import Uncopied
 
@@ -35,7 +37,7 @@ class Pixels(Uncopied):
         self.tower, self.row = tower, row
         self._mean, self._std = normalised_by(model, row)
         self._given: tuple[Tensor, Any] | None = None  # pixels of the encoding in progress, and sizes
-        self._seen: list[Tensor] | None = None  # those of each tile's tokens, once asked for
+        self._seen: dict[str, list[Tensor]] = {}  # those of each tile's tokens, once asked for
         self._hook: Any = None
 
     def install(self) -> None:
@@ -51,7 +53,7 @@ class Pixels(Uncopied):
 
     def forget(self) -> None:
         """An encoding is over."""
-        self._given = self._seen = None
+        self._given, self._seen = None, {}
 
     def _before(self, tower: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         given = next((options[name] for name in ("pixel_values", "hidden_states") if name in options), None)
@@ -65,44 +67,61 @@ class Pixels(Uncopied):
         """Pictures, tiles or patches in what the encoder was given last."""
         return 0 if self._given is None else int(self._given[0].shape[0])
 
-    def of(self, tiles: Sequence[Tile], kind: str) -> list[Tensor]:
-        """(n, G * C * V) of each tile that has tokens, in [0, 1]; V counts the frames of a still picture once.
+    def of(self, tiles: Sequence[Tile], kind: str, name: str = "pixels") -> list[Tensor]:
+        """(n, P) of each tile that has tokens: all patches of a token side by side.
 
         Args:
             tiles: of the encoding in progress, in the order in which the encoder sees them.
             kind: "image" or "video".
+            name: "pixels" are in [0, 1], the frames of a still picture once; those "normalised" are as they were given.
 
         Raises:
             FoveateError: the encoder was handed its pixels in another way than transformers does.
         """
-        if self._seen is not None:
-            return self._seen
+        if name in self._seen:
+            return self._seen[name]
         if self._given is None:
             raise FoveateError(
                 f"{type(self.tower).__name__} was called without pixel values, so its tokens cannot be chosen by them"
             )
-        patches, known = self._patches(kind), sum(tile.length for tile in tiles)
+        patches, known = self._patches(kind == "image" and name == "pixels"), sum(tile.length for tile in tiles)
         if patches.shape[0] != known:
             raise FoveateError(
                 f"the encoder was given the pixels of {patches.shape[0]} patches, but the sizes of its pictures say "
                 f"{known}; pass what the processor made"
             )
-        rows = [self._in_greys(mine).flatten(1) for mine in patches.split([tile.length for tile in tiles])]
+        each = patches.split([tile.length for tile in tiles])
+        rows = [self._in_greys(mine) for mine in each] if name == "pixels" else each
         # Where some tokens are interpolated between patches, the others have theirs as often: all are of one width.
         behind = max(tile.sources.shape[1] for tile in tiles)
-        both = [(tile.sources.to(mine.device), mine) for tile, mine in zip(tiles, rows, strict=True)]
-        self._seen = [mine[of.repeat(1, behind // of.shape[1])].flatten(1) for of, mine in both if of.shape[0]]
-        return self._seen
+        self._seen[name] = [
+            _side_by_side(mine.flatten(1), tile.sources.repeat(1, behind // tile.sources.shape[1]))
+            for tile, mine in zip(tiles, rows, strict=True)
+            if tile.sources.shape[0]
+        ]
+        return self._seen[name]
 
-    def _patches(self, kind: str) -> Tensor:
-        """(P, C, V) as they were given: patches as rows, pictures of one size, or pictures padded to one."""
+    def left(self, lanes: Lanes, kind: str, name: str, numbers: Sequence[int]) -> list[Tensor]:
+        """(K, P) of what is left of some tiles, numbered among those that have tokens; see `of`."""
+        whole, found = self.of([lane.tile for lane in lanes.lanes], kind, name), []
+        for number in numbers:
+            mine, tokens = whole[number], lanes.tokens[number]
+            found.append(mine if tokens.untouched else mine[on_device(tokens.index, mine.device)])
+        return found
+
+    def _patches(self, once: bool) -> Tensor:
+        """(P, C, V) as they were given: patches as rows, pictures of one size, or pictures padded to one.
+
+        Args:
+            once: of patches of several frames the first alone.
+        """
         assert self._given is not None
         pixels, sizes = self._given
         channels, side = len(self._mean), _side(self.tower.config)
         if not self.row.pictures:
             frames = int(getattr(self.tower.config, "temporal_patch_size", 1))
             whole = pixels.reshape(-1, channels, frames, side * side)
-            return whole[:, :, 0] if kind == "image" else whole.flatten(2)
+            return whole[:, :, 0] if once else whole.flatten(2)
         if sizes is None or not self.row.packed:
             return _cut(pixels, side)
         sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
@@ -114,13 +133,23 @@ class Pixels(Uncopied):
 
         Whatever is no more off whole greys than the rounding of its dtype makes it counts as whole.
         """
-        mean, std = (torch.tensor(one, device=patches.device)[:, None] * _GREYS for one in (self._mean, self._std))
+        mean, std = (on_device(torch.tensor(one)[:, None] * _GREYS, patches.device) for one in (self._mean, self._std))
         spread = patches.float() * std
         greys = spread + mean
         whole = greys.round()
         rounding = spread.abs_().mul_(torch.finfo(patches.dtype).eps).add_(_NEAR)
         all_whole = ((greys - whole).abs_() <= rounding).all()
-        return torch.where(all_whole, whole * _OF_GREY, greys / _GREYS)
+        return torch.where(all_whole, whole.mul_(_OF_GREY), greys.div_(_GREYS))
+
+
+def _side_by_side(patches: Tensor, of: Tensor) -> Tensor:
+    """(p, W) of a tile -> (n, G * W) of its tokens, of which (n, G) says the patches; on the host.
+
+    Where they stand in that order already nothing is copied.
+    """
+    if torch.equal(of.flatten(), torch.arange(patches.shape[0])):
+        return patches.reshape(of.shape[0], -1)
+    return patches[on_device(of, patches.device)].flatten(1)
 
 
 def _side(config: Any) -> int:

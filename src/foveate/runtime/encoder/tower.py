@@ -261,6 +261,7 @@ class TowerStages(Uncopied):
             [lane for one in done for lane in one.lanes],
             done[0].packed,
             done[0].put_back,
+            done[-1].described,
             [stopwatch for one in done for stopwatch in one.stopwatches],
         )
 
@@ -303,8 +304,9 @@ class TowerStages(Uncopied):
         layouts = layouts_of(self.family, self.model, self.tower, brought, patches.shape[-2], entries)
         tiles = _encoded(tiles_of(layouts)[before:], patches, self.row.packed)
         rows = patches.flatten(0, -2).split([tile.length for tile in tiles])
-        lanes = [Lane(tile, row, len(self.blocks), self.put_back) for tile, row in zip(tiles, rows, strict=True)]
-        self._at = Lanes(lanes, self.row.packed, self.put_back)
+        video = brought.kind == "video"
+        lanes = [Lane(tile, row, len(self.blocks), self.put_back, video) for tile, row in zip(tiles, rows, strict=True)]
+        self._at = Lanes(lanes, self.row.packed, self.put_back, layouts)
         self._done.append(self._at)
         self._memories = {}
         if self.merging is not None:
@@ -364,7 +366,7 @@ class TowerStages(Uncopied):
         rows = self._rows.split(hidden, lanes, self._lead)
         for lane, row in zip(lanes, rows, strict=True):
             lane.remember(row)
-        outcomes = self._choose(depth, stage, part, hidden, rows)
+        outcomes = self._choose(depth, stage, part, hidden)
         if part.merging and stage == self.read:  # a companion that the method keeps is one of the tokens by now
             hidden = torch.cat([hidden[..., : self.row.summary, :], hidden[..., self._lead :, :]], dim=-2)
             self._lead_with(self.row.summary)
@@ -376,16 +378,15 @@ class TowerStages(Uncopied):
             if self.put_back:
                 for read in self.reads:
                     lane.outputs[read] = lane.every
+        if not part.merging and all(one is row for one, row in zip(left, rows, strict=True)):
+            return hidden  # all stay, and the blocks run as they would have
         self._settle(hidden)
         return self._rows.join(hidden, left, self._lead)
 
-    def _choose(
-        self, depth: int, stage: int, part: Method, hidden: Tensor, rows: Sequence[Tensor]
-    ) -> dict[Lane, Outcome[TileTokens]]:
-        """What the stage leaves of each tile that has tokens; `rows` are the patches (L, E) of each tile."""
+    def _choose(self, depth: int, stage: int, part: Method, hidden: Tensor) -> dict[Lane, Outcome[TileTokens]]:
+        """What the stage leaves of each tile that has tokens."""
         assert self._at is not None
         left = self._at
-        streams = [lane.of_tokens(row) for lane, row in zip(left.lanes, rows, strict=True) if lane.left is not None]
         blocks = {} if part.merging or depth == 0 else self._blocks_before(depth)
         shown: list[Block] = []
 
@@ -402,15 +403,13 @@ class TowerStages(Uncopied):
         nothing = torch.zeros(0, dtype=torch.bool)
         left.stopwatches.append(Stopwatch(hidden.device))
         with left.stopwatches[-1]:
-            outcomes = choose_inside(part, left.tokens, streams, blocks, Prompt(lambda: nothing, nothing), at)
+            outcomes = choose_inside(part, left.tokens, hidden, blocks, Prompt(lambda: nothing, nothing), at)
         return dict(zip(left.visible, outcomes, strict=True))
 
-    def _pixels_of(self, numbers: Sequence[int]) -> list[Tensor]:
+    def _pixels_of(self, numbers: Sequence[int], name: str) -> list[Tensor]:
         """Of what the encoder is about to see of some tiles, the pixels of the tokens that are left."""
         assert self.pixels is not None and self._at is not None and self._pictures is not None
-        whole = self.pixels.of([lane.tile for lane in self._at.lanes], self._pictures.kind)
-        left = [tokens.index for tokens in self._at.tokens]
-        return [whole[number][left[number].to(whole[number].device)].to(left[number].device) for number in numbers]
+        return self.pixels.left(self._at, self._pictures.kind, name, numbers)
 
     def _blocks_before(self, depth: int) -> dict[int | str, Block]:
         """What the probe has seen, with the block right before as the latest: of each tile, all its tokens."""
@@ -441,6 +440,10 @@ class TowerStages(Uncopied):
         if self._at is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
+        if self._lead == self.row.summary and all(lane.whole for lane in self._at.lanes):
+            if number == self.read:
+                self._end()
+            return None
         rows = self._rows.split(hidden, self._at.lanes, self._lead)
         for lane, row in zip(self._at.lanes, rows, strict=True):
             lane.remember(row)

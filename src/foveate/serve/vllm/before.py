@@ -74,15 +74,14 @@ def left_of(
     pixels.note(given["pixel_values"], given.get("image_sizes"))
     lanes = [Lane(tile, torch.zeros(tile.length, 1), 1, True) for tile in tiles_of(layouts)]
     left, rows = Lanes(lanes, outline.tower.packed, True), [torch.zeros(lane.tile.length, 1) for lane in lanes]
-    whole, nothing = pixels.of([lane.tile for lane in lanes], kind), torch.zeros(0, dtype=torch.bool)
+    nothing = torch.zeros(0, dtype=torch.bool)
 
-    def shown(numbers: Sequence[int]) -> list[Tensor]:
-        return [whole[number][left.tokens[number].index] for number in numbers]
+    def shown(numbers: Sequence[int], name: str) -> list[Tensor]:
+        return pixels.left(left, kind, name, numbers)
 
     for part in parts:
-        streams = [lane.of_tokens(row) for lane, row in zip(lanes, rows, strict=True) if lane.left is not None]
         at = Depth(0, None, {}, _no_block, pixels=shown)
-        made = choose_inside(part, left.tokens, streams, {}, Prompt(lambda: nothing, nothing), at)
+        made = choose_inside(part, left.tokens, torch.zeros(0), {}, Prompt(lambda: nothing, nothing), at)
         outcomes = dict(zip(left.visible, made, strict=True))
         name = format_spec(part)
         rows = [lane.write(row, outcomes.get(lane), name) for lane, row in zip(lanes, rows, strict=True)]
