@@ -128,21 +128,24 @@ class Packed:
         """What a block is given beside the hidden states: positions, bounds and masks of the patches that are left."""
         if self._left is None:
             return given
-        return {name: self._of_left(name, value) for name, value in given.items()}
+        return {name: self._of_left(name, value, lanes) for name, value in given.items()}
 
-    def _of_left(self, name: str, value: Any) -> Any:
+    def _of_left(self, name: str, value: Any, lanes: Sequence[Lane]) -> Any:
         """An argument for the patches that are left; made once for the blocks that share it."""
         key = name, id(value)
         if key not in self._made:
-            self._made[key] = (value, self._made_for(name, value))  # held, so that nothing else takes its number
+            self._made[key] = (value, self._made_for(name, value, lanes))  # held, so that nothing else takes its number
         return self._made[key][1]
 
-    def _made_for(self, name: str, value: Any) -> Any:
+    def _made_for(self, name: str, value: Any, lanes: Sequence[Lane]) -> Any:
         left = self._left
         assert left is not None
         if name == "position_embeddings":
             return tuple(one[left.to(one.device)] for one in value)
         if name in {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"}:
+            if value.numel() == len(lanes) + 1:  # a run is a tile, since no run has parts of two
+                counts = torch.tensor([0, *(lane.present.numel() for lane in lanes)], dtype=value.dtype)
+                return on_device(counts.cumsum(0, dtype=value.dtype), value.device)
             return _bounds(value, left, self._patches)
         if name == "attention_mask" and value is not None:
             return value[:, :, left][:, :, :, left]
