@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -38,6 +39,32 @@ def test_thresholds_and_anchors() -> None:
     assert kept(slope, threshold=0.11, anchored=False) == [0]
 
 
+def test_at_threshold_0_pixels_are_compared_as_they_are() -> None:
+    """What is equal is so in any scale, so that nothing has to be brought back to [0, 1]."""
+    assert PixelPrune().needs == ("normalised",) and PixelPrune(threshold=0.1).needs == ("pixels",)
+    page = signals("9919")
+    other = Signals(
+        original=4, index=page.index, grid=page.grid, normalised=torch.tensor([[[1.0], [2.0], [2.0], [2.0]]])
+    )
+    assert kept(other) == [0, 1]
+    both = dataclasses.replace(other, pixels=page.pixels)
+    assert (kept(both), kept(both, threshold=0.1)) == ([0, 1], [0, 2, 3])
+
+
+def test_frames_are_compared_with_the_one_before_where_they_follow_it() -> None:
+    """By hand: frames of two videos, and one of which the frame before was not shown."""
+    frames = ["12", "12", "32", "12", "12"]
+    pixels = torch.cat([signals(one).pixels for one in frames])  # type: ignore[misc]
+    index = torch.arange(2).expand(5, 2)
+    seen = Signals(original=2, index=index, grid=(1, 2), pixels=pixels)
+    video = dataclasses.replace(seen, frames=((0, 0), (0, 1), (0, 2), (1, 0), (1, 2)))
+    rows = [row.tolist() for row in PixelPrune(frames="before").select(video).indices]
+    # Of the third the first token differs, and the second is foretold by it, in vain.
+    assert rows == [[0, 1], [0], [0, 1], [0, 1], [0, 1]]
+    for one, method in ((video, PixelPrune()), (seen, PixelPrune(frames="before"))):
+        assert all(row.tolist() == [0, 1] for row in method.select(one).indices)
+
+
 def test_indices_are_original_ones() -> None:
     page = signals("9919")
     moved = Signals(original=8, index=page.index + 4, grid=page.grid, pixels=page.pixels)
@@ -47,6 +74,7 @@ def test_indices_are_original_ones() -> None:
 def test_specs() -> None:
     assert spec.parse("pixelprune") == PixelPrune()
     assert spec.parse("pixelprune:threshold=0.0157,metric=mae,anchored=false") == PixelPrune(0.0157, "mae", False)
+    assert spec.parse("pixelprune:frames=before") == PixelPrune(frames="before")
     assert spec.format(PixelPrune(threshold=0)) == "pixelprune"
     assert PixelPrune().count(100, (10, 10)) is None and PixelPrune().adaptive
 
@@ -58,6 +86,7 @@ def test_specs() -> None:
         ({"threshold": 4}, r"threshold=4 is no share in \[0, 1\]"),
         ({"metric": "l2"}, r"metric='l2' is not among its choices; Choices: mae, max, rmse"),
         ({"anchored": 1}, "anchored=1 is neither true nor false"),
+        ({"frames": "both"}, "frames='both' is not among its choices; .*Choices: apart, before"),
     ],
 )
 def test_fields_that_cannot_be(fields: dict[str, Any], message: str) -> None:

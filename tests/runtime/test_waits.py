@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import tiny
+from models import tiny, tiny_calls
 from outside import loaded
 
 import foveate
@@ -78,3 +78,15 @@ def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: 
     # What a method on the cache did wrong is asked once, when the answer is complete.
     assert counts[1].total - counts[0].total <= 1, counts[1].ours
     assert counts[2].total == counts[1].total, counts[2].ours
+
+
+# Where windows shrink, their bounds are read. On a CPU pixels are compared by the host, which is one more than here meant.
+@pytest.mark.parametrize(("family", "most"), [("qwen2.5-vl", MOST + 1), ("qwen3-vl", MOST)])
+def test_what_leaves_before_the_encoder_is_read_once(waits: ModuleType, family: str, most: int) -> None:
+    model = tiny.model(family, blocks=4)
+    given = tiny_calls.repeating(tiny.inputs(model, "2i3"))
+    with foveate.prune(model, "pixelprune") as trace, waits.counted() as counted:
+        model.generate(**given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=1)
+    assert trace.images[0].encoded < trace.images[0].original
+    assert 0 < counted.total <= most, counted.ours
+    assert not any("foveate" in line for line in counted.mixed), counted.mixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from models import tiny, tiny_calls, tiny_families
 from models.untouched import untouched
-from references import agreement, family_reference, kept_alone
+from references import agreement, family_reference, kept_alone, predicted
 from references.tower_agreement import FAMILIES, agree
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Looking(Method):
 
     site: ClassVar[Site] = "pixels"
     adaptive: ClassVar[bool] = True
-    needs = ("pixels",)
+    needs = ("pixels", "normalised")
 
     seen: ClassVar[list[Signals]] = []
 
@@ -160,6 +161,52 @@ def test_frames_lose_what_repeats_within_them(family: str) -> None:
     agree(model, given, PixelPrune(), drops=from_the_start(trace.latest))
 
 
+def still(given: Any) -> Any:
+    """The same call with videos of which frames repeat those before, but for a patch that moves."""
+
+    def held(picture: Any) -> Any:
+        if not picture.video:
+            return picture
+        pixels = picture.pixels.clone()
+        frames = pixels.view(picture.size[0], -1, pixels.shape[-1]) if pixels.ndim == 2 else pixels
+        for number in range(1, len(frames)):
+            before = frames[number - 1].clone()
+            if pixels.ndim == 2:
+                before[5 * number] = frames[number, 5 * number]
+            else:
+                before[..., -4:, : 4 * number] = frames[number][..., -4:, : 4 * number]
+            frames[number] = before
+        return dataclasses.replace(picture, pixels=pixels)
+
+    pictures = [[held(picture) for picture in row] for row in given.pictures]
+    return tiny_calls.call(given.model, given["input_ids"], given.get("attention_mask"), pictures)
+
+
+@pytest.mark.parametrize("family", VIDEOS)
+def test_what_stands_still_in_a_video_leaves(family: str) -> None:
+    """Against the rule followed token by token, and the encoder by hand on what that leaves."""
+    model = tiny.model(family, blocks=4)
+    given = still(tiny.inputs(model, "3v4", "2v1v5", "6"))
+    method = PixelPrune(frames="before")
+    seen = look(model, given)
+    with tiny.prune(model, method) as trace, torch.no_grad():
+        model(**given)
+    kept: dict[tuple[int, int], list[bool]] = {}
+    for one in seen:
+        assert one.frames is not None and one.pixels is not None and one.grid is not None and one.tile is not None
+        assert [frame for _, frame in one.frames] == one.tile[:, 0].tolist()
+        for video in {video for video, _ in one.frames}:
+            mine = [row for row, (of, _) in enumerate(one.frames) if of == video]
+            rows = predicted.of_video(one.pixels[mine], one.grid, 0.0, "max", True)
+            kept.update({one.frames[row]: stays for row, stays in zip(mine, rows, strict=True)})
+    for video, image in enumerate(trace.images):
+        frames = [kept[place] for place in sorted(kept) if place[0] == video]
+        flat = [stays for frame in frames for stays in frame]
+        assert image.kept.tolist() == [number for number, stays in enumerate(flat) if stays]
+        assert image.after < image.original, "random pixels repeat nowhere else"
+    agree(model, given, method, drops=from_the_start(trace.latest))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a method sees
 
@@ -231,10 +278,32 @@ def test_both_frames_of_a_video_are_seen() -> None:
     assert [one.pixels.shape for one in seen if one.pixels is not None] == [(2, 16, 4 * 96)]  # two frames, each a tile
 
 
+def test_pixels_are_the_processors_own_until_somebody_asks_for_others() -> None:
+    """Those of an encoder that takes patches as rows stand side by side already."""
+    model = tiny.model("qwen2.5-vl")
+    given = tiny.inputs(model, "2i3")
+    (seen,) = look(model, given)
+    assert seen.normalised is not None and seen.normalised.data_ptr() == given["pixel_values"].data_ptr()
+    assert torch.equal(seen.normalised[0], given["pixel_values"].view(24, -1))
+
+
+def test_what_the_encoder_is_given_has_the_shape_of_its_patches() -> None:
+    """By hand: four by four values of three channels, as the processor normalised them."""
+    model = tiny.model(tower="clip")
+    given = tiny.inputs(model, "2i3")
+    (seen,) = look(model, given)
+    assert seen.normalised is not None
+    assert torch.equal(seen.normalised[0, 8].view(3, 4, 4), given["pixel_values"][0, :, 4:8, 8:12])
+
+
 def test_each_tile_has_a_raster_of_its_own() -> None:
     """LLaVA-NeXT's second picture, 31 x 14 pixels: 16 tokens of the base, 16 and 12 of tiles with padding."""
     model = tiny.model("llava-next")
-    seen = look(model, tiny.inputs(model, *ROWS))
+    given = tiny.inputs(model, *ROWS)
+    seen = look(model, given)
+    numbers = sorted(int(row[0]) for one in seen if one.tile is not None for row in one.tile)
+    assert numbers == sorted(tile for row in given.pictures for one in row for tile in range(one.pixels.shape[0]))
+    assert all(one.tile is not None and bool((one.tile == one.tile[:, :1]).all()) and one.tiles == 1 for one in seen)
     grids = sorted(one.grid for one in seen for _ in range(one.shape[0]) if one.grid is not None)
     assert sum(height * width for height, width in grids) == 32 + 48 + 64
     assert len(grids) == sum(one.shape[0] for one in seen)
