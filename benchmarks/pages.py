@@ -48,8 +48,9 @@ QUALITIES = (None, 95, 75)
 
 def tokens_of(picture: Image.Image) -> Tensor:
     """(1, N, values) of a picture, as a method sees its 8-bit greys."""
-    greys = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(GRID[0], TOKEN, GRID[1], TOKEN * 3)
-    return (greys.transpose(1, 2).reshape(1, GRID[0] * GRID[1], -1) * 257.0) / 65536
+    down, across = picture.height // TOKEN, picture.width // TOKEN
+    greys = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(down, TOKEN, across, TOKEN * 3)
+    return (greys.transpose(1, 2).reshape(1, down * across, -1) * 257.0) / 65536
 
 
 def shares(seeds: int) -> list[dict[str, Any]]:
@@ -68,21 +69,33 @@ def shares(seeds: int) -> list[dict[str, Any]]:
     return found
 
 
+def scattered(values: int) -> Tensor:
+    """(1, 4096, values): noise, and seven tokens in ten of one colour, wherever they fall."""
+    generator_ = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, (1, 4096, values), generator=generator_).float() * 257 / 65536
+    tokens[:, torch.rand(4096, generator=generator_) < 0.7] = 0.5
+    return tokens
+
+
 def comparing() -> list[dict[str, Any]]:
-    """Milliseconds of one core's own time for 4,096 tokens of which most repeat, the least of some runs."""
+    """Milliseconds of one core's own time for 4,096 tokens, the least of some runs."""
     torch.set_num_threads(1)
     found = []
-    for values in (12, 588, 2352):
-        generator_ = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, 256, (1, 4096, values), generator=generator_).float() * 257 / 65536
-        tokens[:, torch.rand(4096, generator=generator_) < 0.7] = 0.5
+    side = 64 * TOKEN
+    drawn = {kind: pages.page(side, side, seed=0, kind=kind) for kind in ("letter", "table")}
+    given: dict[str, Tensor] = {f"scattered {values}": scattered(values) for values in (12, 588, 2352)}
+    given |= {kind: tokens_of(page) for kind, page in drawn.items()}
+    given |= {f"{kind}, JPEG 75": tokens_of(pages.through_jpeg(page, 75)) for kind, page in drawn.items()}
+    given["photograph"] = tokens_of(photograph(side, side))
+    for name, tokens in given.items():
         for grey in (0, 4):
             times = []
-            for _ in range(9):
+            for _ in range(15):
                 start = time.thread_time()
                 unpredicted(tokens, (64, 64), grey / 255)
                 times.append((time.thread_time() - start) * 1e3)
-            found.append({"values": values, "greys": grey, "ms": min(times)})
+            row = {"tokens": name, "values": tokens.shape[2], "greys": grey, "ms": min(times)}
+            found.append({**row, "median_ms": statistics.median(times)})
             print(json.dumps(found[-1]), flush=True)
     torch.set_num_threads(os.cpu_count() or 1)
     return found
@@ -131,9 +144,9 @@ def prompt(model: Any, picture: Image.Image) -> dict[str, Tensor]:
     }
 
 
-def photograph() -> Image.Image:
+def photograph(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
     """A soft photo enlarged, with the noise of a sensor: no token repeats."""
-    scene = generator.generate(1, seed=5, split="test").image(0).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    scene = generator.generate(1, seed=5, split="test").image(0).resize((width, height), Image.Resampling.BICUBIC)
     greys = torch.frombuffer(bytearray(scene.tobytes()), dtype=torch.uint8).float()
     noise = torch.randn(greys.shape, generator=torch.Generator().manual_seed(0)) * 2
     data = (greys + noise).round().clamp(0, 255).to(torch.uint8)
@@ -141,7 +154,7 @@ def photograph() -> Image.Image:
 
 
 class Seconds:
-    """Seconds of one first token: the whole, and those of the encoder's blocks."""
+    """Seconds of one first token: the whole, those of the encoder's blocks, and what the process itself worked."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.encoder = model, 0.0
@@ -154,11 +167,11 @@ class Seconds:
     def _end(self, *_: Any) -> None:
         self.encoder = time.perf_counter() - self._at
 
-    def of(self, run: Callable[[], Any]) -> tuple[float, float]:
-        """(whole, encoder)."""
-        start = time.perf_counter()
+    def of(self, run: Callable[[], Any]) -> tuple[float, float, float]:
+        """(whole, encoder, worked); other work on the machine lengthens the last one least."""
+        start, worked = time.perf_counter(), time.process_time()
         run()
-        return time.perf_counter() - start, self.encoder
+        return time.perf_counter() - start, self.encoder, time.process_time() - worked
 
 
 def seconds(rounds: int, pictures: list[str]) -> list[dict[str, Any]]:
@@ -177,8 +190,8 @@ def seconds(rounds: int, pictures: list[str]) -> list[dict[str, Any]]:
             with handle as trace:
                 pruned.append(watch.of(answer))
             choosing.append(trace.milliseconds / 1e3)
-        whole, encoder = (statistics.median(one[place] for one in plain) for place in (0, 1))
-        short, short_encoder = (statistics.median(one[place] for one in pruned) for place in (0, 1))
+        whole, encoder, worked = (statistics.median(one[place] for one in plain) for place in range(3))
+        short, short_encoder, short_worked = (statistics.median(one[place] for one in pruned) for place in range(3))
         (image,) = trace.images
         found.append(
             {
@@ -187,7 +200,10 @@ def seconds(rounds: int, pictures: list[str]) -> list[dict[str, Any]]:
                 "kept": image.encoded / image.original,
                 "encoder_s": [encoder, short_encoder],
                 "first_token_s": [whole, short],
+                "first_token_worked_s": [worked, short_worked],
                 "faster": statistics.median(one[0] / two[0] for one, two in zip(plain, pruned, strict=True)),
+                "less_work": statistics.median(one[2] / two[2] for one, two in zip(plain, pruned, strict=True)),
+                "choosing_ms": statistics.median(choosing) * 1e3,
                 "choosing_share": statistics.median(one / two[0] for one, two in zip(choosing, pruned, strict=True)),
             }
         )
@@ -227,6 +243,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

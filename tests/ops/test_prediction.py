@@ -134,7 +134,7 @@ def test_what_stands_still_is_foretold_by_the_frame_before() -> None:
     pixels = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 6], [1, 2, 3, 4, 9, 6]]).float()[..., None]
     stays = unpredicted(pixels, (2, 3), 0.0, frames=True)
     assert stays[0].all()
-    # The first of a frame always stays. Beside the digit that changed, the one to the left speaks for the next: 9, not 6.
+    # The first of a frame always stays. Behind the digit that changed, the next is foretold by the one to its left.
     assert stays[1].tolist() == [True, False, False, False, True, True]
     assert stays[2].tolist() == [True, False, False, False, False, False]
     assert unpredicted(pixels, (2, 3), 0.0).all(), "by themselves all differ"

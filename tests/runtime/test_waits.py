@@ -80,7 +80,7 @@ def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: 
     assert counts[2].total == counts[1].total, counts[2].ours
 
 
-# Where windows shrink, their bounds are read. On a CPU pixels are compared by the host, which is one more than here meant.
+# Where windows shrink, their bounds are read. On a CPU pixels are compared by the host, which reads them: one more.
 @pytest.mark.parametrize(("family", "most"), [("qwen2.5-vl", MOST + 1), ("qwen3-vl", MOST)])
 def test_what_leaves_before_the_encoder_is_read_once(waits: ModuleType, family: str, most: int) -> None:
     model = tiny.model(family, blocks=4)
