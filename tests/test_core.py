@@ -352,7 +352,19 @@ def test_did_you_mean(name: str, choices: list[str], hint: str) -> None:
 
 @pytest.mark.parametrize("kind", [Signals, Block, CacheBlock])
 def test_every_tensor_of_a_kind_but_those_that_come_always_is_described(kind: type) -> None:
-    always = {"index", "tile", "size", "memory", "grid", "prompt_length", "original", "stage", "stages", "keep"}
+    always = {
+        "index",
+        "tile",
+        "frames",
+        "size",
+        "memory",
+        "grid",
+        "prompt_length",
+        "original",
+        "stage",
+        "stages",
+        "keep",
+    }
     rooms = {"tower", "decoder", "cache"}
     fields = {field.name for field in dataclasses.fields(kind)} - always - (rooms if kind is Signals else set())
     assert set(described(kind)) == fields
