@@ -20,6 +20,7 @@ Metric: TypeAlias = Literal["max", "mae", "rmse"]
 _IN_CACHE = 65_536  # values that are compared at a time
 _NARROW = 256  # values of a token, below which all are compared at once
 _PROBED = 24  # values of a wider token that are looked at first
+_RUN = 8  # tokens that are compared at once: where one differs, the others are looked at again
 _SLACK = 1e-3  # what rounding can make of a sum, as a share of it; much less in fact
 
 # Reads at the speed of memory, where numpy writes an answer for each value; no call is long enough to yield for.
@@ -143,19 +144,31 @@ class Tokens:
 
     def _check(self, runs: np.ndarray, same: list[np.ndarray]) -> None:
         """Of runs of tokens (first, end, offset, number of the offset), take out those that differ."""
+        runs = _cut(runs, _RUN)
         runs = runs[runs[:, 0].argsort(kind="stable")]  # so that what is read again is still in the cache
-        failed = runs[self._differ(*runs[:, :3].T)]
-        each = [np.column_stack([np.arange(low, high), np.full((high - low, 2), rest)]) for low, high, *rest in failed]
-        if not each:
-            return
-        singles = np.concatenate(each)
-        first, offset, number = singles[self._differ(singles[:, 0], singles[:, 0] + 1, singles[:, 1])].T
-        for one, back, kind in zip(first.tolist(), offset.tolist(), number.tolist(), strict=True):
-            # Zeros of both signs are equal.
-            same[kind][one] = np.array_equal(self.values[one], self.values[one - back])
+        singles = _cut(runs[self._differ(runs)], 1)
+        singles = singles[self._differ(singles)]
+        for low in range(0, len(singles), _RUN):
+            first, _, offset, number = singles[low : low + _RUN].T
+            equal = (self.values[first] == self.values[first - offset]).all(axis=-1)  # so are zeros of both signs
+            for kind in range(len(same)):
+                mine = number == kind
+                same[kind][first[mine]] = equal[mine]
 
-    def _differ(self, first: np.ndarray, end: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Of which runs of tokens the bytes differ from those so many tokens before."""
+    def _differ(self, runs: np.ndarray) -> np.ndarray:
+        """Numbers of the runs of which the bytes differ from those so many tokens before."""
+        first, end, offset, _ = runs.T
         start, size = self.values.ctypes.data, self.values.strides[0]
         at, before, length = start + first * size, start + (first - offset) * size, (end - first) * size
         return np.flatnonzero(list(map(_compare, at.tolist(), before.tolist(), length.tolist())))
+
+
+def _cut(runs: np.ndarray, most: int) -> np.ndarray:
+    """Runs (first, end, ...) as runs of at most so many."""
+    first, end = runs[:, 0], runs[:, 1]
+    pieces = -(-(end - first) // most)
+    cut = np.repeat(runs, pieces, axis=0)
+    place = np.arange(len(cut)) - np.repeat(pieces.cumsum() - pieces, pieces)
+    cut[:, 0] += place * most
+    cut[:, 1] = np.minimum(cut[:, 0] + most, cut[:, 1])
+    return cut
