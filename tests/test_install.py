@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -42,3 +44,22 @@ def test_the_environment_goes_before_files_wherever_it_is_printed(install: Modul
 
 def test_without_settings_there_are_no_options(install: ModuleType) -> None:
     assert install.options(install.settings([])) == []
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_where_uv_fails_pip_installs_the_same(
+    install: ModuleType, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0 if works or command[0] != "/bin/ls" else 1, stdout="")
+
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["install.py", "/bin/ls", "there/python", "--no-deps", "one==1"])
+    assert install.main() == 0
+    assert ran[1] == ["/bin/ls", "pip", "install", "--quiet", "--python", "there/python", "--no-deps", "one==1"]
+    by_pip = [command for command in ran[2:] if command[1:5] == ["-m", "pip", "--python", "there/python"]]
+    assert len(by_pip) == (0 if works else 1)
+    assert works or by_pip[0][-2:] == ["--no-deps", "one==1"]

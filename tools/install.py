@@ -1,6 +1,7 @@
 """Install packages by uv, from where pip is told to take them, which uv does not read.
 
-python tools/install.py UV ARGUMENT... runs `UV pip install ARGUMENT...`; the Python that runs this has pip.
+python tools/install.py UV PYTHON ARGUMENT... runs `UV pip install --python PYTHON ARGUMENT...`; the Python that runs
+this has pip.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def options(found: dict[str, list[str]]) -> list[str]:
 
 
 def main() -> int:
-    """Run uv."""
+    """Run uv; where it fails or is not there, pip, which takes longer."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     ).stdout
@@ -47,8 +48,14 @@ def main() -> int:
     environment = dict(os.environ)
     if "cert" in found:
         environment.setdefault("SSL_CERT_FILE", found["cert"][0])
-    uv, *arguments = sys.argv[1:]
-    return subprocess.run([uv, "pip", "install", *options(found), *arguments], check=False, env=environment).returncode
+    uv, target, *arguments = sys.argv[1:]
+    if os.access(uv, os.X_OK):
+        made = [uv, "pip", "install", "--quiet", "--python", target, *options(found), *arguments]
+        if subprocess.run(made, check=False, env=environment).returncode == 0:
+            return 0
+    print("uv did not install; pip does, which takes longer", file=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "--python", target, "install", "-qq", "--disable-pip-version-check"]
+    return subprocess.run([*pip, *arguments], check=False).returncode
 
 
 if __name__ == "__main__":
