@@ -23,7 +23,7 @@ from foveate.evaluate.scenes_task import draw_samples
 SPECS = ("fopru:keep=0.4", "divprune:keep=3", "none")
 """What is asked of the tiny families."""
 BEFORE = ("pixelprune:threshold=0.8", "pixelprune:threshold=0.8+fopru:keep=3")
-BEFORE_FAMILIES = ("llava-1.5", "qwen2.5-vl", "internvl")
+BEFORE_FAMILIES = ("llava-1.5", "qwen2.5-vl", "qwen3-vl", "internvl")
 """What is asked of some beside it: tokens leave before the encoder, as many as repeat."""
 TOKENS = 8
 MINI = ("fopru:keep=64", "divprune:keep=64", "visionzip:keep=64", "fastervlm:keep=64", "cdpruner:keep=64")

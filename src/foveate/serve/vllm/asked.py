@@ -194,6 +194,7 @@ class Rules:
             reason = "scales the picture before it is sent; send one that foveate.scale_down has made"
         elif part.site == "pixels" and not self.before:
             reason = "acts before the encoder, which transformers' model inside vLLM alone allows (foveate_route)"
+            reason += ", and for Qwen3-VL an engine whose own spec acts there"
         elif part.site not in ("pixels", "input"):
             where = {"tower": "inside the encoder", "layer": "inside the decoder", "cache": "on the cache"}[part.site]
             reason = f"acts {where}, and vLLM prunes before the encoder or between encoder and decoder alone"

@@ -11,7 +11,7 @@ from vllm import ModelRegistry
 
 from foveate.serve.vllm.asked import SPEC
 from foveate.serve.vllm.outline import Outline
-from foveate.serve.vllm.routes import ANY, ANY_MOE, IN_TREE_CLASSES, architecture
+from foveate.serve.vllm.routes import ANY, ANY_MOE, IN_TREE_CLASSES, STOCK_ENCODER_CLASSES, architecture
 from foveate.serve.vllm.settings import check_vllm, rules_of
 
 _ROOM = "foveate.serve.vllm"
@@ -25,6 +25,8 @@ def install() -> None:
         ModelRegistry.register_model(name, f"{_ROOM}.transformers_backend:{name}")
     for name in IN_TREE_CLASSES.values():
         ModelRegistry.register_model(name, f"{_ROOM}.in_tree:{name}")
+    for name in STOCK_ENCODER_CLASSES.values():
+        ModelRegistry.register_model(name, f"{_ROOM}.stock_encoder:{name}")
     stock = model_configuration.get_config
     if getattr(stock, "_foveate", False):
         return

@@ -23,6 +23,8 @@ IN_TREE_CLASSES = {
     "internvl": "FoveateInternVLForConditionalGeneration",
 }
 """Families with a class of their own on vLLM's kernels, and its name."""
+STOCK_ENCODER_CLASSES = {"qwen3-vl": "FoveateQwen3VLOnStockEncoder"}
+"""Those among them that no other way runs, with transformers' encoder where tokens leave before it."""
 _IN_TREE_TOWERS = {"llava-1.5": ("clip_vision_model",)}
 """Encoders that such a class reads, where its family has several."""
 
@@ -66,8 +68,19 @@ def route_of(config: Any, outline: Outline) -> str:
         routes = [TRANSFORMERS]
     if asked is not None and asked not in routes:
         raise FoveateError(f"{ROUTE}={asked!r}: {name} with {outline.tower.type} runs {' or '.join(routes)} alone")
-    before = any(part.site == "pixels" for part in parts_of(getattr(config, SPEC)))
-    return asked or (TRANSFORMERS if before and TRANSFORMERS in routes else routes[0])
+    return asked or (TRANSFORMERS if _before(config) and TRANSFORMERS in routes else routes[0])
+
+
+def runs_before(config: Any, outline: Outline) -> bool:
+    """Whether tokens may leave before the encoder of a model, as it is run."""
+    if route_of(config, outline) == TRANSFORMERS:
+        return True
+    return outline.family.name in STOCK_ENCODER_CLASSES and _before(config)
+
+
+def _before(config: Any) -> bool:
+    """Whether the engine's own spec lets tokens leave before the encoder."""
+    return any(part.site == "pixels" for part in parts_of(getattr(config, SPEC)))
 
 
 def architecture(config: Any, outline: Outline) -> str:
@@ -77,7 +90,8 @@ def architecture(config: Any, outline: Outline) -> str:
         FoveateError: there is none for the family.
     """
     if route_of(config, outline) == IN_TREE:
-        return IN_TREE_CLASSES[outline.family.name]
+        classes = STOCK_ENCODER_CLASSES if runs_before(config, outline) else IN_TREE_CLASSES
+        return classes[outline.family.name]
     decoder = config.get_text_config()
     experts = getattr(decoder, "num_experts", None) or getattr(decoder, "n_routed_experts", None)
     return ANY_MOE if experts else ANY

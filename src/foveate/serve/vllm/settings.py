@@ -10,7 +10,7 @@ from packaging.version import Version
 from foveate.serve.vllm.asked import ALL, METHODS, SPEC, Rules
 from foveate.serve.vllm.outline import Outline
 from foveate.serve.vllm.rooms import FoveateError, did_you_mean, format_spec, parse_stages
-from foveate.serve.vllm.routes import TRANSFORMERS, route_of
+from foveate.serve.vllm.routes import runs_before
 
 CLIP = "foveate_clip"
 """A further name in hf_overrides: where CLIP lies."""
@@ -64,5 +64,5 @@ def rules_of(config: Any, outline: Outline) -> Rules:
         for name in names:
             if name not in known() and names != (ALL,):
                 raise FoveateError(f"{METHODS} names an unknown method {name!r}; {did_you_mean(name, known())}")
-    before = route_of(config, outline) == TRANSFORMERS
+    before = runs_before(config, outline)
     return Rules(getattr(config, SPEC), outline.family, outline.tower, names, clip_of(config) is not None, before)

@@ -29,13 +29,18 @@ class Processor(Shortening, MultiModalProcessor):
     """The processor of the transformers backend, with fewer places for each picture."""
 
 
-class _Backend(Pruning):
-    """What both classes of the backend share."""
+class ReadByHooks(Pruning):
+    """A model whose encoder is transformers', which Foveate's hooks read and shorten."""
+
+    @property
+    def _looked_at(self) -> Any:
+        """What holds encoder and projector where transformers' base model has them."""
+        raise NotImplementedError
 
     @property
     def _view(self) -> Any:
         """The model as the families look at it."""
-        return SimpleNamespace(config=self.config, base_model=self.model, generate=None)  # type: ignore[attr-defined]
+        return SimpleNamespace(config=self.config, base_model=self._looked_at, generate=None)  # type: ignore[attr-defined]
 
     @contextmanager
     def _reading(self, needs: frozenset[str], before: Sequence[Method], told: Brought) -> Iterator[Taken]:
@@ -58,6 +63,14 @@ class _Backend(Pruning):
 
     def _project(self, encoded: Tensor) -> Tensor:
         return self._foveate.outline.family.project(self._view, encoded)
+
+
+class _Backend(ReadByHooks):
+    """What both classes of the backend share."""
+
+    @property
+    def _looked_at(self) -> Any:
+        return self.model  # type: ignore[attr-defined]
 
     def _forward_flat(self, *arguments: Any, **options: Any) -> Any:
         # The backend's own step would take three axes for granted, since the engine keeps them.
