@@ -79,7 +79,7 @@ test-serve: $(SERVE_STAMP) ## the tests of the page and of Ray, in an environmen
 ifeq ($(MACHINE),Linux x86_64)
 test-vllm: $(VLLM_STAMP) ## the tests of the plug-in for vLLM, in an environment of its own
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -p no:cacheprovider -o filterwarnings=default \
-	  -W ignore tests/serve/vllm
+	  -W ignore tests/serve/vllm/engine
 else
 test-vllm: $(STAMP)
 	@echo "vLLM has no build for CPUs of $(MACHINE): tests that run it are passed over"

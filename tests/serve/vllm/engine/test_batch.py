@@ -22,7 +22,7 @@ from foveate.cli import main
 from foveate.evaluate.scenes_task import draw_samples
 
 SAMPLES = list(draw_samples(QUESTIONS, seed=3))
-ROUNDS = 6
+ROUNDS = 3
 """Of all questions, so that most are open when the first are answered."""
 USUAL = ["--model", "mini", "--prune", MINI[0], "--max-new-tokens", "24", "--dtype", "float32", "--engine", "vllm"]
 ENGINE = ["--enforce-eager", "--max-model-len", "1024", "--num-gpu-blocks-override", "256"]
