@@ -63,9 +63,10 @@ def test_duplicates_leave_as_in_a_loop(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("removed", [1, 8])
 def test_lists_of_neighbours_find_what_comparing_all_finds(removed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three neighbours a token: often none of them is listed at the other kind of place, and lists grow old."""
+    """Three neighbours a token, two of them at first: often none of them is listed at the other kind of place, and lists grow old."""
     monkeypatch.setattr(subsets, "NEAR", 12)
     monkeypatch.setattr(subsets._Neighbours, "FEW", 3)
+    monkeypatch.setattr(subsets._Neighbours, "FIRST", 2)
     features = torch.randn(2, 90, 5, generator=torch.Generator().manual_seed(removed))
     similarity = features @ features.mT
     order = torch.stack([torch.randperm(90, generator=torch.Generator().manual_seed(seed))[:80] for seed in (0, 1)])

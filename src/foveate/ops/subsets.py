@@ -173,7 +173,8 @@ class _Neighbours:
     only a CPU has without waiting. Lists are made anew when half of what they were made of has left.
     """
 
-    FEW = 16
+    FEW, FIRST = 16, 4  # how many are listed, and how many of them are looked at of every token
+    ROWS = 256  # whose neighbours are looked for at once
 
     def __init__(self) -> None:
         self.made_of = 0
@@ -186,12 +187,18 @@ class _Neighbours:
             self._look(similarity, torch.cat([even, odd], dim=1))
         opposite = torch.zeros(similarity.shape[:2], dtype=torch.bool)
         opposite.scatter_(1, odd, True)
-        near = self.near.gather(1, even[..., None].expand(-1, -1, self.FEW))
-        there = opposite.gather(1, near.flatten(1)).view_as(near)
+        few = even[..., None].expand(-1, -1, self.FIRST)
+        there = opposite.gather(1, self.near.gather(1, few).flatten(1)).view_as(few)
         first = there.to(torch.uint8).argmax(dim=-1, keepdim=True)
-        value = self.value.gather(1, even[..., None].expand(-1, -1, self.FEW)).gather(2, first).squeeze(2)
-        for image, place in (~there.any(dim=-1)).nonzero().tolist():
-            value[image, place] = similarity[image, even[image, place], odd[image]].max()
+        value = self.value.gather(1, few).gather(2, first).squeeze(2)
+        image, place = (~there.any(dim=-1)).nonzero(as_tuple=True)  # about one in sixteen
+        token = even[image, place]
+        there = opposite[image[:, None], self.near[image, token]]
+        first = there.to(torch.uint8).argmax(dim=-1, keepdim=True)
+        value[image, place] = self.value[image, token].gather(1, first).squeeze(1)
+        lost = (~there.any(dim=-1)).nonzero().flatten()
+        for number, where in zip(image[lost].tolist(), place[lost].tolist(), strict=True):
+            value[number, where] = similarity[number, even[number, where], odd[number]].max()
         return value
 
     def _look(self, similarity: Tensor, listed: Tensor) -> None:
@@ -201,10 +208,16 @@ class _Neighbours:
         self.near = listed.new_zeros(batch, tokens, self.FEW)
         self.value = similarity.new_zeros(batch, tokens, self.FEW)
         for image, places in enumerate(listed):
-            table = similarity[image][places][:, places]
-            table.fill_diagonal_(-torch.inf)
-            value, near = table.topk(self.FEW, dim=-1)
-            self.near[image, places], self.value[image, places] = places[near], value
+            # Columns are picked where that saves more than it costs; a few rows at a time stay in the cache.
+            gone = None if 2 * places.numel() <= tokens else torch.ones(tokens, dtype=torch.bool)
+            if gone is not None:
+                gone[places] = False
+            for rows in places.split(self.ROWS):
+                table = similarity[image, rows].scatter_(1, rows[:, None], -torch.inf)
+                table = table[:, places] if gone is None else table.masked_fill_(gone, -torch.inf)
+                value, near = table.topk(self.FEW, dim=-1)
+                self.near[image, rows] = places[near] if gone is None else near
+                self.value[image, rows] = value
 
 
 def least_similar(similarity: Tensor, quota: Tensor, taken: Tensor) -> Tensor:
