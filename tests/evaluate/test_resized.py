@@ -71,7 +71,7 @@ def test_scenes(loaded: Loaded) -> None:
 
 
 def test_a_folder(loaded: Loaded, task: Folder, tmp_path: Path) -> None:
-    assert sizes_of(task) == [(44, 30), (24, 60)]
+    assert sizes_of(task) == ((44, 30), (24, 60))
     model, processor = loaded.model, loaded.processor
     everyone, beside, missing = folder_rows.with_baselines(model, processor, parse_rivals(["fopru:keep=0.6"]), task)
     assert beside == {"fopru:keep=0.6": ["random:keep=0.6", "uniform:keep=0.6", "pool:keep=0.6", HALF]}

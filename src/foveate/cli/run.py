@@ -122,7 +122,7 @@ def _answer(
     methods: tuple[Any, ...],
     max_new_tokens: int,
     clip: str | None,
-    compiled: bool,
+    compiled: bool = False,
 ) -> tuple[dict[str, Any], Trace | None]:
     """Everything that is printed, and the trace when something was pruned."""
     from foveate import spec

@@ -59,7 +59,7 @@ class PixelPrune(Method):
 
     def __post_init__(self) -> None:
         check_share("threshold", self.threshold, 0.0)
-        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "threshold", self.threshold + 0.0)  # -0.0 is 0.0
         check_choices(self)
         if not isinstance(self.anchored, bool):
             raise FoveateError(f"anchored={self.anchored!r} is neither true nor false; the paper's is anchored=true")
