@@ -63,7 +63,7 @@ def test_duplicates_leave_as_in_a_loop(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("removed", [1, 8])
 def test_lists_of_neighbours_find_what_comparing_all_finds(removed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three neighbours a token, two of them at first: often none of them is listed at the other kind of place, and lists grow old."""
+    """Three neighbours a token, two at first: often none is listed at the other kind of place, and lists grow old."""
     monkeypatch.setattr(subsets, "NEAR", 12)
     monkeypatch.setattr(subsets._Neighbours, "FEW", 3)
     monkeypatch.setattr(subsets._Neighbours, "FIRST", 2)
