@@ -13,7 +13,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,16 @@ def inside(rounds: int) -> list[Row]:
     ]
 
 
+def show(rows: Sequence[Row]) -> None:
+    """Print the figures as one table."""
+    table = Table("figure", "measured", "target", "met")
+    for one in rows:
+        met = "-" if one["met"] is None else "yes" if one["met"] else "NO"
+        value = f"{one['value']:.2%}" if "%" in one["target"] else f"{one['value']:.3f}"
+        table.add_row(one["figure"], value, one["target"], met)
+    Console(width=130).print(table)
+
+
 def main() -> None:
     """Run everything, print one table, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,12 +283,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     many, few = (3, 2) if options.quick else (50, 12)
     rows = long_encoder(2048 if options.quick else 16384) + observing(few) + native_length(many) + inside(few)
-    table = Table("figure", "measured", "target", "met")
-    for one in rows:
-        met = "-" if one["met"] is None else "yes" if one["met"] else "NO"
-        value = f"{one['value']:.2%}" if "%" in one["target"] else f"{one['value']:.3f}"
-        table.add_row(one["figure"], value, one["target"], met)
-    Console(width=130).print(table)
+    show(rows)
     if options.out is not None:
         machine = {
             "cpu": platform.processor() or platform.machine(),

@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from cpu import Row, row
-from rich.console import Console
-from rich.table import Table
+from cpu import Row, row, show
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate
@@ -100,11 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     rows = measured(*((BATCH, 1) if options.quick else (5 * BATCH, 3)))
-    table = Table("figure", "measured", "target", "met")
-    for one in rows:
-        met = "" if one["met"] is None else "yes" if one["met"] else "NO"
-        table.add_row(one["figure"], f"{one['value']:.3f}", one["target"], met)
-    Console(width=130).print(table)
+    show(rows)
     if options.out is not None:
         loads = [load, os.getloadavg()[0]]
         command = "python benchmarks/evaluating.py"

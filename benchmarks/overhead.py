@@ -27,9 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from cpu import Row, clock, interleaved, llava, prompt, quartiles, row
-from rich.console import Console
-from rich.table import Table
+from cpu import Row, clock, interleaved, llava, prompt, quartiles, row, show
 from selection import high_water
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
@@ -258,11 +256,7 @@ def main() -> None:
         rows = rows if options.large else on_mini(many)
         for patches in () if options.large else (576,) if options.quick else (576, 2304, 4096):
             rows += [reading(patches, dtype, few) for dtype in (torch.float32, torch.bfloat16)]
-    table = Table("figure", "measured", "target", "met")
-    for one in rows:
-        value = f"{one['value']:.2%}" if "%" in one["target"] else f"{one['value']:.3f}"
-        table.add_row(one["figure"], value, one["target"], "yes" if one["met"] else "NO")
-    Console(width=130).print(table)
+    show(rows)
     if options.out is not None:
         result = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -41,7 +41,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import tiny  # loads torch, which not every test needs
 
     path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny.model()
-    model.save_pretrained(path)
-    tiny.processor(model).save_pretrained(path)
+    tiny.save(tiny.model(), path)
     return path

@@ -65,8 +65,7 @@ def test_an_index_that_the_configuration_names_is_read_too(tmp_path: Path) -> No
 
 def test_a_checkpoint_in_several_files_loads(tmp_path: Path) -> None:
     model = tiny.model()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    tiny.processor(model).save_pretrained(tmp_path)
+    tiny.save(model, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = load(str(tmp_path), device="cpu")
     assert all(torch.equal(value, loaded.model.state_dict()[name]) for name, value in model.state_dict().items())
@@ -84,8 +83,7 @@ def pickled(folder: Path) -> Path:
 
 def test_no_entrance_reads_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model()
-    model.save_pretrained(tmp_path / "model")
-    tiny.processor(model).save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     mini.save(mini.build(config=mini.llava_config(size=28, width=16, layers=2)), tmp_path / "mini")
     tiny.clip(model)[0].save_pretrained(tmp_path / "clip")
     for name in ("model", "mini", "clip"):

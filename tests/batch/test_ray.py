@@ -30,9 +30,7 @@ ROWS = 480
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and a file of rows about a few pictures, one of which is damaged."""
     root = tmp_path_factory.mktemp("ray")
-    model = tiny.model()
-    model.save_pretrained(root / "model")
-    tiny.processor(model).save_pretrained(root / "model")
+    tiny.save(tiny.model(), root / "model")
     for number in range(8):
         Image.effect_noise((24, 24), 20 + 5 * number).convert("RGB").save(root / f"{number}.png")
     (root / "8.png").write_bytes(b"no picture")

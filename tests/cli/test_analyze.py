@@ -67,9 +67,7 @@ def test_without_pictures_scenes_are_measured(
 
 
 def test_an_encoder_without_cls_has_no_similarity(call: Any, picture: Path, tmp_path: Path) -> None:
-    model = tiny.model(tower="siglip")
-    model.save_pretrained(tmp_path / "model")
-    tiny.processor(model).save_pretrained(tmp_path / "model")
+    tiny.save(tiny.model(tower="siglip"), tmp_path / "model")
     result = call("analyze", tmp_path / "model", picture, "--out", tmp_path / "out", "--device", "cpu")
     assert (result.code, result.err) == (0, "")
     assert names(tmp_path / "out") == ["analysis.json", "attention.png", "tokens.png"]

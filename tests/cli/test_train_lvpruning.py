@@ -27,6 +27,11 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
+def asked(model: Path, instructions: Any, out: Path) -> list[Any]:
+    """Options that name a model, instructions with their pictures, and the folder of the run."""
+    return ["--model", model, "--data", instructions[0], "--images", instructions[1], "--out", out]
+
+
 def test_the_shipped_model_has_its_own_rate_and_says_so(call: Any, given: dict[str, Any], tmp_path: Path) -> None:
     result = call("train", "lvpruning", "--model", "mini", "--data", "scenes", "--out", tmp_path, "--device", "cpu")
     assert (result.code, result.out) == (0, f"{tmp_path / 'lvpruning'}\n")
@@ -121,19 +126,8 @@ def test_what_scenes_cannot_be_asked_is_refused(call: Any, tmp_path: Path, optio
 def test_other_models_are_trained_as_in_the_paper(
     call: Any, given: dict[str, Any], folder: Path, instructions: Any, tmp_path: Path
 ) -> None:
-    where = [
-        "--model",
-        folder,
-        "--data",
-        instructions[0],
-        "--images",
-        instructions[1],
-        "--out",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-    ]
-    assert call("train", "lvpruning", *where).code == 0
+    where = asked(folder, instructions, tmp_path / "run")
+    assert call("train", "lvpruning", *where, "--device", "cpu").code == 0
     settings = given["settings"]
     assert (settings.rate, settings.batch, settings.ratios) == (2e-6, 64, (0.5, 0.3, 0.1))
     assert (settings.micro, settings.checkpointing) == (None, None)
@@ -156,16 +150,7 @@ def test_a_run_ends_in_modules(call: Any, instructions: Any, tmp_path: Path) -> 
     processor = tiny.processor(model)
     processor.chat_template = TEMPLATE
     processor.save_pretrained(tmp_path / "model")
-    where = [
-        "--model",
-        tmp_path / "model",
-        "--data",
-        instructions[0],
-        "--images",
-        instructions[1],
-        "--out",
-        tmp_path / "run",
-    ]
+    where = asked(tmp_path / "model", instructions, tmp_path / "run")
     result = call("train", "lvpruning", *where, *"--batch 2 --epochs 2 --rate 1e-3 --no-bf16 --device cpu".split())
     assert result.code == 0, result.err
     assert "2 rows at once, 1 times a step, blocks kept: " in result.err
@@ -191,19 +176,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(
     monkeypatch.setattr("foveate.inference.loading._weights", lambda *_: pytest.fail("weights were read"))
 
     def refused(model: Path, *options: Any) -> str:
-        where = [
-            "--model",
-            model,
-            "--data",
-            instructions[0],
-            "--images",
-            instructions[1],
-            "--out",
-            tmp_path / "run",
-            "--device",
-            "cpu",
-        ]
-        result = call("train", "lvpruning", *where, *options)
+        where = asked(model, instructions, tmp_path / "run")
+        result = call("train", "lvpruning", *where, "--device", "cpu", *options)
         assert (result.code, result.out) == (1, "")
         return result.err
 

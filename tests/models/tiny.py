@@ -298,3 +298,9 @@ def processor(model: Any) -> Any:
             "{% if add_generation_prompt %}w4{% endif %}"
         ),
     )
+
+
+def save(model: Any, folder: Any, **options: Any) -> None:
+    """Write a model and its processor, as a checkpoint has them; `options` are those of the weights."""
+    model.save_pretrained(folder, **options)
+    processor(model).save_pretrained(folder)

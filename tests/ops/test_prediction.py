@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from references import predicted
 from torch import Tensor
 
-from foveate.ops.prediction import Metric, _on_device, unpredicted
+from foveate.ops.prediction import _on_device, unpredicted
+from foveate.ops.repeats import Metric
 
 
 def raster(*rows: str) -> tuple[Tensor, tuple[int, int]]:

@@ -27,9 +27,7 @@ SETTINGS = "--layers 1/3 --ratios 0.5/0.3 --rate 1e-3 --batch 4 --micro 1 --step
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and LLaVA's JSON of eight entries with their pictures."""
     root = tmp_path_factory.mktemp("sharded")
-    model = tiny.model()
-    model.save_pretrained(root / "model")
-    tiny.processor(model).save_pretrained(root / "model")
+    tiny.save(tiny.model(), root / "model")
     (root / "images").mkdir()
     entries = []
     for number in range(8):

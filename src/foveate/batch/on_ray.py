@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from foveate.batch.rows import Id, Window, rows_of, windows
+from foveate.batch.rows import Id, Row, Window, rows_of, windows
 from foveate.batch.work import WINDOW, Answer, answers
 from foveate.core import FoveateError, short
 from foveate.inference.loading import load
@@ -52,9 +52,9 @@ class Answering:
         work = self.work
         options: dict[str, Any] = {"batch": work.batch, "max_new_tokens": work.max_new_tokens, "clip": work.clip}
         for text in given["window"]:
-            offset, numbers = json.loads(text)
-            rows = rows_of(work.source, Window(offset, tuple(numbers)))
-            for made in answers(self.loaded, rows, self.stages, folder=work.source.parent, **options):
+            for made in answers(
+                self.loaded, rows_in(work.source, text), self.stages, folder=work.source.parent, **options
+            ):
                 yield {"answers": [json.dumps(made)]}
 
 
@@ -75,9 +75,7 @@ def answers_on_ray(
     with connected(address) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         wanted = workers if workers is not None else max(1, gpus)
-        made = [json.dumps([one.offset, one.numbers]) for one in windows(work.source, done, work.batch * WINDOW)]
-        rows = ray.data.from_items([{"window": one} for one in made], override_num_blocks=len(made))
-        asked = rows.map_batches(
+        asked = windows_on(ray, work.source, done, work.batch * WINDOW).map_batches(
             Answering,
             fn_constructor_args=(work,),
             batch_size=1,
@@ -87,6 +85,22 @@ def answers_on_ray(
         )
         for row in asked.iter_rows():
             yield json.loads(row["answers"])
+
+
+def windows_on(ray: Any, source: Path, done: Container[Id], size: int) -> Any:
+    """A data set of the windows of rows that are not done, each a block with the column `window`; see `rows_in`.
+
+    Args:
+        size: rows of a window.
+    """
+    made = [json.dumps([one.offset, one.numbers]) for one in windows(source, done, size)]
+    return ray.data.from_items([{"window": one} for one in made], override_num_blocks=len(made))
+
+
+def rows_in(source: Path, window: str) -> Iterator[Row]:
+    """The rows of a window, as `windows_on` writes it."""
+    offset, numbers = json.loads(window)
+    return rows_of(source, Window(offset, tuple(numbers)))
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import re
 from collections.abc import Container, Iterator
 from typing import Any
 
-from foveate.batch.on_ray import connected
+from foveate.batch.on_ray import connected, rows_in, windows_on
 from foveate.batch.requests import Engine, Requests
-from foveate.batch.rows import Id, Row, Window, rows_of, windows
+from foveate.batch.rows import Id, Row
 from foveate.batch.work import Answer
 from foveate.core import FoveateError
 
@@ -36,8 +36,7 @@ def answers_on_ray_vllm(
     with connected(address) as ray:
         size = max(1, int(engine.options.get("max_num_seqs", 1)))
         count, more = room_of(ray.cluster_resources(), int(engine.options.get("tensor_parallel_size", 1)), workers)
-        made = [json.dumps([one.offset, one.numbers]) for one in windows(engine.source, done, size * _AT_ONCE)]
-        rows = ray.data.from_items([{"window": one} for one in made], override_num_blocks=len(made))
+        rows = windows_on(ray, engine.source, done, size * _AT_ONCE)
         asked = processor(engine, size, count, more)(rows.flat_map(_Rows(engine).read))
         for row in asked.iter_rows():
             yield [_told(row)]
@@ -99,8 +98,7 @@ class _Rows:
 
     def read(self, given: dict[str, str]) -> Iterator[dict[str, Any]]:
         """The rows of a window."""
-        offset, numbers = json.loads(given["window"])
-        for row in rows_of(self.engine.source, Window(offset, tuple(numbers))):
+        for row in rows_in(self.engine.source, given["window"]):
             yield {"row": row}
 
     def request(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -92,9 +92,7 @@ class Held:
     scores: Tensor | None  # (R, Hkv, L) attention received so far
     counts: list[int]  # of each row, entries that are no padding
     prompts: list[int]  # of each row, those of them that the prompt left
-    order: Tensor | None = (
-        None  # (R, Hkv, L) slot of the cache that each entry is in; None where that is its place here
-    )
+    order: Tensor | None = None  # (R, Hkv, L) slot of the cache that each entry is in; None: its place here
     room: list[tuple[Tensor, Tensor]] | None = None  # of keys and of values: with a slot to spare, and all but it
     stack: Any = None  # of which these are views, where all layers share one
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from foveate.cli.errors import in_options
-from foveate.cli.serve import ENGINES, Route, check_unused
+from foveate.cli.serve import Route, check_engine, check_unused
 from foveate.core import UsageError, usage
 from foveate.inference.loading import Clip, Device, Dtype, Trust
 
@@ -146,10 +146,9 @@ def _spec(prune: list[str] | None) -> str:
 
 def _check_engine(engine: str | None, given: list[str], route: str | None, device: str) -> None:
     """Refuse an engine that is not known, and what belongs to one of the two ways alone."""
+    check_engine(engine)
     if engine is None:
         check_unused(given, "batch", {"--route": route})
-    elif engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}; choices: {', '.join(ENGINES)}")
     elif device != "auto":
         raise UsageError(
             f"--device {device} belongs to batches without an engine; vLLM takes the device it is built for"

@@ -69,8 +69,7 @@ def command(
         "allow_urls": allow_urls or None,
     }
     with in_options(command), usage():
-        if engine is not None and engine not in ENGINES:
-            raise UsageError(f"unknown engine {engine!r}; choices: {', '.join(ENGINES)}")
+        check_engine(engine)
         if prune is not None and len(prune) > 1:
             raise UsageError(f"serve takes one --prune, not {len(prune)}; a request may name its own")
         spec = "none" if prune is None else prune[0]
@@ -91,6 +90,12 @@ def _check_unused_by_vllm(no_page: bool, adapter: bool) -> None:
         raise UsageError("--no-page belongs to serving without an engine; vLLM has no page")
     if adapter:
         raise UsageError("--adapter and --any-spec belong to serving without an engine")
+
+
+def check_engine(engine: str | None) -> None:
+    """Refuse an engine that is not known."""
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}; choices: {', '.join(ENGINES)}")
 
 
 def check_unused(more: list[str], name: str, of_vllm: dict[str, str | None]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._checks import check_share
 from foveate.ops.device import on_host
-from foveate.ops.prediction import Metric, unpredicted
+from foveate.ops.prediction import unpredicted
+from foveate.ops.repeats import Metric
 
 _GREYS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # thresholds that calibration tries
 _MARGIN = 0.01  # of [0, 1]: what rounding in half precision can make of a normalised pixel

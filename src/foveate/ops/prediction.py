@@ -14,8 +14,6 @@ from torch import Tensor
 from foveate.core import Grid
 from foveate.ops.repeats import Metric, Tokens, distance
 
-__all__ = ["Metric", "unpredicted"]
-
 
 def unpredicted(
     pixels: Tensor, grid: Grid, threshold: float, metric: Metric = "max", anchored: bool = True, frames: bool = False

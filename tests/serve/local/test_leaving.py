@@ -66,9 +66,7 @@ def post(host: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of other systems end a process at once")
 def test_what_runs_is_finished_before_the_server_ends(tmp_path: Path) -> None:
-    model = tiny.model()
-    model.save_pretrained(tmp_path)
-    tiny.processor(model).save_pretrained(tmp_path)
+    tiny.save(tiny.model(), tmp_path)
     command = [sys.executable, "-m", "foveate", "serve", str(tmp_path), "--port", "0", "--device", "cpu"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
