@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveate.ops import fused
+
 # Rows of the attention map that are computed at once are limited so that B * H * rows * N stays below this many values
 # (64 MiB of float32): memory grows with N, not with its square.
 CHUNK_VALUES = 1 << 24
@@ -47,6 +49,7 @@ def attention_sums(
     skip: int = 0,
     valid: Tensor | None = None,
     bias: Tensor | None = None,
+    log_sums: Tensor | None = None,
 ) -> AttentionSums:
     """What each token receives and gives under softmax(q k^T * scale), in O(N) memory.
 
@@ -58,10 +61,29 @@ def attention_sums(
         keys: (B, H, skip + N, d).
         valid: (B, skip + N) bool, False in padding, which neither gives nor receives; None without any.
         bias: (B, skip + N) added to the logits of each key, such as the log of how many tokens it stands for.
+        log_sums: (B, H, skip + N) logarithm of the sum of each row's exponentials, float32, as a fused kernel gave it
+            without `valid` and `bias`, where `fused.helps`; None where it is not known.
     """
     batch, heads, total, _ = queries.shape
     own = torch.ones(batch, total, dtype=torch.bool, device=keys.device) if valid is None else valid
     tokens = own[:, skip:].sum(dim=1, keepdim=True)
+    if log_sums is None:
+        summary, received, on_skipped = _in_tiles(queries, keys, scale, skip, valid, bias)
+    else:
+        summary, received, on_skipped = _by_kernel(queries, keys, scale, skip, log_sums)
+    received_all = (received + summary) / heads / (tokens + skip)
+    given = (1.0 - on_skipped / heads) * own / tokens
+    return AttentionSums((received / heads / tokens)[:, skip:], given[:, skip:], received_all[:, skip:])
+
+
+def _in_tiles(
+    queries: Tensor, keys: Tensor, scale: float, skip: int, valid: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What keys are given by the first `skip` queries and by the others, and what these give to the first `skip` keys.
+
+    (B, skip + N) each, summed over heads.
+    """
+    batch, heads, total, _ = queries.shape
     bounded = bias is None and _bounded(queries, keys, scale)
     summary, received, on_skipped = queries.new_zeros(3, batch, total, dtype=torch.float32)
     if skip:
@@ -70,9 +92,20 @@ def attention_sums(
         column, lost = _received(queries[:, some, part], keys[:, some], scale, valid, bias, part, bounded, skip)
         received += column
         on_skipped[:, part] += lost
-    received_all = (received + summary) / heads / (tokens + skip)
-    given = (1.0 - on_skipped / heads) * own / tokens
-    return AttentionSums((received / heads / tokens)[:, skip:], given[:, skip:], received_all[:, skip:])
+    return summary, received, on_skipped
+
+
+def _by_kernel(
+    queries: Tensor, keys: Tensor, scale: float, skip: int, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `_in_tiles`, of maps whose rows' sums are known."""
+    received = fused.column_sums(queries[:, :, skip:], keys, scale, log_sums[:, :, skip:]).sum(dim=1)
+    if not skip:
+        return torch.zeros_like(received), received, torch.zeros_like(received)
+    queries, keys = queries.float() * scale, keys.float()
+    first = torch.matmul(queries[:, :, :skip], keys.mT) - log_sums[:, :, :skip, None]
+    on_first = torch.matmul(queries, keys[:, :, :skip].mT) - log_sums[..., None]
+    return first.exp().sum(dim=(1, 2)), received, on_first.exp().sum(dim=(1, 3))
 
 
 def _tiles(batch: int, heads: int, first: int, total: int, device: torch.device) -> Iterator[tuple[slice, slice]]:

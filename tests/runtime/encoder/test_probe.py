@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import foveate
 from foveate import FoPru, FoveateError, Random
 from foveate.core import Selection, Signals
+from foveate.ops import fused
 from foveate.runtime.attention import PROBE
 from foveate.runtime.encoder.probe import block_number
 
@@ -279,3 +280,26 @@ def test_blocks_that_are_not_there() -> None:
     model = tiny.model()
     with pytest.raises(FoveateError, match=r"encoder block 4 is outside 0\.\.3"):
         foveate.prune(model, Answer(wants=("tower.4.received",)))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava-1.5", "qwen2-vl"])
+@torch.no_grad()
+def test_in_bfloat16_the_attention_that_runs_says_its_rows_sums(
+    name: str, attn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums are the same without, but for what bfloat16 rounds, and the encoder computes the same."""
+    model = tiny.model(name, attn=attn).bfloat16()
+    given = tiny.inputs(model, "1i")
+    wants = [f"tower.read.{field}" for field in ("received", "given", "received_all")]
+    taken = []
+    stock = fused.column_sums
+    monkeypatch.setattr(fused, "column_sums", lambda *given: taken.append(1) or stock(*given))
+    given["pixel_values"] = given["pixel_values"].bfloat16()
+    found = seen_signals(model, given, *wants, "tower.read.hidden").tower["read"]
+    assert len(taken) == (attn == "sdpa" and fused.helps(torch.empty(0, dtype=torch.bfloat16)))
+    monkeypatch.setattr(fused, "helps", lambda queries: False)
+    wanted = seen_signals(model, given, *wants, "tower.read.hidden").tower["read"]
+    assert torch.equal(found.hidden, wanted.hidden)
+    for field in ("received", "given", "received_all"):
+        torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=5e-3, atol=1e-5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foveate.choosing.choose import TOKEN_AXIS
 from foveate.core import Block, names_of
+from foveate.ops import fused
 from foveate.ops.padding import joined
 from foveate.ops.scores import attention_sums, row_attention
 from foveate.runtime.attention import Observed, key_mask
@@ -32,6 +33,7 @@ class Watch(Observed):
         self.listener: Callable[[Tensor, Tensor, Tensor | None, float], None] | None = None
         self.seen: dict[str, list[Tensor]] = {name: [] for name in fields}
         self._hook: Any = None
+        self._log_sums: Tensor | None = None  # (B, H, CLS + N) of the rows of the call at hand, where they are known
 
     def install(self) -> None:
         """Start observing the block."""
@@ -44,17 +46,27 @@ class Watch(Observed):
             self._hook.remove()
         super().remove()
 
+    def attend(self, queries: Tensor, keys: Tensor, *rest: Any, **options: Any) -> Any:
+        """The attention that the model would have run, and what its kernel says besides of each row's sum."""
+        if not self.fields.intersection(_SUMS) or not fused.helps(queries):
+            return super().attend(queries, keys, *rest, **options)
+        with fused.RowSums() as seen:
+            output = super().attend(queries, keys, *rest, **options)
+        self._log_sums = seen.of(queries, keys)
+        return output
+
     @torch.no_grad()
     def read_attention(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
     ) -> None:
         """Note what this call's queries and keys (B, H, CLS + N, d) say about each patch."""
+        log_sums, self._log_sums = self._log_sums, None
         if self.listener is not None:
             self.listener(queries, keys, mask, scale)
         patches = slice(self.summary, None)
         valid, bias = key_mask(mask, keys.shape[0])
         if self.fields.intersection(_SUMS):
-            sums = attention_sums(queries, keys, scale, self.summary, valid, bias)
+            sums = attention_sums(queries, keys, scale, self.summary, valid, bias, log_sums if mask is None else None)
             for name in self.fields.intersection(_SUMS):
                 self.seen[name].append(getattr(sums, name))
         if "cls_attention" in self.fields:
@@ -124,6 +136,7 @@ class PackedWatch(Watch):
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
     ) -> None:
         """Note what this call's queries and keys (1, H, N, d) say about each patch."""
+        log_sums, self._log_sums = self._log_sums, None
         if self.listener is not None:
             self.listener(queries, keys, mask, scale)
         bounds = _segments(mask) if self.bounds is None else self.bounds
@@ -131,7 +144,8 @@ class PackedWatch(Watch):
         for start, end in pairwise(bounds):
             if self.fields.intersection(_SUMS):
                 added = None if self._added is None else self._added[:, start:end].float()
-                sums = attention_sums(queries[:, :, start:end], keys[:, :, start:end], scale, 0, None, added)
+                alone = log_sums if added is None and end - start == keys.shape[2] else None
+                sums = attention_sums(queries[:, :, start:end], keys[:, :, start:end], scale, 0, None, added, alone)
                 for name in self.fields.intersection(_SUMS):
                     self.seen[name].append(getattr(sums, name))
         if "keys" in self.fields:
