@@ -93,7 +93,7 @@ class Held:
     counts: list[int]  # of each row, entries that are no padding
     prompts: list[int]  # of each row, those of them that the prompt left
     order: Tensor | None = None  # (R, Hkv, L) slot of the cache that each entry is in; None: its place here
-    room: list[tuple[Tensor, Tensor]] | None = None  # of keys and of values: with a slot to spare, and all but it
+    room: Any = None  # where all layers' keys and values stand, with a slot to spare, if they do
     stack: Any = None  # of which these are views, where all layers share one
 
     @property

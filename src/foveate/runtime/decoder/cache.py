@@ -35,7 +35,7 @@ class _Timelined(Cache):
         if self.timeline is not None and self.timeline.evicting:
             layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
             held = self.timeline.held.get(layer_idx)
-            if held is not None and together.append(layer, held, key_states, value_states):
+            if held is not None and together.append(layer, layer_idx, held, key_states, value_states):
                 return layer.keys, layer.values
         return super().update(key_states, value_states, layer_idx, *rest, **options)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.choosing.timeline import Held, Timeline
 from foveate.core import CacheBlock, FoveateError, Method, Signals
 from foveate.ops.device import Complaints, noting, on_device, on_host
-from foveate.ops.scores import causal_received, grouped_logits
+from foveate.ops.scores import causal_received
 from foveate.runtime.decoder import together
 from foveate.runtime.decoder.layers import Descent, window_of
 from foveate.runtime.decoder.probe import DecoderProbe
@@ -29,8 +29,7 @@ class _Heard:
     """What one layer's attention showed in this call."""
 
     received: Tensor | None = None  # (R, Hkv, L) sums over the call's queries
-    logits: Tensor | None = None  # (R, Hkv, G, L) of a token's query, in their place where no mask is
-    scale: float = 1.0  # of the logits
+    asked: together.Asked | None = None  # by a single token, in place of the sums, where no mask is
     queries: Tensor | None = None  # (R, H, Q, d), those of padding first
     asking: list[int] | None = None  # of each row, how many of them are no padding; None where all are
 
@@ -50,6 +49,12 @@ class Evictor:
     _padded: tuple[int, list[int]] | None = None  # a call's, by the entries before it
     _counts: list[int] = field(default_factory=list)  # of each row, how many they are
     _places: tuple[Timeline, int, Tensor, Tensor] | None = None  # a call's, and which of them are no padding
+
+    def __post_init__(self) -> None:
+        # What stays as it is, so that no layer looks it up at each token.
+        self._windows = [window_of(layer) for layer in self.layers]
+        self._needs = frozenset(self.part.needs)
+        self._at_tokens = getattr(self.part, "when", "decode") == "decode"
 
     def listen(self, probe: DecoderProbe) -> None:
         """Hear every layer's queries and keys."""
@@ -76,7 +81,7 @@ class Evictor:
         held = timeline.held[number]
         mask = options.get("attention_mask")
         new = timeline.seen - timeline.before
-        window = window_of(self.layers[number])
+        window = self._windows[number]
         if held.order is not None and (new > 1 or not held.unpadded):
             together.in_order(options[CACHE].layers[number], held)
         if held.unpadded and window is None and (mask is None or new == 1):
@@ -130,60 +135,61 @@ class Evictor:
 
     # -- while a layer runs ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _hear(
         self, number: int, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> None:
         if not self._listening:
             return
         heard = self._heard[number] = _Heard()
-        if "cache.window_queries" in self.part.needs:
+        if "cache.window_queries" in self._needs:
             heard.queries = queries
             if self._counted is not None:
                 order = torch.argsort(self._counted.long(), dim=1, stable=True)[:, None, :, None]
                 heard.queries = queries.gather(2, order.expand(-1, queries.shape[1], -1, queries.shape[-1]))
                 heard.asking = self._counts
-        if "cache.scores" in self.part.needs:
+        if "cache.scores" in self._needs:
             if softcap:
                 raise FoveateError(f"{format_spec(self.part)} cannot score a decoder that caps its attention logits")
             if queries.shape[2] == 1 and mask is None and self._counted is None:
-                heard.logits, heard.scale = grouped_logits(queries, keys).squeeze(3), scale
+                heard.asked = together.Asked(queries, keys, scale)
             else:
-                heard.received = causal_received(queries, keys, scale, mask, self._counted)
+                with torch.no_grad():
+                    heard.received = causal_received(queries, keys, scale, mask, self._counted)
 
     # -- after a layer --------------------------------------------------------------------------------------------
 
     def before_layer(self, number: int, timeline: Timeline, descent: Descent | None) -> None:
         """Note which tokens come, and which of them are padding, whose attention does not count."""
         self.descent, self._listening = descent, True
-        self._counts = self._fresh_counts(timeline)
-        new, valid = timeline.seen - timeline.before, self._fresh(timeline)[1]
-        self._counted = None if new == 1 or min(self._counts) == valid.shape[1] else valid
+        self._counts, self._counted = self._fresh_counts(timeline), None
+        if timeline.seen - timeline.before > 1:
+            valid = self._fresh(timeline)[1]
+            self._counted = None if min(self._counts) == valid.shape[1] else valid
 
-    @torch.no_grad()
     def after_layer(self, number: int, timeline: Timeline, layer: Any) -> None:
         """Take into account what this layer has just cached, and evict what is over the budget."""
         heard, held = self._heard.pop(number), timeline.held.get(number)
         if held is not None and self._waits(number, timeline, layer, held, heard):
-            assert heard.logits is not None
-            self._waiting.append(together.Waiting(number, layer, held, heard.logits, heard.scale))
+            assert heard.asked is not None
+            self._waiting.append(together.Waiting(number, layer, held, heard.asked))
         else:
             self._after(number, timeline, layer, heard)
         if number + 1 == len(self.layers) and self._waiting:
             waiting, self._waiting = self._waiting, []
             done = together.alike(waiting, len(self.layers)) and together.evict(waiting, timeline.before, self._asked)
             for one in [] if done else waiting:
-                self._after(one.number, timeline, one.layer, _Heard(logits=one.logits, scale=one.scale))
+                self._after(one.number, timeline, one.layer, _Heard(asked=one.asked))
 
+    @torch.no_grad()
     def _after(self, number: int, timeline: Timeline, layer: Any, heard: _Heard) -> None:
         earlier = timeline.held.get(number)
-        if heard.logits is not None:
-            heard.received = together.received(heard.logits, heard.scale)
+        if heard.asked is not None:
+            heard.received = heard.asked.received()
         if earlier is not None and earlier.order is not None:
             heard.received = together.in_order(layer, earlier, heard.received)
         held = self._grown(number, timeline, earlier, heard)
         kept = layer.keys.shape[2] if layer.is_initialized else 0
-        slides = window_of(self.layers[number]) is not None  # and forgets by itself
+        slides = self._windows[number] is not None  # and forgets by itself
         if kept > held.ages.shape[2] or (kept < held.ages.shape[2] and not slides):
             raise unfit(f"layer {number} of the cache holds {kept} entries where {held.ages.shape[2]} were planned")
         held.cut(kept)
@@ -191,18 +197,18 @@ class Evictor:
         prompt = earlier is None or timeline.seen - timeline.before > 1
         if prompt:
             held.prompts = list(held.counts)
-        if prompt or getattr(self.part, "when", "decode") == "decode":
+        if prompt or self._at_tokens:
             self._evict(layer, held, heard, timeline.pictured)
 
     def _waits(self, number: int, timeline: Timeline, layer: Any, held: Held, heard: _Heard) -> bool:
         """Whether what a token drops from this layer is decided together with what it drops from the others."""
         return (
-            timeline.seen - timeline.before == 1
+            self._at_tokens
+            and heard.asked is not None
+            and self._needs == {"cache.scores", "cache.age"}
+            and timeline.seen - timeline.before == 1
+            and self._windows[number] is None
             and all(timeline.pictured)
-            and getattr(self.part, "when", "decode") == "decode"
-            and set(self.part.needs) == {"cache.scores", "cache.age"}
-            and heard.logits is not None
-            and window_of(self.layers[number]) is None
             and together.fits(layer, held)
             and layer.keys.shape[2] == held.ages.shape[2] + 1
         )

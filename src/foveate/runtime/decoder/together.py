@@ -2,7 +2,7 @@
 
 While an answer grows, each head of each layer loses one entry a token. The new entry takes the slot of the one that
 left, so that slots are no longer in order of age; `Held.order` says which slot each entry is in. Shapes: n layers, R
-rows, Hkv KV heads, G query heads of each, L entries that a layer held before the token.
+rows, Hkv KV heads, G query heads of each, L entries that a layer held before the token, d width.
 """
 
 from __future__ import annotations
@@ -17,10 +17,24 @@ from transformers.cache_utils import DynamicLayer
 
 from foveate.choosing.timeline import Held
 from foveate.core import CacheBlock
+from foveate.ops.scores import grouped_logits
 
 Ask = Callable[[CacheBlock], tuple[Tensor, Tensor]]
 """A method's answer about a block of B rows whose entries are in order of age: (B, Hkv, K) entries that stay,
 ascending, and their ages."""
+
+
+@dataclass(eq=False)
+class Asked:
+    """The queries of one token, and the keys that they were answered by."""
+
+    queries: Tensor  # (R, Hkv * G, 1, d)
+    keys: Tensor  # (R, Hkv, L + 1, d) by slot
+    scale: float  # of their products
+
+    def received(self) -> Tensor:
+        """(R, Hkv, L + 1) attention, mean over heads that share a KV head."""
+        return _received(grouped_logits(self.queries, self.keys).squeeze(3), self.scale)
 
 
 @dataclass(eq=False)
@@ -30,8 +44,53 @@ class Waiting:
     number: int
     layer: Any
     held: Held
-    logits: Tensor  # (R, Hkv, G, L + 1) by slot, of the query heads that share a KV head
-    scale: float  # of the logits
+    asked: Asked
+
+
+@dataclass(eq=False)
+class Room:
+    """Keys and values of all layers, (n, R, Hkv, L + 1, d) each: the last slot is room for a token.
+
+    Each layer's are views of them, which are made once.
+    """
+
+    both: tuple[Tensor, Tensor]
+
+    def __post_init__(self) -> None:
+        entries = self.both[0].shape[3] - 1
+        self.whole = [values.unbind() for values in self.both]
+        self.seen = [values[..., :entries, :].unbind() for values in self.both]
+        self._free = [values[..., entries:, :].unbind() for values in self.both]
+        self._rows = [values.flatten(0, 3) for values in self.both]
+        self._newest = [values[..., entries, :].flatten(0, 2) for values in self.both]
+        heads = self._newest[0].shape[0]
+        self._first = torch.arange(0, heads * (entries + 1), entries + 1, device=self.both[0].device)
+
+    @classmethod
+    def made_of(cls, waiting: Sequence[Waiting]) -> Room:
+        """A new one, of what layers hold."""
+        keys, values = ([getattr(one.layer, name) for one in waiting] for name in ("keys", "values"))
+        return cls((torch.stack(keys), torch.stack(values)))
+
+    @classmethod
+    def shared_by(cls, waiting: Sequence[Waiting]) -> Room | None:
+        """The one into which all layers have just put a token."""
+        found: Room | None = waiting[0].held.room
+        if found is None or any(one.held.room is not found for one in waiting):
+            return None
+        whole = found.whole[0]
+        return found if all(one.layer.keys is one.asked.keys is whole[one.number] for one in waiting) else None
+
+    def put(self, number: int, both: tuple[Tensor, Tensor]) -> None:
+        """A token's keys and values (R, Hkv, 1, d) in one layer."""
+        for free, new in zip(self._free, both, strict=True):
+            free[number].copy_(new)
+
+    def keep(self, slots: Tensor) -> None:
+        """Move each head's last entry to one of its slots (n, R, Hkv, 1), from which one has left."""
+        rows = slots.flatten().add_(self._first)
+        for values, newest in zip(self._rows, self._newest, strict=True):
+            values.index_copy_(0, rows, newest.clone())
 
 
 @dataclass(eq=False)
@@ -69,29 +128,41 @@ def fits(layer: Any, held: Held) -> bool:
 
 
 def alike(waiting: Sequence[Waiting], layers: int) -> bool:
-    """Whether all layers hold as much, each row as much as the others."""
+    """Whether all layers hold as much, in tensors that fit together, each row as much as the others."""
     first = waiting[0]
-    counts, prompts = first.held.counts, first.held.prompts
+    counts, prompts, kind = first.held.counts, first.held.prompts, _kind(first)
     return (
         len(waiting) == layers
         and len(set(counts)) == 1
         and len(set(prompts)) == 1
-        and all(
-            one.held.counts == counts
-            and one.held.prompts == prompts
-            and one.scale == first.scale
-            and one.logits.shape == first.logits.shape
-            for one in waiting
-        )
+        and all(one.held.counts == counts and one.held.prompts == prompts and _kind(one) == kind for one in waiting)
     )
 
 
-def received(logits: Tensor, scale: float) -> Tensor:
+def _kind(one: Waiting) -> tuple[Any, ...]:
+    """What has to be the same for tensors of layers to be stacked."""
+    asked, keys, values = one.asked, one.layer.keys, one.layer.values
+    shapes = (asked.queries.shape, asked.keys.shape, keys.shape, values.shape)
+    return *shapes, keys.dtype, values.dtype, keys.device, asked.scale
+
+
+def _received(logits: Tensor, scale: float) -> Tensor:
     """(..., G, L) products of a query of each head -> (..., L) attention, mean over heads that share a KV head."""
-    weights = logits.float().mul(scale).softmax(dim=-1)
+    weights = logits.float().mul_(scale).softmax(dim=-1)
     return weights.mean(dim=-2) if weights.shape[-2] > 1 else weights.squeeze(-2)
 
 
+def _all_received(waiting: Sequence[Waiting], room: Room | None) -> Tensor:
+    """(n, R, Hkv, L + 1) attention of every layer."""
+    if room is None:
+        return torch.stack([one.asked.received() for one in waiting])
+    queries, keys = torch.stack([one.asked.queries for one in waiting]), room.both[0]
+    return _received(
+        torch.matmul(queries.unflatten(2, (keys.shape[2], -1)).squeeze(4), keys.mT), waiting[0].asked.scale
+    )
+
+
+@torch.no_grad()
 def evict(waiting: Sequence[Waiting], age: int, ask: Ask) -> bool:
     """Count the new token in, and let one entry leave each head, or none where the budget has room.
 
@@ -105,7 +176,8 @@ def evict(waiting: Sequence[Waiting], age: int, ask: Ask) -> bool:
     before = Stack.of(held)
     entries = before.ages.shape[-1]
     ages = torch.nn.functional.pad(before.ages, (0, 1), value=age)
-    scores = received(torch.stack([one.logits for one in waiting]), waiting[0].scale)
+    room = Room.shared_by(waiting)
+    scores = _all_received(waiting, room)
     order = None if before.order is None else torch.nn.functional.pad(before.order, (0, 1), value=entries)
     if order is not None:
         scores = scores.gather(-1, order)
@@ -128,45 +200,26 @@ def evict(waiting: Sequence[Waiting], age: int, ask: Ask) -> bool:
     order = order.gather(-1, stay)
     order = torch.where(order == entries, free, order)
     Stack(their_ages.unflatten(0, ages.shape[:2]), scores.gather(-1, stay), order).spread(held)
-    for layer, rows in zip(waiting, _rows(free, entries).unbind(), strict=True):
-        _fill(layer.layer, layer.held, rows, entries)
+    room = Room.made_of(waiting) if room is None else room
+    room.keep(free)
+    for one, keys, values in zip(waiting, *room.seen, strict=True):
+        one.layer.keys, one.layer.values, one.held.room = keys, values, room
     return True
 
 
-def _rows(free: Tensor, entries: int) -> Tensor:
-    """(n, R, Hkv, 1) slots -> (n, R * Hkv) rows of a layer's keys, of which each head has L + 1."""
-    heads = free.shape[1] * free.shape[2]
-    first = torch.arange(0, heads * (entries + 1), entries + 1, device=free.device)
-    return free.flatten(1) + first
-
-
-def _fill(layer: Any, held: Held, rows: Tensor, entries: int) -> None:
-    """Move each head's last entry to `rows` (R * Hkv), where one has left; its own slot is room for the next."""
-    room = []
-    for name in ("keys", "values"):
-        whole = getattr(layer, name)
-        if not whole.is_contiguous():
-            whole = whole.contiguous()
-        whole.flatten(0, 2).index_copy_(0, rows, whole[:, :, entries].flatten(0, 1).clone())
-        setattr(layer, name, whole[:, :, :entries])
-        room.append((whole, getattr(layer, name)))
-    held.room = room
-
-
-def append(layer: Any, held: Held, keys: Tensor, values: Tensor) -> bool:
-    """Put a token's keys and values (R, Hkv, 1, d) where there is room for them; whether there is."""
-    if held.room is None:
+def append(layer: Any, number: int, held: Held, keys: Tensor, values: Tensor) -> bool:
+    """Put a token's keys and values (R, Hkv, 1, d) where layer `number` has room for them; whether it has."""
+    room = held.room
+    if room is None:
         return False
-    new = {"keys": keys, "values": values}
-    for (name, value), (whole, seen) in zip(new.items(), held.room, strict=True):
+    for seen, held_now, new in zip(room.seen, (layer.keys, layer.values), (keys, values), strict=True):
         # Not where somebody has put other tensors in place, or where autograd may look.
-        if getattr(layer, name) is not seen or value.shape[2] != 1 or value.requires_grad or value.dtype != whole.dtype:
+        if held_now is not seen[number] or new.shape[2] != 1 or new.requires_grad or new.dtype != held_now.dtype:
             return False
-        if whole.is_inference() and not torch.is_inference_mode_enabled():
-            return False
-    for (name, value), (whole, _) in zip(new.items(), held.room, strict=True):
-        whole[:, :, -1:] = value
-        setattr(layer, name, whole)
+    if room.both[0].is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    room.put(number, (keys, values))
+    layer.keys, layer.values = room.whole[0][number], room.whole[1][number]
     return True
 
 
