@@ -19,7 +19,7 @@ STEPS = 7
 
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "fits", lambda layer, held: False)
+    monkeypatch.setattr(together, "fits", lambda layer, number, held: False)
 
 
 def entries(cache: Any, number: int) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ class Evictor:
         self._windows = [window_of(layer) for layer in self.layers]
         self._needs = frozenset(self.part.needs)
         self._at_tokens = getattr(self.part, "when", "decode") == "decode"
+        self._alike = self._at_tokens and self._needs == {"cache.scores", "cache.age"}  # all layers' blocks are
 
     def listen(self, probe: DecoderProbe) -> None:
         """Hear every layer's queries and keys."""
@@ -203,14 +204,12 @@ class Evictor:
     def _waits(self, number: int, timeline: Timeline, layer: Any, held: Held, heard: _Heard) -> bool:
         """Whether what a token drops from this layer is decided together with what it drops from the others."""
         return (
-            self._at_tokens
+            self._alike
             and heard.asked is not None
-            and self._needs == {"cache.scores", "cache.age"}
             and timeline.seen - timeline.before == 1
             and self._windows[number] is None
             and all(timeline.pictured)
-            and together.fits(layer, held)
-            and layer.keys.shape[2] == held.ages.shape[2] + 1
+            and together.fits(layer, number, held)
         )
 
     def _grown(self, number: int, timeline: Timeline, earlier: Held | None, heard: _Heard) -> Held:

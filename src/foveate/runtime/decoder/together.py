@@ -122,9 +122,16 @@ class Stack:
         return cls(torch.stack([one.ages for one in held]), scores, order)
 
 
-def fits(layer: Any, held: Held) -> bool:
-    """Whether a layer's slots can be told apart by `Held.order` alone."""
-    return type(layer) is DynamicLayer and held.unpadded and held.scores is not None
+def fits(layer: Any, number: int, held: Held) -> bool:
+    """Whether layer `number` has been given one entry more, and its slots can be told apart by `Held.order` alone."""
+    if held.room is not None and layer.keys is held.room.whole[0][number]:
+        return True
+    return (
+        type(layer) is DynamicLayer
+        and held.unpadded
+        and held.scores is not None
+        and layer.keys.shape[2] == held.ages.shape[2] + 1
+    )
 
 
 def alike(waiting: Sequence[Waiting], layers: int) -> bool:
@@ -179,8 +186,7 @@ def evict(waiting: Sequence[Waiting], age: int, ask: Ask) -> bool:
     room = Room.shared_by(waiting)
     scores = _all_received(waiting, room)
     order = None if before.order is None else torch.nn.functional.pad(before.order, (0, 1), value=entries)
-    if order is not None:
-        scores = scores.gather(-1, order)
+    scores = scores if order is None else scores.gather(-1, order)
     scores[..., :entries].add_(before.scores)
     block = CacheBlock(scores=scores.flatten(0, 1), age=ages.flatten(0, 1), prompt_length=held[0].prompts[0])
     stay, their_ages = ask(block)
@@ -195,11 +201,10 @@ def evict(waiting: Sequence[Waiting], age: int, ask: Ask) -> bool:
         return True
     leaves = entries * (entries + 1) // 2 - stay.sum(dim=-1, keepdim=True)
     if order is None:
-        order = torch.arange(entries + 1, device=ages.device).expand_as(ages)
-    free = order.gather(-1, leaves)  # the slot, which the last one's entry is to take
-    order = order.gather(-1, stay)
-    order = torch.where(order == entries, free, order)
-    Stack(their_ages.unflatten(0, ages.shape[:2]), scores.gather(-1, stay), order).spread(held)
+        order = torch.arange(entries + 1, device=ages.device).expand_as(ages).clone()
+    free = order.gather(-1, leaves)
+    order[..., entries:] = free  # which the last one's entry is to take
+    Stack(their_ages.unflatten(0, ages.shape[:2]), scores.gather(-1, stay), order.gather(-1, stay)).spread(held)
     room = Room.made_of(waiting) if room is None else room
     room.keep(free)
     for one, keys, values in zip(waiting, *room.seen, strict=True):
