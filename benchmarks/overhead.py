@@ -1,6 +1,6 @@
 """What pruning adds to the work of this machine's processor, which other programs' work does not count to.
 
-python benchmarks/overhead.py [--quick] [--out FILE.json]
+python benchmarks/overhead.py [--parts mini reading] [--rounds N] [--quick] [--out FILE.json]
 python benchmarks/overhead.py --large [--quick] [--out FILE.json]
 
 The second measures large pictures: the first token of a Qwen2-VL of 4,096 patches in bfloat16, and the memory that h2o
@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -254,20 +255,25 @@ def main() -> None:
     """Run everything, print one table, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
+    parts = ["mini", "reading"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which of these are measured")
+    parser.add_argument("--rounds", type=int, default=None, help="of each rival, in turns")
     parser.add_argument("--large", action="store_true", help="large pictures, which take minutes")
     parser.add_argument("--out", type=Path, default=None, help="write the figures to this JSON file")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     many, few = (2, 2) if options.quick else (8, 3)
-    load = os.getloadavg()[0]
+    many = options.rounds or many
+    load, rows = os.getloadavg()[0], list[Row]()
     if options.large:
         rows = memory(24 if options.quick else 88)
         with torch.no_grad():
             rows += large_encoder(16 if options.quick else 64, few)
     with torch.no_grad():
-        rows = rows if options.large else on_mini(many)
-        for patches in () if options.large else (576,) if options.quick else (576, 2304, 4096):
+        parts = [] if options.large else options.parts
+        rows = on_mini(many) if "mini" in parts else rows
+        for patches in () if "reading" not in parts else (576,) if options.quick else (576, 2304, 4096):
             rows += [reading(patches, dtype, many) for dtype in (torch.float32, torch.bfloat16)]
     show(rows)
     if options.out is not None:
@@ -277,7 +283,7 @@ def main() -> None:
             "load": [load, os.getloadavg()[0]],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": "python benchmarks/overhead.py" + " --large" * options.large,
+            "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
             "rows": rows,
         }
         write_text(options.out, json.dumps(result, indent=1) + "\n")

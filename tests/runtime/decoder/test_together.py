@@ -84,6 +84,30 @@ def test_a_token_is_written_where_one_has_left() -> None:
     assert all(one == places[1] for one in places[1:])
 
 
+@torch.no_grad()
+def test_what_somebody_puts_in_the_place_of_a_layers_tensors_is_read() -> None:
+    """From the second token on all layers share one tensor; one that was given another leaves it for a while."""
+    model, shared = tiny.model(), []
+    given = tiny.inputs(model, "3i4")
+
+    def answer(swap: bool) -> Tensor:
+        def watch(ids: Tensor, scores: Tensor) -> Tensor:
+            layers = model._foveate_handle._calls.shortened.cache.layers
+            shared.append(len({layer.keys.untyped_storage().data_ptr() for layer in layers}) == 1)
+            if swap and len(shared) == 4:
+                layers[1].keys = layers[1].keys.clone()
+            return scores
+
+        with foveate.prune(model, SPEC):
+            shared.clear()
+            return torch.stack(answered(model, given, logits_processor=[watch]).logits)
+
+    wanted = answer(swap=False)
+    assert shared == [False, *[True] * (STEPS - 1)]
+    torch.testing.assert_close(answer(swap=True), wanted, atol=1e-5, rtol=0)
+    assert shared == [False, *[True] * (STEPS - 1)]
+
+
 @pytest.mark.parametrize("again", [lambda cache: cache, copy.deepcopy], ids=["itself", "a copy"])
 @torch.no_grad()
 def test_a_second_turn_finds_the_entries_in_order(again: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
