@@ -121,7 +121,7 @@ class _Calls(TorchFunctionMode):
     def _called(self, function: Any, arguments: Any, options: dict[str, Any]) -> Any:
         waits = self.waits
         if function in _METHODS:
-            if not waits.on_host(arguments[0]):
+            if not waits.on_host(arguments[0]) and not _within("of_cpu"):
                 waits.count(_METHODS[function])
             found = function(*arguments, **options)
             return waits.mark(found.detach()) if function is Tensor.cpu else found
@@ -133,8 +133,10 @@ class _Calls(TorchFunctionMode):
             return made
         if function is torch.from_numpy:
             return waits.mark(function(*arguments, **options))
+        if function is Tensor.to and waits.on_host(arguments[0]) and _within("_packed_coordinates"):
+            return waits.mark(function(*arguments, **options))  # a family's own packing, of places on the host
         if function is Tensor.to and waits.on_host(arguments[0]) and _device_of(arguments, options) is not None:
-            if not options.get("non_blocking") and not _carried():
+            if not options.get("non_blocking") and not _within("on_device"):
                 waits.count("to")
             made = function(*arguments, **options).detach()
             waits.host.pop(made, None)
@@ -148,12 +150,13 @@ def _device_of(arguments: Any, options: dict[str, Any]) -> Any:
     return next((one for one in named if isinstance(one, str | torch.device | Tensor)), None)
 
 
-def _carried() -> bool:
-    """Whether this is the library's own way of writing to a device, which waits for none but a CPU."""
+def _within(name: str) -> bool:
+    """Whether this is in one of the library's functions that touch no device, or wait for none: `on_device`, which
+    waits for a CPU alone, `of_cpu`, which only CPUs go, `_packed_coordinates`, which plans on the host."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "foveate.ops.device":
-            return frame.f_code.co_name == "on_device"
+        if frame.f_code.co_name == name and str(frame.f_globals.get("__name__", "")).startswith("foveate."):
+            return True
         frame = frame.f_back
     return False
 

@@ -28,6 +28,7 @@ from foveate.core import (
     tokens_to_keep,
 )
 from foveate.forms import Scorer
+from foveate.ops.device import Unread
 
 # ---------------------------------------------------------------------------------------------------------------------
 # keep
@@ -234,6 +235,36 @@ def test_a_selection_that_breaks_the_contract_is_refused(selection: Selection, m
     with pytest.raises(FoveateError) as error:
         selection.check(9, 2, "random")
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("rows", "stays", "message"),
+    [
+        ([[0, 1, 2], [3, 4, 5]], [[1, 0, 1], [0, 0, 0]], "image 1: no token was kept; at least 1 must stay"),
+        ([[0, 1, 2], [3, 4, 9]], [[1, 0, 1], [0, 0, 1]], "image 1: kept index 9 is outside 0..8"),
+        ([[0, 2, 1]], [[1, 1, 1]], "answered for 1 images but was asked for 2"),
+    ],
+)
+def test_what_is_read_later_is_refused_as_well(rows: list[list[int]], stays: list[list[int]], message: str) -> None:
+    with pytest.raises(FoveateError) as error:
+        Selection(Unread(torch.tensor(rows), torch.tensor(stays).bool())).check(9, 2, "random")
+    assert str(error.value) in {f"random {message}", f"random, {message}"}
+
+
+def test_rows_of_unknown_length_are_read_once_somebody_looks() -> None:
+    looks: list[list[int]] = []
+    unread = Unread(
+        torch.tensor([[0, 1, 2], [3, 4, 5]]),
+        torch.tensor([[True, False, True], [False, True, False]]),
+        [torch.tensor([7, 8])],
+        lambda beside: looks.extend(one.tolist() for one in beside),
+    )
+    assert len(unread) == 2
+    assert not looks
+    assert [row.tolist() for row in unread] == [[0, 2], [4]]
+    assert looks == [[7, 8]]
+    checked = Selection(unread).check(9, 2, "random")
+    assert [row.tolist() for row in checked.indices] == [[0, 2], [4]]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foveate.ops.device import Complaints
+    from foveate.ops.device import Unread
 
 
 Keep: TypeAlias = int | float
@@ -289,7 +289,7 @@ class Selection:
     says of each token that was there (in the order of `Signals.index`) which output token it went into, or -1.
     """
 
-    indices: list[Tensor]  # B tensors (K_b,) int64, distinct
+    indices: list[Tensor] | Unread  # B tensors (K_b,) int64, distinct
     features: list[Tensor] | None = None  # B tensors (K_b, D)
     space: Literal["encoded", "projected"] = "projected"
     extra: list[Tensor] | None = None  # B tensors (K_b,) bool
@@ -297,13 +297,10 @@ class Selection:
     groups: list[Tensor] | None = None  # B tensors (N,) int64, -1..K_b - 1
     scores: Tensor | None = None  # (B, N) for those who look on: what a token is worth
 
-    def check(self, original: int, batch: int, method: str, complaints: Complaints | None = None) -> Selection:
+    def check(self, original: int, batch: int, method: str) -> Selection:
         """Refuse a selection that breaks the contract, naming the method and the image; what it says, on the host.
 
         Whatever the number of images, this waits for the device once.
-
-        Args:
-            complaints: what the method noted while it chose.
 
         Returns:
             The same selection with indices, groups and masks on the host, where the device was another.
@@ -312,34 +309,52 @@ class Selection:
             FoveateError: wrong number of rows, indices out of range, repeated, out of order, features that do not match
                 them or are not finite, or groups that name no output token.
         """
+        from foveate.ops.device import on_host
+
+        self.check_form(batch, method)
+        return self.checked(on_host(self.unread()), original, method)
+
+    @property
+    def _later(self) -> Unread | None:
+        """The indices, where nobody knows yet how many there are."""
+        indices: Any = self.indices
+        return indices if hasattr(indices, "unread") else None
+
+    def check_form(self, batch: int, method: str) -> None:
+        """The part of `check` that waits for no device."""
         if len(self.indices) != batch:
             raise FoveateError(f"{method} answered for {len(self.indices)} images but was asked for {batch}")
         given = (("features", self.features), ("masks of extra tokens", self.extra), ("groups", self.groups))
         for name, rows in given:
             if rows is not None and len(rows) != batch:
                 raise FoveateError(f"{method} gave {name} for {len(rows)} images but was asked for {batch}")
-        _refuse(method, (self._problem_of_form(image, kept) for image, kept in enumerate(self.indices)))
-        read, finite = self._read(complaints)
-        problems = (read._problem(image, kept, original, finite) for image, kept in enumerate(read.indices))
-        _refuse(method, problems)
-        return read
+        if self._later is None:
+            _refuse(method, (self._problem_of_form(image, kept) for image, kept in enumerate(self.indices)))
 
-    def _read(self, complaints: Complaints | None) -> tuple[Selection, list[bool]]:
-        """This on the host, and of each image whether all its features are finite."""
-        from foveate.ops.device import on_host
+    def unread(self) -> list[Tensor]:
+        """What the host has to know of it, to be handed to `checked`."""
+        indices = self.indices if self._later is None else self._later.unread()
+        return [
+            *indices,
+            *(self.extra or ()),
+            *(self.groups or ()),
+            *(row.isfinite().all() for row in self.features or ()),
+        ]
 
-        noted = [] if complaints is None else complaints.counts()
-        finite = [rows.isfinite().all() for rows in self.features or ()]
-        extra, groups, count = self.extra or [], self.groups or [], len(self.indices)
-        read = on_host([*noted, *self.indices, *extra, *groups, *finite])
-        if complaints is not None:
-            complaints.refuse(read[: len(noted)])
-        read = read[len(noted) :]
-        kept, read = read[:count], read[count:]
-        masks, read = read[: len(extra)], read[len(extra) :]
-        into, flags = read[: len(groups)], read[len(groups) :]
-        made = dataclasses.replace(self, indices=kept, extra=self.extra and masks, groups=self.groups and into)
-        return made, [bool(flag) for flag in flags]
+    def checked(self, read: Sequence[Tensor], original: int, method: str) -> Selection:
+        """The rest of `check`, with what was read."""
+        values, later = iter(read), self._later
+        kept = self.indices if later is None else later.unread()
+        kept, extra, groups, finite = (
+            [next(values) for _ in rows or ()] for rows in (kept, self.extra, self.groups, self.features)
+        )
+        if later is not None:
+            kept = later.rows(kept)
+            _refuse(method, (self._problem_of_form(image, one) for image, one in enumerate(kept)))
+        made = dataclasses.replace(self, indices=kept, extra=self.extra and extra, groups=self.groups and groups)
+        flags = [bool(flag) for flag in finite]
+        _refuse(method, (made._problem(image, one, original, flags) for image, one in enumerate(kept)))
+        return made
 
     def _problem_of_form(self, image: int, kept: Tensor) -> str | None:
         """What is wrong with shapes and dtypes."""

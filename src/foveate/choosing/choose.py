@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.choosing.images import Image, TileTokens, Tokens
 from foveate.core import Block, FoveateError, Method, Selection, Signals, described, names_of
-from foveate.ops.device import Complaints, noting, on_device
+from foveate.ops.device import Complaints, noting, on_device, read_together
 from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 from foveate.trace import StageRecord
@@ -212,38 +212,42 @@ def _ask(part: Method, images: Sequence[Tokens], sources: _Sources) -> list[_Ans
     """What a method decides for each image, those that are alike asked about together."""
     stage = 0 if sources.at is None or part.merging else sources.at.stage
     keeps = [budget_of(part, image, stage) for image in images]
+    name, complaints = format_spec(part), Complaints()
+    groups, given = _groups(images, keeps), []
+    for numbers in groups:
+        group = [images[number] for number in numbers]
+        given.append(_select(part, name, _signals(part, group, numbers, keeps[numbers[0]], sources), complaints))
     answers: dict[int, _Answer] = {}
-    for numbers in _groups(images, keeps):
-        selection = _select(part, [images[number] for number in numbers], numbers, keeps[numbers[0]], sources)
+    # Images of all sizes together: each size would wait for the device.
+    counts, *read = read_together([complaints.counts(), *(selection.unread() for selection in given)])
+    complaints.refuse(counts)
+    for numbers, unread, values in zip(groups, given, read, strict=True):
+        selection = unread.checked(values, images[numbers[0]].original, name)
         for place, number in enumerate(numbers):
-            features, extra, groups = (
+            features, extra, groups_ = (
                 None if rows is None else rows[place]
                 for rows in (selection.features, selection.extra, selection.groups)
             )
             encoded = selection.features is not None and selection.space == "encoded"
             scores = None if selection.scores is None else selection.scores[place].detach()
             kept, ordered = selection.indices[place], selection.ordered
-            answers[number] = _Answer(kept, features, extra, groups, encoded, ordered, scores)
+            answers[number] = _Answer(kept, features, extra, groups_, encoded, ordered, scores)
     return [answers[number] for number in range(len(images))]
 
 
-def _select(
-    part: Method, group: Sequence[Tokens], numbers: Sequence[int], keep: int | None, sources: _Sources
-) -> Selection:
-    """Let a method choose `keep` tokens of each of these images, or as many as it decides."""
-    name = format_spec(part)
-    signals = _signals(part, group, numbers, keep, sources)
+def _select(part: Method, name: str, signals: Signals, complaints: Complaints) -> Selection:
+    """What a method answers, in so far as that can be checked without waiting for the device."""
     # Between the stages of a part inside the encoder, what a later one reads has not run yet.
     lacking = [] if part.site == "tower" else signals.lacking(part.needs)
     if lacking:
         raise FoveateError(f"{name} reads {', '.join(lacking)}, which this call does not show; use another method")
-    complaints = Complaints()
     # A caller's autocast is for the model: scores and greedy loops need the float32 that they ask for.
     with torch.autocast(signals.index.device.type, enabled=False), noting(complaints):
         selection = part.select(signals)
     if not isinstance(selection, Selection):
         raise FoveateError(f"{name} answered with {type(selection).__name__} where a Selection is needed")
-    return selection.check(signals.original, len(group), name, complaints)
+    selection.check_form(signals.shape[0], name)
+    return selection
 
 
 def _signals(

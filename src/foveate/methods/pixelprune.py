@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._checks import check_share
-from foveate.ops.device import on_host
+from foveate.ops.device import Unread
 from foveate.ops.prediction import unpredicted
 from foveate.ops.repeats import Metric
 
@@ -108,14 +108,15 @@ class PixelPrune(Method):
             unlike = unpredicted(some, grid, self.threshold, self.metric, self.anchored, frames=self._in_time(signals))
             found.update(zip(rows, unlike, strict=True))
         stays = torch.stack([found[row] for row in range(len(found))])
-        beside = stays.device == signals.index.device
-        extremes = [] if equal else [torch.stack(pixels.aminmax()).float().view(torch.int32)]
-        index, *read = on_host([signals.index, *extremes, *([stays] if beside else [])])
-        if not equal:
-            low, high = read[0].view(torch.float32).tolist()
-            self._check_range(low, high)
-        kept = (read[-1] if beside else stays).bool()
-        return Selection([of_row[mine] for of_row, mine in zip(index, kept, strict=True)])
+        if equal:
+            return Selection(Unread(signals.index, stays))
+        return Selection(
+            Unread(signals.index, stays, [torch.stack(pixels.aminmax()).float().view(torch.int32)], self._look)
+        )
+
+    def _look(self, read: Sequence[Tensor]) -> None:
+        low, high = read[0].view(torch.float32).tolist()
+        self._check_range(low, high)
 
     def _check_range(self, low: float, high: float) -> None:
         if low < -_MARGIN or high > 1 + _MARGIN:

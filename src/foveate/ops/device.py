@@ -6,9 +6,10 @@ is only to be refused is counted on the device, and read together with what has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -79,6 +80,64 @@ def refuse_any(count: Tensor, words: str) -> None:
     complaints.add(count, words)
     if _OPEN.get() is None:
         complaints.refuse(on_host(complaints.counts()))
+
+
+class Unread(Sequence[Tensor]):
+    """Rows of which only the device knows how long they are: read together with others, or once somebody looks at one.
+
+    Args:
+        index: (B, N).
+        stays: (B, N) bool, which of them are in the rows; there or on the host.
+        beside: what else is to be read, and handed to `look`, which may refuse it.
+    """
+
+    def __init__(
+        self,
+        index: Tensor,
+        stays: Tensor,
+        beside: Sequence[Tensor] = (),
+        look: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
+        self._index, self._stays, self._beside, self._look = index, stays, beside, look
+        self._read: list[Tensor] | None = None
+
+    def unread(self) -> list[Tensor]:
+        """What the host has to know, to be handed to `rows`."""
+        there = [self._stays] if self._stays.device == self._index.device else []
+        return [self._index, *self._beside, *there]
+
+    def rows(self, read: Sequence[Tensor]) -> list[Tensor]:
+        """B rows (K_b,) on the host, with what was read.
+
+        Raises:
+            FoveateError: `look` does.
+        """
+        if self._look is not None:
+            self._look(read[1 : 1 + len(self._beside)])
+        stays = read[-1] if len(read) > 1 + len(self._beside) else self._stays
+        self._read = [row[mine] for row, mine in zip(read[0], stays, strict=True)]
+        return self._read
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Tensor]: ...
+    def __getitem__(self, place: int | slice) -> Tensor | list[Tensor]:
+        return (self.rows(on_host(self.unread())) if self._read is None else self._read)[place]
+
+
+def of_cpu(values: Tensor) -> Tensor:
+    """A tensor of a CPU as one of the host, which nobody waits for."""
+    return values.detach().cpu()
+
+
+def read_together(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """`on_host` of several lists; all with one wait for the device."""
+    read = iter(on_host([value for values in lists for value in values]))
+    return [[next(read) for _ in values] for values in lists]
 
 
 def on_host(values: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Grid
+from foveate.ops.device import of_cpu
 from foveate.ops.repeats import Metric, Tokens, distance
 
 
@@ -39,7 +40,7 @@ def unpredicted(
     anchored = anchored and not (metric == "max" and threshold == 0)  # equality hands itself on
     if pixels.device.type != "cpu" and not anchored:
         return _on_device(pixels.detach(), grid, threshold, metric, frames)
-    host = pixels.detach().cpu()
+    host = of_cpu(pixels) if pixels.device.type == "cpu" else pixels.detach().cpu()
     videos = [host] if frames else host.split(1)
     return torch.cat([_on_host(video, grid, threshold, metric, anchored) for video in videos])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops import fused
+from foveate.ops.device import of_cpu
 
 # Rows of the attention map that are computed at once are limited so that B * H * rows * N stays below this many values
 # (64 MiB of float32): memory grows with N, not with its square.
@@ -164,7 +165,7 @@ def _bounded(queries: Tensor, keys: Tensor, scale: float) -> bool:
     if queries.device.type != "cpu":
         return False
     longest = [torch.linalg.vector_norm(values.detach().float(), dim=-1).amax() for values in (queries, keys)]
-    return bool(abs(scale) * longest[0] * longest[1] <= HARMLESS)
+    return bool(abs(scale) * of_cpu(longest[0] * longest[1]) <= HARMLESS)
 
 
 def row_attention(

@@ -14,6 +14,16 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The argument that brings the pixels, by what they show."""
 
+SIZES = (
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "image_merge_sizes",
+    "image_position_ids",
+    "batch_num_images",
+)
+"""Arguments that state how the pictures lie."""
+
 
 def named(function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What a function is called with, by the names that its arguments have now."""

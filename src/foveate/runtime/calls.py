@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -34,6 +34,7 @@ class Run:
 
     contains_past: bool  # the caller's ids repeat what the cache already holds
     given: dict[str, Any]
+    sizes: dict[str, Tensor] = field(default_factory=dict)  # of the pictures, as it states them, on the host
     prompt: Tensor | None = None  # (B, S) as the caller gave it
     mask: Tensor | None = None  # (B, S) of that prompt, as generate() prepared it
     repeats: int = 1  # beams or samples of each row

@@ -92,8 +92,9 @@ class Generating(Uncopied):
         run = Run(contains_past=_contains_past(given), given=given)
         work = self.calls.enter(sys._getframe(), run)
         try:
-            self._check_generate(given)
-            self._prefill.expect(given.get("input_ids", given.get("inputs")), given, run.contains_past)
+            run.sizes = self._check_generate(given)
+            told = {**given, **run.sizes}
+            self._prefill.expect(given.get("input_ids", given.get("inputs")), told, run.contains_past)
             if given.get("streamer") is not None:
                 given["streamer"] = Streamer(given["streamer"], View(run, self.calls))
             answer = self._stock["generate"](**given)
@@ -108,7 +109,8 @@ class Generating(Uncopied):
             "which takes batches, or stop() the handle first"
         )
 
-    def _check_generate(self, given: dict[str, Any]) -> None:
+    def _check_generate(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Refuse what cannot be answered; the stated sizes of the pictures, on the host."""
         config = self._config(given)
         kind = given.get("cache_implementation", config.cache_implementation)
         if kind in _UNSUPPORTED_CACHES:
@@ -131,11 +133,11 @@ class Generating(Uncopied):
             )
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
-        if isinstance(ids, Tensor):
-            self._prefill.refusals.check_images(ids, given, given.get(CACHE))
-            self._prefill.refusals.check_length(
-                ids, given, _contains_past(given), _longest(config, given, ids.shape[1])
-            )
+        if not isinstance(ids, Tensor):
+            return {}
+        sizes = self._prefill.refusals.check_images(ids, given, given.get(CACHE))
+        self._prefill.refusals.check_length(ids, given, _contains_past(given), _longest(config, given, ids.shape[1]))
+        return sizes
 
     def _config(self, given: dict[str, Any]) -> Any:
         return given.get("generation_config") or self.model.generation_config
@@ -173,7 +175,7 @@ class Generating(Uncopied):
         if run is None:
             return stock(expand_size, is_encoder_decoder, input_ids, **options)
         run.prompt, run.mask, run.repeats = input_ids, options.get("attention_mask"), expand_size
-        shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given)
+        shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given, run.sizes)
         run.shortened = shortened
         if not any(shortened.timeline.pictured) and _pieces(self._config(run.given), run.given):
             shortened.timeline.evicting = False  # words alone are left as they are, however they come

@@ -91,19 +91,26 @@ class Prefill:
     # -- generate() -----------------------------------------------------------------------------------------------
 
     def for_generate(
-        self, ids: Tensor, options: dict[str, Any], contains_past: bool, repeats: int, given: dict[str, Any]
+        self,
+        ids: Tensor,
+        options: dict[str, Any],
+        contains_past: bool,
+        repeats: int,
+        given: dict[str, Any],
+        sizes: Mapping[str, Tensor],
     ) -> Shortened:
         """Shorten what generate() has prepared: images encoded, rows not yet repeated for beams.
 
         Args:
             ids: (B, S), or (B, reached + S) when `contains_past`.
-            given: what the caller gave, sizes of the pictures among it.
+            given: what the caller gave.
+            sizes: of the pictures, as it states them, on the host.
         """
         cache = options.get(CACHE)
         new = self._read(ids, options, cache, contains_past, given)
         outputs = (options.get("mm_encoder_outputs") or {}).items()
         kind, encoded = next(((kind, output) for kind, output in outputs if output is not None), ("image", None))
-        shortened = self._shorten(new, kind, encoded, "left", repeats, given)
+        shortened = self._shorten(new, kind, encoded, "left", repeats, {**given, **sizes})
         kept_ids = shortened.plan.gather(new.ids, self.placeholders.padding())
         if new.timeline is not None and contains_past:
             kept_ids = torch.cat([ids.gather(1, new.timeline.places(new.entries)), kept_ids], dim=1)
@@ -134,7 +141,7 @@ class Prefill:
         check_usable(cache, self.owner)
         uncapped = self.evicting and not self._fills_cache(given, cache) and not self.placeholders.none_in(ids, given)
         notes = self.without_cache() if uncapped else []
-        self.refusals.check_images(ids, given, cache)
+        told = {**given, **self.refusals.check_images(ids, given, cache)}
         self.refusals.check_outputs(ids, given)
         options, first = dict(given), self.family.first_position
         if options.get("position_ids") is not None:
@@ -142,11 +149,11 @@ class Prefill:
         new = self._read(ids, options, cache, contains_past=False, given=given)
         self.refusals.check_reach(new, given)
         kind = kind_of(given)
-        self.expect(ids, given, contains_past=False)
+        self.expect(ids, told, contains_past=False)
         encoded = encode(self.model, options, kind)
         options = without_pictures(self.model, options, kind)
         side = padding_side(new.host_mask)
-        shortened = self._shorten(new, kind, encoded, side, 1, given)
+        shortened = self._shorten(new, kind, encoded, side, 1, told)
         valid = shortened.plan.valid if new.past_mask is None else torch.cat([new.past_mask, shortened.plan.valid], 1)
         options.update(self._aligned(options, shortened.plan, new))
         options["position_ids"] = options["position_ids"] + first

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from foveate.core import FoveateError, Method
 from foveate.families.family import Family
-from foveate.runtime.arguments import PIXELS, text_config
+from foveate.ops.device import read_together
+from foveate.runtime.arguments import PIXELS, SIZES, text_config
 from foveate.runtime.decoder.cache import timeline_of
 from foveate.runtime.incoming import Incoming
 from foveate.runtime.limits import check_reach, context_of, may_leave, room_after, unfit
@@ -47,8 +48,11 @@ class Refusals:
         self._clip, self._short_outputs = clip, short_outputs
         self._context = context_of(model.config)
 
-    def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> None:
+    def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> dict[str, Tensor]:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
+
+        Returns:
+            The stated sizes of the pictures, on the host: they are read together with what is to be refused.
 
         Raises:
             FoveateError: pictures without placeholders, or placeholders without pictures; pixels that are NaN or
@@ -64,8 +68,12 @@ class Refusals:
         self._check_kinds(given)
         pixels = [given[name] for name in PIXELS.values() if given.get(name) is not None]
         pictures = bool(pixels)
-        # Both at once: each would wait for the device.
-        placeholders, broken = torch.stack([self._placeholders.are(ids).sum(), unfit(pixels, ids.device)]).tolist()
+        stated = {name: given[name] for name in SIZES if isinstance(given.get(name), Tensor)}
+        # All at once: each would wait for the device.
+        counts = self._placeholders.are(ids).sum(), unfit(pixels, ids.device)
+        read, sizes = read_together([counts, list(stated.values())])
+        placeholders, broken = map(int, read)
+        told = dict(zip(stated, sizes, strict=True))
         if broken:
             raise FoveateError(f"{broken} pixel values are NaN or infinite; pass what the processor made")
         timeline = timeline_of(cache)
@@ -76,7 +84,7 @@ class Refusals:
                     "the words in this cache came in pieces or into a static cache, where a method on the cache did "
                     "not see them; start with a new cache for the picture"
                 )
-            return
+            return told
         if pictures and not placeholders:
             raise FoveateError(
                 f"pixel_values were given but the prompt has no image: no token {self._placeholders.image} among "
@@ -84,6 +92,7 @@ class Refusals:
             )
         if placeholders and not pictures:
             raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
+        return told
 
     def check_length(self, ids: Tensor, given: dict[str, Any], contains_past: bool, new_tokens: int) -> None:
         """Refuse a prompt of generate() that leaves the decoder's context, before its pictures are encoded.
