@@ -133,8 +133,8 @@ class _Calls(TorchFunctionMode):
             return made
         if function is torch.from_numpy:
             return waits.mark(function(*arguments, **options))
-        if function is Tensor.to and waits.on_host(arguments[0]) and _within("_packed_coordinates"):
-            return waits.mark(function(*arguments, **options))  # a family's own packing, of places on the host
+        if function is Tensor.to and waits.on_host(arguments[0]) and self._stays():
+            return waits.mark(function(*arguments, **options))
         if function is Tensor.to and waits.on_host(arguments[0]) and _device_of(arguments, options) is not None:
             if not options.get("non_blocking") and not _within("on_device"):
                 waits.count("to")
@@ -143,6 +143,12 @@ class _Calls(TorchFunctionMode):
             return made
         return function(*arguments, **options)
 
+    def _stays(self) -> bool:
+        """Whether the device that a `to` names is the host: of a family's own packing, or of a tensor that is there."""
+        beside = _within("beside")
+        at_home = beside is not None and self.waits.on_host(beside.f_locals["other"])
+        return at_home or _within("_packed_coordinates") is not None
+
 
 def _device_of(arguments: Any, options: dict[str, Any]) -> Any:
     """The device that a `to` names; None where it names a dtype alone."""
@@ -150,15 +156,17 @@ def _device_of(arguments: Any, options: dict[str, Any]) -> Any:
     return next((one for one in named if isinstance(one, str | torch.device | Tensor)), None)
 
 
-def _within(name: str) -> bool:
-    """Whether this is in one of the library's functions that touch no device, or wait for none: `on_device`, which
-    waits for a CPU alone, `of_cpu`, which only CPUs go, `_packed_coordinates`, which plans on the host."""
+def _within(name: str) -> FrameType | None:
+    """The frame of one of the library's functions that wait for nothing, where this is in it.
+
+    `on_device` waits for a CPU alone, `of_cpu` is for CPUs alone, `_packed_coordinates` plans on the host.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == name and str(frame.f_globals.get("__name__", "")).startswith("foveate."):
-            return True
+            return frame
         frame = frame.f_back
-    return False
+    return None
 
 
 class _Operations(TorchDispatchMode):

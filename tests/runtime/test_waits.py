@@ -50,9 +50,11 @@ def test_a_wait_belongs_to_whoever_asks_for_it(waits: ModuleType) -> None:
 
 
 SPECS = {
-    "fopru:keep=3": MOST,
-    "divprune:keep=3": MOST,
-    "fastv:keep=3,layer=1": MOST,
+    "fopru:keep=3": 3,
+    "divprune:keep=3": 3,
+    "tome:keep=0.5": 3,
+    "crossget:keep=0.5": 3,
+    "fastv:keep=3,layer=1": 3,
     "pyramiddrop": MOST,
     "sparsevlm": MOST,
     "h2o:heavy=3,recent=3": MOST,
@@ -89,6 +91,8 @@ def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: 
         ("qwen2-vl", "fopru:keep=0.5", 3),
         ("qwen2-vl", "fastv:layer=1,keep=0.5", 3),
         ("qwen2-vl", "pyramiddrop", MOST),
+        ("qwen2-vl", "tome:keep=0.5", 3),
+        ("qwen2.5-vl", "tome:keep=0.5", 4),
     ],
 )
 @pytest.mark.parametrize("row", ["2i3", "1i1i1i2"], ids=["one picture", "three sizes"])
@@ -102,4 +106,5 @@ def test_pictures_of_several_sizes_are_read_together(
         model.generate(**given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=1)
     assert any(image.kept.numel() < image.original for image in trace.images)
     assert counted.total == most, counted.ours
+    assert not any("foveate" in line for line in counted.mixed), counted.mixed
     assert not any("foveate" in line for line in counted.mixed), counted.mixed

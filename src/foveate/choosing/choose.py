@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from foveate.choosing.images import Image, TileTokens, Tokens
+from foveate.choosing.later import Later
 from foveate.core import Block, FoveateError, Method, Selection, Signals, described, names_of
-from foveate.ops.device import Complaints, noting, on_device, read_together
+from foveate.ops.device import Complaints, beside, noting, on_device, read_together
 from foveate.ops.subsets import split_by_size
 from foveate.spec import format as format_spec
 from foveate.trace import StageRecord
@@ -112,16 +113,18 @@ def choose_inside(
     blocks: Mapping[int | str, Block],
     prompt: Prompt,
     at: Depth,
+    later: Later | None = None,
 ) -> list[Outcome[T]]:
     """Let one stage inside the decoder or the encoder act on every image.
 
     Args:
+        later: where a method merges, notes what it answers, to be read and refused behind its last block.
         like: has device and dtype of the hidden states.
         blocks: as `choose` has them.
     """
-    answers = _ask(part, images, _Sources(blocks, prompt, at, like.device))
+    answers = _ask(part, images, _Sources(blocks, prompt, at, like.device, later))
     return [
-        _shortened_inside(part, answer, image, like.dtype, prompt, at)
+        _shortened_inside(part, answer, image, like.dtype, prompt, at, later)
         for answer, image in zip(answers, images, strict=True)
     ]
 
@@ -134,13 +137,14 @@ class _Sources:
     prompt: Prompt
     at: Depth | None
     device: torch.device  # that has the tokens
+    later: Later | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Answer:
     """What a method decided for one image; see Selection."""
 
-    kept: Tensor  # on the host, as masks and groups are
+    kept: Tensor  # on the host, as masks and groups are, unless they are read later
     features: Tensor | None
     extra: Tensor | None
     groups: Tensor | None
@@ -212,17 +216,24 @@ def _ask(part: Method, images: Sequence[Tokens], sources: _Sources) -> list[_Ans
     """What a method decides for each image, those that are alike asked about together."""
     stage = 0 if sources.at is None or part.merging else sources.at.stage
     keeps = [budget_of(part, image, stage) for image in images]
-    name, complaints = format_spec(part), Complaints()
+    name, later = format_spec(part), sources.later
+    complaints = Complaints() if later is None else later.complaints
     groups, given = _groups(images, keeps), []
     for numbers in groups:
         group = [images[number] for number in numbers]
         given.append(_select(part, name, _signals(part, group, numbers, keeps[numbers[0]], sources), complaints))
     answers: dict[int, _Answer] = {}
-    # Images of all sizes together: each size would wait for the device.
-    counts, *read = read_together([complaints.counts(), *(selection.unread() for selection in given)])
-    complaints.refuse(counts)
-    for numbers, unread, values in zip(groups, given, read, strict=True):
-        selection = unread.checked(values, images[numbers[0]].original, name)
+    originals = [images[numbers[0]].original for numbers in groups]
+    if later is None:
+        # Images of all sizes together: each size would wait for the device.
+        counts, *read = read_together([complaints.counts(), *(selection.unread() for selection in given)])
+        complaints.refuse(counts)
+        checked = [
+            one.checked(values, original, name) for one, values, original in zip(given, read, originals, strict=True)
+        ]
+    else:
+        checked = [later.add(one, original, name) for one, original in zip(given, originals, strict=True)]
+    for numbers, selection in zip(groups, checked, strict=True):
         for place, number in enumerate(numbers):
             features, extra, groups_ = (
                 None if rows is None else rows[place]
@@ -296,15 +307,15 @@ def _signals_inside(
     if part.merging:
         wanted = {need.rpartition(".")[2] for need in part.needs if need.startswith("tower.latest.")}
         blocks["latest"] = at.block(numbers, wanted)
-        sizes = torch.stack([_size(tokens) for tokens in group if isinstance(tokens, TileTokens)])
-        found["size"] = on_device(sizes, sources.device)
+        sizes = [on_device(_size(tokens), sources.device) for tokens in group if isinstance(tokens, TileTokens)]
+        found["size"] = torch.stack(sizes)
     return found
 
 
 def _tile(tokens: Tokens) -> Tensor:
     """(K,) tile of each token that is left."""
     assert tokens.tile is not None
-    return tokens.tile[tokens.index]
+    return beside(tokens.tile, tokens.index)[tokens.index]
 
 
 def _size(tokens: TileTokens) -> Tensor:
@@ -384,21 +395,27 @@ def _shortened(part: Method, answer: _Answer, image: Image, project: Callable[[T
 
 
 def _shortened_inside(
-    part: Method, answer: _Answer, tokens: T, dtype: torch.dtype, prompt: Prompt, at: Depth
+    part: Method,
+    answer: _Answer,
+    tokens: T,
+    dtype: torch.dtype,
+    prompt: Prompt,
+    at: Depth,
+    later: Later | None,
 ) -> Outcome[T]:
     """Inside encoder or decoder: every kept token is one of the block's, with its own hidden state or a new one."""
     name, kept = format_spec(part), answer.kept
     if answer.encoded:
         raise FoveateError(f"{name} returns tokens for the projector where only the block's own stream fits")
     extra = None if answer.groups is None else answer.extra
-    positions = _positions(name, kept, tokens, extra)
+    positions = _positions(name, kept, tokens, extra, later)
     changed: dict[str, Any] = {}
     flops = 0
     if isinstance(tokens, Image):
         changed["features"] = tokens.features[on_device(positions, tokens.features.device)]
         flops = part.flops(tokens.index.numel(), int(prompt.is_text[tokens.row].sum()))
     if isinstance(tokens, TileTokens):
-        changed.update(_regrouped(name, answer.groups, positions, tokens))
+        changed.update(_regrouped(name, answer.groups, positions, tokens), unread=later is not None)
     changed.update(_noted(part, name, answer, kept, tokens, at, flops))
     return Outcome(replace(tokens, **changed), None if answer.features is None else answer.features.to(dtype))
 
@@ -422,19 +439,30 @@ def _noted(
     return {
         "index": kept,
         "extra": answer.extra,
-        "untouched": tokens.untouched and kept.numel() == tokens.original and bool((kept[1:] > kept[:-1]).all()),
+        "untouched": tokens.untouched and kept.numel() == tokens.original and _rising(answer, part),
         "adapted": tokens.adapted or part.adaptive,
         "stages": (*stages, stage),
     }
 
 
-def _positions(name: str, kept: Tensor, tokens: Tokens, extra: Tensor | None = None) -> Tensor:
+def _rising(answer: _Answer, part: Method) -> bool:
+    """Whether what was kept of all tokens is in their order; of blocks in which tokens merge, whether none did."""
+    return answer.groups is None if part.merging else bool((answer.kept[1:] > answer.kept[:-1]).all())
+
+
+def _positions(
+    name: str, kept: Tensor, tokens: Tokens, extra: Tensor | None = None, later: Later | None = None
+) -> Tensor:
     """Where the kept original indices stand among the tokens that are left; 0 for `extra` ones, which stand nowhere."""
-    place = torch.full((tokens.original,), -1)
-    place[tokens.index] = torch.arange(tokens.index.numel())
-    positions = place[kept]
+    place = kept.new_full((tokens.original,), -1)
+    order = torch.arange(tokens.index.numel())
+    positions = place.index_copy(0, beside(tokens.index, kept), beside(order, kept))[kept]
     if extra is not None:
         positions = positions.masked_fill(extra, 0)
+    if later is not None:
+        words = f"{name} keeps {{}} tokens which an earlier stage has dropped"
+        later.complaints.add((positions < 0).sum(), words)
+        return positions.clamp(min=0)
     if bool((positions < 0).any()):
         gone = kept[positions < 0][0].item()
         raise FoveateError(f"{name} keeps token {gone}, which an earlier stage has dropped")
@@ -447,15 +475,15 @@ def _regrouped(name: str, groups: Tensor | None, positions: Tensor, tokens: Tile
         return {}
     present, left, size = tokens.index.numel(), positions.numel(), tokens.size
     if groups is None:
-        size = None if size is None else size[positions]
-        went = torch.full((present,), -1)
-        went[positions] = torch.arange(left)
+        size = None if size is None else beside(size, positions)[positions]
+        went = positions.new_full((present,), -1).index_copy(0, positions, beside(torch.arange(left), positions))
     else:
         went = groups
         if went.numel() != present:
             raise FoveateError(f"{name} says where {went.numel()} tokens went, but {present} were there")
         if left < present or size is not None:
-            sizes = _size(tokens).new_zeros(left + 1).index_add(0, went.where(went >= 0, left), _size(tokens))
+            each = beside(_size(tokens), positions)
+            sizes = each.new_zeros(left + 1).index_add(0, went.where(went >= 0, left), each)
             size = sizes[:left].clamp(min=1.0)
-    group = tokens.group
+    group = None if tokens.group is None else beside(tokens.group, positions)
     return {"size": size, "group": None if group is None else went[group.clamp(min=0)].where(group >= 0, -1)}

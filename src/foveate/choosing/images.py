@@ -119,12 +119,14 @@ class TileTokens(Tokens):
         size: (K,) patches in each token; None while it is one.
         group: (N,) place of the token that a patch is in, -1 once dropped; None where nobody asks.
         frame: the video of the call that it is a frame of, and which; None for pictures.
+        unread: index, size, group and extra are where the hidden states are; see `Later`.
     """
 
     share: tuple[int, tuple[int, ...]] | None = None
     size: Tensor | None = None
     group: Tensor | None = None
     frame: tuple[int, int] | None = None
+    unread: bool = False
 
     @property
     def tiling(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from foveate.choosing.images import Image, TileTokens
 from foveate.choosing.record import Stopwatch
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout, Tile, as_pictures
-from foveate.ops.device import on_device
+from foveate.ops.device import beside, on_device
 from foveate.trace import StageRecord
 
 
@@ -56,6 +56,7 @@ class Lane:
             )
         self.last = row if put_back else None
         self.attended, self.outputs = ([self.every] * blocks for _ in range(2))
+        self._unread: list[Tensor] = []  # numbers of patches where the hidden states are
         self._own_token: int | None = None  # block in which a token that is no patch took a patch's place
 
     @property
@@ -63,13 +64,14 @@ class Lane:
         """(K, G) places of the tokens' patches among those that are left."""
         assert self.left is not None
         if self.tile.plain:
-            return torch.arange(self.present.numel())[:, None]
-        return self._places[self.patches[self.left.index]]
+            return beside(torch.arange(self.present.numel()), self.present)[:, None]
+        patches = beside(self.patches, self.left.index)[self.left.index]
+        return self._places(patches)[patches]
 
-    @property
-    def _places(self) -> Tensor:
-        places = torch.full((self.tile.length,), -1)
-        return places.index_copy(0, self.present, torch.arange(self.present.numel()))
+    def _places(self, other: Tensor) -> Tensor:
+        """(P,) where each patch stands among those that are left, -1 for the others; beside another tensor."""
+        places = other.new_full((self.tile.length,), -1)
+        return places.index_copy(0, beside(self.present, other), beside(torch.arange(self.present.numel()), other))
 
     def _on(self, numbers: Tensor) -> Tensor:
         """Numbers of patches where the hidden states are."""
@@ -78,7 +80,7 @@ class Lane:
     @property
     def whole(self) -> bool:
         """All its patches are there, in their order."""
-        return torch.equal(self.present, self.every)
+        return self.present.numel() == self.every.numel() and torch.equal(self.present, self.every)
 
     def write(self, row: Tensor, outcome: Outcome[TileTokens] | None, name: str) -> Tensor:
         """What runs on of (L, E), now that a stage has acted on the tokens.
@@ -94,16 +96,11 @@ class Lane:
             self.present = self.every[:1]
             return row[:1]
         self.left, tokens = outcome.tokens, outcome.features
-        if self.tile.plain:
-            present = self.left.index
-        else:
-            present = torch.cat([self.rest, self.patches[self.left.index].flatten()])
-            if tokens is None:  # a patch may be behind several tokens
-                present = present.unique()
+        present, unread = self._behind(self.left, tokens is None), self.left.unread
         if tokens is None:
-            stays = torch.equal(present, self.present)
-            row = row if stays else row[self._on(self._places[present])]
-            self.present = present
+            stays = not unread and torch.equal(present, self.present)
+            row = row if stays else row[self._on(self._places(present)[present])]
+            self._leave(present, unread)
             return row
         width, patches = tokens.shape[1], self.patches.shape[1]
         if width != patches * row.shape[1] or self.tile.weights is not None:
@@ -112,14 +109,55 @@ class Lane:
                 "here a method drops tokens, or is a Merger, which sees all of a token's patches behind each other"
             )
         if self.tile.plain:
-            self.present = present
+            self._leave(present, unread)
             return tokens
         tokens = tokens.unflatten(1, (self.patches.shape[1], -1)).flatten(0, 1)
-        rows = torch.cat([row[self._on(self._places[self.rest])], tokens])
+        rows = torch.cat([row[self._on(self._places(present)[beside(self.rest, present)])], tokens])
         # As they stood before: windows, and positions that are gathered along, count on it.
         order = present.argsort()
-        self.present = present[order]
+        self._leave(present[order], unread)
         return rows[self._on(order)]
+
+    def _leave(self, present: Tensor, unread: bool) -> None:
+        self.present = present
+        if unread:
+            self._unread.append(present)
+
+    def _behind(self, left: TileTokens, drops: bool) -> Tensor:
+        """(L,) patches of these tokens and those that run along, in order where others have only been dropped."""
+        if self.tile.plain:
+            return left.index
+        patches = beside(self.patches, left.index)[left.index]
+        present = torch.cat([beside(self.rest, patches), patches.flatten()])
+        if not drops:
+            return present
+        # A patch may be behind several tokens, but not where tokens merge.
+        return present.sort().values if left.unread else present.unique()
+
+    def unread(self) -> list[Tensor]:
+        """Numbers that the host has to know, to be handed to `land`."""
+        if self.left is None or not self.left.unread:
+            return []
+        mine = (self.left.index, self.left.size, self.left.group, self.left.extra)
+        return [*self._unread, *(one for one in mine if one is not None)]
+
+    def land(self, read: Sequence[Tensor]) -> None:
+        """Have on the host what was read."""
+        left = self.left
+        if left is None or not left.unread:
+            return
+        there = {id(one): on_host for one, on_host in zip(self.unread(), read, strict=True)}
+        index = there[id(left.index)]
+        size, group, extra = (None if one is None else there[id(one)] for one in (left.size, left.group, left.extra))
+        stages = (*left.stages[:-1], dataclasses.replace(left.stages[-1], kept=index, extra=extra))
+        self.left = dataclasses.replace(
+            left, index=index, size=size, group=group, extra=extra, stages=stages, unread=False
+        )
+        self.present = there.get(id(self.present), self.present)
+        self.attended, self.outputs = (
+            [there.get(id(one), one) for one in held] for held in (self.attended, self.outputs)
+        )
+        self._unread = []
 
     def note(self, start: int, depth: int, end: int) -> None:
         """A stage has acted at block `depth`: from block `start` on attention runs on what is left, up to `end`."""
@@ -143,7 +181,8 @@ class Lane:
         """(L,) how many patches each stands for, where the hidden states are; None while each is one."""
         if self.left is None or self.left.size is None:
             return None
-        ones, where = torch.ones(self.present.numel()), self.where
+        where = self.where
+        ones = self.left.size.new_ones(self.present.numel())
         sizes = ones.index_copy(0, where.flatten(), self.left.size[:, None].expand(where.shape).flatten())
         return self._on(sizes)
 

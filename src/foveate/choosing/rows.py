@@ -114,8 +114,8 @@ class Packed:
         for lane in lanes:
             firsts.append(firsts[-1] + lane.tile.length)
         self._patches = firsts[-1]
-        left = torch.cat([lane.present + first for lane, first in zip(lanes, firsts, strict=False)])
-        self._left = on_device(left, like.device)
+        present = [on_device(lane.present, like.device) for lane in lanes]
+        self._left = torch.cat([mine + first for mine, first in zip(present, firsts, strict=False)])
         self._made.clear()
         sizes = [lane.sizes() for lane in lanes] if weighed else []
         self.bias = None

@@ -150,6 +150,11 @@ def on_host(values: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True)]
 
 
+def beside(values: Tensor, other: Tensor) -> Tensor:
+    """A host tensor where another one is, on the host or on a device."""
+    return on_device(values, other.device)
+
+
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """A host tensor on a device, which takes it up in its turn."""
     # The copy is made from a buffer of the driver's own, so that `values` may change as soon as this returns.

@@ -394,3 +394,36 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         pytest.raises(FoveateError, match="says where 7 tokens went, but 36 were there"),
     ):
         model(**tiny.inputs(model, "3i4"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, READ])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"indices": 36}, "image 0: kept index 36 is outside 0..35"),
+        ({"indices": -1}, "image 0: kept index -1 is outside 0..35"),
+        ({"groups": 99}, "image 0: group 99 is outside -1..35"),
+        ({"features": float("nan")}, "image 0: features hold NaN or infinity"),
+    ],
+)
+def test_wrong_answers_are_refused_though_they_are_read_behind_the_last_block(
+    stage: int, wrong: dict[str, Any], message: str
+) -> None:
+    @dataclass(frozen=True)
+    class Wrong(ToMe):
+        def select(self, signals: Signals) -> Selection:
+            hidden = signals.tower["latest"].hidden
+            assert hidden is not None
+            indices, features = list(signals.index.clone()), list(hidden.detach().clone())
+            groups = list(torch.arange(signals.shape[1]).expand(signals.shape).clone())
+            rows = {"indices": indices, "features": features, "groups": groups}
+            if signals.stage == stage:
+                for name, value in wrong.items():
+                    rows[name][0] = rows[name][0].clone()
+                    rows[name][0].view(-1)[0] = value
+            return Selection(indices, features, groups=groups, ordered=False)
+
+    model = tiny.model()
+    with untouched(model), foveate.prune(model, Wrong(keep=9)), pytest.raises(FoveateError) as error:
+        model(**tiny.inputs(model, "2i3"))
+    assert message in str(error.value)

@@ -74,8 +74,8 @@ class Attended:
         received_all = sums.received_all
         if lead > summary:  # the companion's query is no part of it: a method asks for that row by itself
             batch, total = self.keys.shape[0], self.keys.shape[2]
-            tokens = torch.full((batch, 1), total) if valid is None else valid.sum(dim=1, keepdim=True)
-            tokens = tokens.to(received_all.device)
+            tokens = received_all.new_full((batch, 1), total, dtype=torch.int64)
+            tokens = tokens if valid is None else valid.sum(dim=1, keepdim=True).to(received_all.device)
             of_companion = self._row(summary)[:, :, lead:].mean(dim=1)
             received_all = (received_all * tokens - of_companion) / (tokens - 1)
         return {"received": sums.received, "given": sums.given, "received_all": received_all}

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.choosing.choose import Depth, Outcome, Prompt, budget_of, choose_inside
 from foveate.choosing.images import TileTokens
 from foveate.choosing.lanes import Lane, Lanes
+from foveate.choosing.later import Later
 from foveate.choosing.packing import to_tokens
 from foveate.choosing.record import Stopwatch
 from foveate.choosing.rows import Batched, Packed
@@ -24,6 +25,7 @@ from foveate.core import Block, FoveateError, Method
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded, Layout, Tile, tiles_of
 from foveate.forms import Merger
+from foveate.ops.device import read_together
 from foveate.runtime.encoder.merge import MergingBlocks, OpenBlocks
 from foveate.runtime.encoder.pixels import Pixels
 from foveate.runtime.encoder.probe import LATEST, Probe, block_number, tower_needs
@@ -99,6 +101,7 @@ class TowerStages(Uncopied):
     _short: Tensor | None = None  # the stream, where the block before had to hand over all patches
     _hooks: list[Any] = field(default_factory=list)
     _memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = field(default_factory=dict)
+    _later: Later = field(default_factory=Later)  # what a method that merges answered in this encoding
     _lead: int = 0  # leading tokens that are no patches: CLS, and a companion
 
     def __post_init__(self) -> None:
@@ -308,7 +311,7 @@ class TowerStages(Uncopied):
         lanes = [Lane(tile, row, len(self.blocks), self.put_back, video) for tile, row in zip(tiles, rows, strict=True)]
         self._at = Lanes(lanes, self.row.packed, self.put_back, layouts)
         self._done.append(self._at)
-        self._memories = {}
+        self._memories, self._later = {}, Later()
         if self.merging is not None:
             self._plan(self.merging)
 
@@ -363,6 +366,8 @@ class TowerStages(Uncopied):
         """Let one stage act on the stream and return what is left of it."""
         assert self._at is not None
         lanes = self._at.lanes
+        if not part.merging:
+            self._land()
         rows = self._rows.split(hidden, lanes, self._lead)
         for lane, row in zip(lanes, rows, strict=True):
             lane.remember(row)
@@ -378,10 +383,26 @@ class TowerStages(Uncopied):
             if self.put_back:
                 for read in self.reads:
                     lane.outputs[read] = lane.every
+        if part.merging and stage == self.read:
+            self._land()
         if not part.merging and all(one is row for one, row in zip(left, rows, strict=True)):
             return hidden  # all stay, and the blocks run as they would have
         self._settle(hidden)
         return self._rows.join(hidden, left, self._lead)
+
+    def _land(self) -> None:
+        """Have on the host what merging has left so far, all of it with one wait for the device.
+
+        Raises:
+            FoveateError: an answer of the method was wrong.
+        """
+        assert self._at is not None
+        lanes, said = self._at.lanes, self._later.unread()
+        if len(said) > 1:
+            read = read_together([*said, *(lane.unread() for lane in lanes)])
+            self._later.refuse(read[: len(said)])
+            for lane, numbers in zip(lanes, read[len(said) :], strict=True):
+                lane.land(numbers)
 
     def _choose(self, depth: int, stage: int, part: Method, hidden: Tensor) -> dict[Lane, Outcome[TileTokens]]:
         """What the stage leaves of each tile that has tokens."""
@@ -403,7 +424,8 @@ class TowerStages(Uncopied):
         nothing = torch.zeros(0, dtype=torch.bool)
         left.stopwatches.append(Stopwatch(hidden.device))
         with left.stopwatches[-1]:
-            outcomes = choose_inside(part, left.tokens, hidden, blocks, Prompt(lambda: nothing, nothing), at)
+            prompt, later = Prompt(lambda: nothing, nothing), self._later if part.merging else None
+            outcomes = choose_inside(part, left.tokens, hidden, blocks, prompt, at, later)
         return dict(zip(left.visible, outcomes, strict=True))
 
     def _pixels_of(self, numbers: Sequence[int], name: str) -> list[Tensor]:
