@@ -175,16 +175,17 @@ def qwen() -> Any:
     return Qwen2VLForConditionalGeneration(config).eval().to(torch.bfloat16)
 
 
-def qwen_prompt(model: Any, side: int) -> dict[str, Tensor]:
-    """A picture of `side` x `side` patches and 60 text tokens."""
-    visual = side**2 // 4
-    text = torch.randint(5, 900, (1, 60))
-    picture = torch.cat([torch.tensor([[997]]), torch.full((1, visual), 999), torch.tensor([[996]])], dim=1)
-    ids = torch.cat([text[:, :30], picture, text[:, 30:]], dim=1)
+def qwen_prompt(model: Any, side: int, words: int = 60) -> dict[str, Tensor]:
+    """A picture of `side` x `side` patches and `words` text tokens."""
+    visual, config = side**2 // 4, model.config
+    text, token = torch.randint(5, 250, (1, words)), config.image_token_id
+    ends = [torch.tensor([[one]]) for one in (config.vision_start_token_id, config.vision_end_token_id)]
+    picture = torch.cat([ends[0], torch.full((1, visual), token), ends[1]], dim=1)
+    ids = torch.cat([text[:, : words // 2], picture, text[:, words // 2 :]], dim=1)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == 999).int(),
+        "mm_token_type_ids": (ids == token).int(),
         "pixel_values": torch.randn(side**2, 3 * 2 * 14 * 14).to(model.dtype),
         "image_grid_thw": torch.tensor([[1, side, side]]),
     }
