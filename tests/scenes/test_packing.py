@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from foveate.core import FoveateError
 from foveate.scenes import mini, vocabulary
 from foveate.scenes.generator import generate
-from foveate.scenes.learner import Learner, answer_loss
-from foveate.scenes.packing import IGNORED, MIX, ask, attention_mask, choose, pack, position_ids, tokens
+from foveate.scenes.learner import Learner, Staged, answer_loss, likeness_loss, naming_loss
+from foveate.scenes.packing import IGNORED, MIX, ask, ask_about, attention_mask, choose, pack, position_ids, tokens
 from foveate.scenes.questions import Question, questions
+from foveate.scenes.targets import Targets
 
 CAT = Question("existence", "is there a cat ?", "yes", 0)
 MANY = Question("count", "how many objects ?", "3", None)
@@ -79,17 +81,95 @@ def test_the_mix_decides_what_is_asked():
     assert first == ["digit"] * 8
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_questions_are_answered_as_if_asked_alone(attention):
-    model = mini.build(seed=0, config=mini.llava_config(width=32, layers=2)).eval()
+def test_questions_about_one_object_are_about_no_other():
+    scenes = generate(6, seed=1)
+    packed, about = ask_about(scenes, 127, random.Random(0))
+    words = [" ".join(vocabulary.WORDS[token] for token in row) for row in packed.ids.tolist()]
+    for row, text in enumerate(words):
+        name = vocabulary.NAMES[int(scenes.names[row, about[row]])]
+        assert text.count("USER") == 3  # there?, what colour?, what number?
+        assert {word for word in text.split() if word in vocabulary.NAMES} == {name}
+    assert len(set(about.tolist())) > 1
+
+
+def _jittered(layers: int) -> Learner:
+    model = mini.build(seed=0, config=mini.llava_config(width=32, layers=layers)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return Learner(model)
+
+
+@torch.no_grad()
+def test_shownthat_leave_between_blocks_are_as_if_nobody_could_see_them_from_there():
+    learner = _jittered(layers=3)
+    learner.naming.weight.normal_(generator=torch.Generator().manual_seed(0))
+    scenes = generate(2, seed=4)
+    packed = ask(scenes, 60, random.Random(0))
+    visual = learner.encode(scenes.pixels)[0]
+    first = torch.arange(0, 576, 2).expand(2, -1)  # the even ones stay before block 1, every third of these before 2
+    second = torch.arange(0, 288, 3).expand(2, -1)
+    said = learner.decode_staged(visual, packed, None, {1: first, 2: second})
+    assert torch.equal(said.left, first)  # of those behind block 1
+
+    hidden = torch.cat((learner.words[mini.BOS].expand(2, 1, -1), visual, learner.words[packed.ids]), dim=1)
+    decoder = learner.model.model.language_model
+    rotary = decoder.rotary_emb(hidden, position_ids(packed, torch.arange(576).expand(2, -1)))
+    gone = torch.zeros(hidden.shape[1], dtype=torch.bool)
+    for number, block in enumerate(decoder.layers):
+        mask = attention_mask(packed, 577, hidden.dtype)
+        gone[1:577] = torch.arange(576) % (1, 2, 6)[number] != 0
+        mask[..., gone] = torch.finfo(mask.dtype).min
+        hidden = block(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=False)
+        if number == 1:
+            early = hidden[:, 1:577:2]
+    wanted = decoder.norm(hidden[:, 577:]) @ learner.words.T
+    assert torch.allclose(said.logits, wanted, atol=1e-4)
+    scaled = early / early.pow(2).mean(dim=-1, keepdim=True).add(1e-6).sqrt()
+    assert torch.allclose(said.names, learner.naming(scaled), atol=1e-4)
+
+
+@torch.no_grad()
+def test_where_nothing_leaves_staged_decoding_is_decoding():
+    learner = _jittered(layers=2)
+    scenes = generate(2, seed=4)
+    packed = ask(scenes, 60, random.Random(0))
+    visual = learner.encode(scenes.pixels)[0]
+    places = torch.arange(0, 576, 5).expand(2, -1)
+    fewer = visual[:, ::5]
+    for shown, at in ((visual, None), (fewer, places)):
+        said = learner.decode_staged(shown, packed, at, {}).logits
+        assert torch.allclose(said, learner.decode(shown, packed, at), atol=1e-5)
+
+
+def test_the_losses_of_names_and_likeness_by_hand():
+    wanted = Targets(*(torch.tensor([[0, 1, 1, -1]]),) * 4, tag=torch.tensor([[False, True, True, False]]))
+    names = torch.zeros(1, 2, len(vocabulary.NAMES))
+    names[0, 1, 1] = 3.0
+    said = Staged(torch.zeros(1, 1, 1), names, torch.tensor([[0, 2]]))  # the tag at place 1 has left
+    other = len(vocabulary.NAMES) - 1
+    assert naming_loss(said, wanted).item() == pytest.approx(math.log(1 + other * math.exp(-3)), abs=1e-5)
+    none = Staged(torch.zeros(1, 1, 1), names, torch.tensor([[0, 3]]))
+    assert naming_loss(none, wanted).item() == 0.0
+
+    packed = pack([[MANY]], 8)  # two labels: the digit and the end
+    logits = torch.zeros(1, 8, 2)
+    before = logits.clone()
+    before[0, 5, 0] = math.log(3)  # three quarters against a half
+    assert packed.labels[0, 5] != IGNORED
+    by_hand = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+    assert likeness_loss(logits, before, packed).item() == pytest.approx(by_hand, abs=1e-6)
+    assert likeness_loss(before, before, packed).item() == 0.0
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_questions_are_answered_as_if_asked_alone(attention):
+    learner = _jittered(layers=2)
+    model = learner.model
     model.set_attn_implementation(attention)
     scenes = generate(1, seed=4)
     packed = ask(scenes, 90, random.Random(0))
     assert packed.segment.max() >= 4
-    learner = Learner(model)
     with torch.no_grad():
         visual = learner.encode(scenes.pixels)[0]
         logits = learner.decode(visual, packed)

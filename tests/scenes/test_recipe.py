@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,13 @@ def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"phases": [Phase("dreamy", 1, 1.0, 1.0)]}, "unknown kind of phase 'dreamy'; choices: ideal, joint"),
         ({"phases": [Phase("joint", 1, 0.0, 1.0, thin=1.5)]}, "thin=1.5 is no share of the steps; it is from 0 to 1"),
         ({"phases": [Phase("joint", 1, 0.0, 1.0, thin=0.5, patches=9)]}, "give it to a joint phase without patches="),
+        (
+            {"phases": [Phase("joint", 1, 0.0, 1.0, thin=0.5, between=0.6)]},
+            "thin=0.5 and between=0.6 are more than all",
+        ),
+        ({"phases": [Phase("ideal", 1, 0.0, 1.0, between=0.6)]}, "between= leaves out tokens of whole pictures"),
+        ({"phases": [Phase("ideal", 1, 0.0, 1.0, named=0.6)]}, "named= is learned from what the encoder sees"),
+        ({"phases": [Phase("joint", 1, 1.0, 1.0, like=1.0)]}, "give encoder_rate=0.0 with it"),
         ({"start": "nowhere"}, "start='nowhere' holds no config.json"),
     ],
 )
@@ -279,6 +287,45 @@ def test_a_thinned_phase_shows_the_decoder_few_tokens_at_their_places(
         assert recipe.FEWEST <= count <= recipe.MOST
         assert len(set(places)) == count and places == sorted(places) and places[-1] < 576
     assert all(count == 576 for count, places in seen if places is None)
+
+
+STAGED = Phase(
+    "joint", 6, encoder_rate=0.0, decoder_rate=1e-3, warmup=1, thin=0.3, between=0.5, about=0.5, like=1.0, named=0.3
+)
+
+
+def test_a_staged_phase_lets_tokens_leave_between_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    decode = recipe.Learner.decode_staged
+
+    def noted(self: Any, visual: Any, packed: Any, places: Any, leaving: Any) -> Any:
+        seen.append((visual.shape[1], tuple(stay.shape[1] for stay in leaving.values())))
+        return decode(self, visual, packed, places, leaving)
+
+    monkeypatch.setattr(recipe.Learner, "decode_staged", noted)
+    monkeypatch.setattr(recipe, "LOG_STEPS", 1)
+    train_mini(tmp_path, phases=[dataclasses.replace(STAGED, steps=12)], **TINY)
+    stages = {tuple(round(share * 576) for share in shares) for shares in recipe.STAGES}
+    kinds = ["between" if stay else "thin" if given < 576 else "whole" for given, stay in seen]
+    assert set(kinds) == {"between", "thin", "whole"} and len(kinds) == 12
+    assert {stay for _, stay in seen if stay} <= stages
+    assert all(given == 576 for given, stay in seen if stay)
+    for line, kind in zip(lines(tmp_path), kinds, strict=True):
+        assert ("like" in line) == (kind != "between")
+        assert line["named"] > 0
+    assert next(line["like"] for line in lines(tmp_path) if "like" in line) < 0.1  # hardly a step from the start
+
+
+def test_a_resumed_staged_run_still_knows_where_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_mini(tmp_path / "whole", phases=[STAGED], **TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._Session, "_step", dies_at(4))
+        with pytest.raises(Killed):
+            train_mini(tmp_path / "halves", phases=[STAGED], save_seconds=0.0, **TINY)
+    train_mini(tmp_path / "halves", phases=[STAGED], resume=True, **TINY)
+    whole, halves = (load_file(tmp_path / name / STATE) for name in ("whole", "halves"))
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+    assert figures(tmp_path / "halves") == figures(tmp_path / "whole")
 
 
 def test_a_phase_at_rate_zero_leaves_the_encoder_as_it_is(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from foveate.scenes.targets import (
     correct,
     dense_loss,
     objects_first,
+    preferred_about,
+    staged,
     targets,
     thinned,
 )
@@ -141,3 +143,24 @@ def test_contrastive_loss_by_hand(one):
     pooled[0, vocabulary.WORDS.index("cat")] = 1.0
     expected = (47 * math.log(2) + math.log(1 + math.exp(-SCALE))) / 48
     assert contrastive_loss(pooled, words, one, bias).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_about_the_object_asked_about_come_first():
+    wanted = targets(generate(40, seed=3))
+    asked = torch.zeros(40, dtype=torch.int64)
+    score = preferred_about(wanted, asked, torch.Generator().manual_seed(0))
+    own = wanted.owner == 0
+    others = (wanted.owner != BACKGROUND) & ~own
+    behind = 0
+    for row in range(40):
+        assert score[row][own[row]].min() > score[row][~own[row]].max()
+        if others[row].any():
+            behind += bool(score[row][others[row]].max() < score[row][wanted.owner[row] == BACKGROUND].min())
+    assert 15 < behind < 38  # two rows of three
+
+
+def test_stages_keep_the_best_of_what_is_left():
+    score = torch.tensor([[0.1, 0.9, 0.4, 0.8, 0.3, 0.7]])
+    stay = staged(score, (4 / 6, 2 / 6, 0.01))
+    assert {block: columns.tolist() for block, columns in stay.items()} == {1: [[1, 2, 3, 5]], 2: [[0, 2]], 3: [[0]]}
+    assert staged(score, (0.1, 0.5))[2].tolist() == [[0]]  # no more than are left

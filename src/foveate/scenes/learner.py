@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,28 @@ from foveate.scenes.generator import Scenes
 from foveate.scenes.mini import BOS, normalise, tower
 from foveate.scenes.packing import IGNORED, Packed, attention_mask, position_ids
 from foveate.scenes.targets import Targets, contrastive_loss, dense_loss
+from foveate.scenes.vocabulary import NAMES
+
+NAMED = 1  # behind this block of the decoder a digit's tag has to know whose it is
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a decoder says from which tokens leave between blocks.
+
+    Attributes:
+        logits: (B, T, V) after every text token.
+        names: (B, K, names) logits of the object's name at every visual token that is left behind block `NAMED`.
+        left: (B, K) columns of these tokens among those the decoder was given.
+    """
+
+    logits: Tensor
+    names: Tensor
+    left: Tensor
 
 
 class Learner(nn.Module):
-    """A model in training, with the head of the contrastive loss, which is dropped afterwards.
+    """A model in training, with the heads of the contrastive and the naming loss, which are dropped afterwards.
 
     Args:
         model: a `mini` in float32; its weights are trained in place.
@@ -29,8 +48,10 @@ class Learner(nn.Module):
         self.model = model
         self.head = nn.Linear(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
         self.bias = nn.Parameter(torch.tensor(-4.0))
+        self.naming = nn.Linear(model.config.text_config.hidden_size, len(NAMES))
         nn.init.eye_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for zero in (self.head.bias, self.naming.weight, self.naming.bias):
+            nn.init.zeros_(zero)
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
         self._run_encoder = wrap(self._encoder)
         self._run_decoder = wrap(self._decoder)
@@ -56,12 +77,37 @@ class Learner(nn.Module):
 
         `places` (B, N) are the tokens' raster indices where a picture is given by some of its tokens only.
         """
-        if places is None:
-            places = torch.arange(visual.shape[1], device=visual.device).expand(len(visual), -1)
+        places = _every(visual) if places is None else places
         mask = attention_mask(packed, 1 + visual.shape[1], visual.dtype)
         run = self._run_decoder if torch.is_grad_enabled() else self._decoder
         logits: Tensor = run(visual, packed.ids, mask, position_ids(packed, places))
         return logits
+
+    def decode_staged(
+        self, visual: Tensor, packed: Packed, places: Tensor | None, leaving: Mapping[int, Tensor]
+    ) -> Staged:
+        """As `decode`, block by block: nothing that inference runs.
+
+        `leaving` names the blocks before which tokens leave: (B, K) columns, ascending, of those that stay among the
+        tokens left there.
+        """
+        decoder = self.model.model.language_model
+        hidden = self._embedded(visual, packed.ids)
+        rotary = decoder.rotary_emb(hidden, position_ids(packed, _every(visual) if places is None else places))
+        left, text = _every(visual), packed.ids.shape[1]
+        early, seen = hidden, left
+        mask = attention_mask(packed, 1 + left.shape[1], hidden.dtype)
+        for number, block in enumerate(decoder.layers):
+            if number in leaving:
+                columns = _with_text(leaving[number], left.shape[1], text)
+                hidden, *rotary = (_picked(part, columns) for part in (hidden, *rotary))
+                left = left.gather(1, leaving[number])
+                mask = attention_mask(packed, 1 + left.shape[1], hidden.dtype)
+            hidden = block(hidden, attention_mask=mask, position_embeddings=tuple(rotary), use_cache=False)
+            if number == NAMED:
+                early, seen = hidden[:, 1:-text], left
+        logits = functional.linear(decoder.norm(hidden[:, -text:]), self.words)
+        return Staged(logits, self.naming(_normal(early)), seen)
 
     def _encoder(self, values: Tensor, whole: bool, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
         vision = tower(self.model)
@@ -82,16 +128,59 @@ class Learner(nn.Module):
         return visual, self.head(vision.post_layernorm(hidden[:, 0]))
 
     def _decoder(self, visual: Tensor, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        bos = self.words[BOS].expand(len(ids), 1, -1).to(visual.dtype)
-        embedded = torch.cat((bos, visual, self.words[ids].to(visual.dtype)), dim=1)
+        embedded = self._embedded(visual, ids)
         decoder = self.model.model.language_model
         hidden = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False)
         return functional.linear(hidden.last_hidden_state[:, -ids.shape[1] :], self.words)
+
+    def _embedded(self, visual: Tensor, ids: Tensor) -> Tensor:
+        bos = self.words[BOS].expand(len(ids), 1, -1).to(visual.dtype)
+        return torch.cat((bos, visual, self.words[ids].to(visual.dtype)), dim=1)
+
+
+def _every(visual: Tensor) -> Tensor:
+    """Columns (B, N) of all visual tokens."""
+    return torch.arange(visual.shape[1], device=visual.device).expand(len(visual), -1)
+
+
+def _normal(hidden: Tensor) -> Tensor:
+    """Hidden states (B, N, D) at a length that does not say how deep they come from."""
+    return functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
+
+
+def _with_text(kept: Tensor, count: int, text: int) -> Tensor:
+    """Columns (B, 1 + K + T) of `<bos>`, of the visual tokens `kept` (B, K) out of `count`, and of the text."""
+    behind = torch.arange(1 + count, 1 + count + text, device=kept.device).expand(len(kept), -1)
+    return torch.cat((torch.zeros_like(kept[:, :1]), kept + 1, behind), dim=1)
+
+
+def _picked(values: Tensor, columns: Tensor) -> Tensor:
+    """(B, K, D) of (B, L, D), or of (1, L, D) where all rows are alike."""
+    values = values.expand(len(columns), -1, -1)
+    return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def answer_loss(logits: Tensor, packed: Packed) -> Tensor:
     """Mean cross-entropy of the answers' words and their `<eos>`: logits (B, T, V)."""
     return functional.cross_entropy(logits.float().flatten(0, 1), packed.labels.flatten(), ignore_index=IGNORED)
+
+
+def naming_loss(said: Staged, wanted: Targets) -> Tensor:
+    """Mean cross-entropy of the name of their object, over patches on digit tags: `wanted` of all given tokens.
+
+    A digit is bound to its object before any question is read, so that the question can look it up by name.
+    """
+    where = wanted.tag.gather(1, said.left)
+    if not where.any():
+        return said.names.sum() * 0.0
+    return functional.cross_entropy(said.names[where].float(), wanted.name.gather(1, said.left)[where])
+
+
+def likeness_loss(logits: Tensor, before: Tensor, packed: Packed) -> Tensor:
+    """Mean divergence of the answers' words from what other weights say: logits (B, T, V) and theirs, `before`."""
+    where = packed.labels != IGNORED
+    said, wanted = (values[where].float().log_softmax(dim=-1) for values in (logits, before))
+    return functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
 
 
 def encoder_losses(

@@ -96,6 +96,16 @@ def ask(scenes: Scenes, length: int, draw: random.Random, mix: Mapping[str, floa
     return pack([choose(questions(scenes, row, draw), length, draw, mix) for row in range(len(scenes))], length)
 
 
+def ask_about(scenes: Scenes, length: int, draw: random.Random) -> tuple[Packed, Tensor]:
+    """Random questions about one object of each picture, and which one: (B,) its place in `Scenes`."""
+    asked, about = [], []
+    for row in range(len(scenes)):
+        every = [one for one in questions(scenes, row, draw) if one.target is not None]
+        about.append(draw.choice([one.target for one in every]))
+        asked.append(choose([one for one in every if one.target == about[-1]], length, draw))
+    return pack(asked, length), torch.tensor(about)
+
+
 def attention_mask(packed: Packed, prefix: int, dtype: torch.dtype) -> Tensor:
     """Who may look at whom: (B, 1, L, L) with L = prefix + T, 0 where allowed and the lowest number elsewhere.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +24,34 @@ from foveate.scenes import mini
 from foveate.scenes.curriculum import ideal_tokens
 from foveate.scenes.exam import quick_exam
 from foveate.scenes.generator import Scenes, generate
-from foveate.scenes.learner import Learner, answer_loss, encoder_losses
+from foveate.scenes.learner import Learner, answer_loss, encoder_losses, likeness_loss, naming_loss
 from foveate.scenes.means import Means
-from foveate.scenes.packing import ask
+from foveate.scenes.packing import Packed, ask, ask_about
 from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
-from foveate.scenes.targets import objects_first, targets, thinned
+from foveate.scenes.targets import Targets, objects_first, preferred, preferred_about, staged, targets, thinned
 
 Report = Callable[[dict[str, Any]], None]
 
 LENGTH = 127  # text tokens per picture: with <bos> and 576 visual tokens that makes 704, a multiple of 64
 FEWEST, MOST = 16, 288  # tokens of a thinned picture, drawn evenly on a logarithmic scale
 LOG_STEPS = 20
-WEIGHTS = {"answer": 1.0, "name": 0.5, "color": 0.25, "digit": 1.0, "tag": 1.0, "contrast": 0.25}
+STAGES: tuple[tuple[float, ...], ...] = (
+    (0.5, 0.3, 0.1),
+    (0.25, 0.15, 0.08),
+    (1 / 9, 1 / 9, 1 / 9),
+    (1 / 18, 1 / 18, 1 / 18),
+)
+"""Shares of a picture's tokens that are left behind the decoder's first three blocks."""
+WEIGHTS = {
+    "answer": 1.0,
+    "name": 0.5,
+    "color": 0.25,
+    "digit": 1.0,
+    "tag": 1.0,
+    "contrast": 0.25,
+    "like": 1.0,
+    "named": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,11 @@ class Phase:
         share: share of the pictures that the decoder is asked about; the encoder's losses see all of them.
         patches: how many patches of each picture the encoder sees, those of objects first; None is all 576.
         thin: share of the steps at which the decoder is given few of each picture's tokens, as if pruned.
+        between: share of the steps at which tokens leave between the decoder's first blocks.
+        about: share of these at which only one object is asked about, whose tokens stay to the end.
+        like: weight of the divergence from the answers of the weights that the run starts from, where no tokens leave
+            between blocks.
+        named: weight of the loss that has a digit's tag know its object's name behind two blocks of the decoder.
     """
 
     kind: Literal["ideal", "joint"]
@@ -63,6 +85,10 @@ class Phase:
     share: float = 1.0
     patches: int | None = None
     thin: float = 0.0
+    between: float = 0.0
+    about: float = 0.0
+    like: float = 0.0
+    named: float = 0.0
 
     def rate(self, step: int) -> float:
         """The share of the peak rate at `step` of this phase, counted from 0."""
@@ -82,6 +108,11 @@ THINNED: tuple[Phase, ...] = (
     Phase("joint", 2000, encoder_rate=0.0, decoder_rate=3e-4, warmup=30, final=0.05, thin=0.6),
 )
 """From weights that have only seen whole pictures, at batch 8 on a CPU: the decoder learns to do with few tokens."""
+
+STAGED: tuple[Phase, ...] = (
+    Phase("joint", 2000, 0.0, 4e-4, warmup=40, final=0.02, thin=0.3, between=0.4, about=0.4, like=1.0, named=0.3),
+)
+"""From weights that have seen thinned pictures, at batch 6 on a CPU: tokens may leave between the decoder's blocks."""
 
 FURTHER: tuple[Phase, ...] = (Phase("joint", 3000, encoder_rate=4e-4, decoder_rate=1e-4, final=0.02, share=0.5),)
 """From weights that can already look things up, at batch 16 on a CPU."""
@@ -163,10 +194,20 @@ def _check(max_seconds: float, batch: int, phases: Sequence[Phase]) -> None:
     for phase in phases:
         if phase.kind not in ("ideal", "joint"):
             raise FoveateError(f"unknown kind of phase {phase.kind!r}; choices: ideal, joint")
-        if not 0 <= phase.thin <= 1:
-            raise FoveateError(f"thin={phase.thin} is no share of the steps; it is from 0 to 1")
-        if phase.thin and (phase.kind == "ideal" or phase.patches):
-            raise FoveateError("thin= leaves out tokens of whole pictures: give it to a joint phase without patches=")
+        for name in ("thin", "between", "about"):
+            share = getattr(phase, name)
+            if not 0 <= share <= 1:
+                raise FoveateError(f"{name}={share} is no share of the steps; it is from 0 to 1")
+            if share and (phase.kind == "ideal" or phase.patches):
+                raise FoveateError(
+                    f"{name}= leaves out tokens of whole pictures: give it to a joint phase without patches="
+                )
+        if phase.named and phase.kind == "ideal":
+            raise FoveateError("named= is learned from what the encoder sees: give it to a joint phase")
+        if phase.thin + phase.between > 1:
+            raise FoveateError(f"thin={phase.thin} and between={phase.between} are more than all steps; lower one")
+        if phase.like and phase.encoder_rate:
+            raise FoveateError("like= compares decoders that read the same tokens: give encoder_rate=0.0 with it")
 
 
 def _model(start: str | Path | None, seed: int, config: LlavaConfig | None) -> LlavaForConditionalGeneration:
@@ -177,6 +218,23 @@ def _model(start: str | Path | None, seed: int, config: LlavaConfig | None) -> L
         raise FoveateError(f"start={str(start)!r} holds no config.json; give the folder of a saved mini")
     check_names(folder, f"start={str(start)!r}")
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What the decoder is given of some pictures: tokens (B, N, D), their raster indices unless they are all."""
+
+    visual: Tensor
+    places: Tensor | None
+    scenes: Scenes
+    wanted: Targets
+
+    def thinned(self, count: int, draw: torch.Generator) -> _Shown:
+        """`count` tokens of each picture alone, as some method or other might keep them."""
+        kept = thinned(self.wanted, min(count, self.visual.shape[1]), draw)
+        visual = self.visual.gather(1, kept[..., None].expand(-1, -1, self.visual.shape[2]))
+        places = kept if self.places is None else self.places.gather(1, kept)
+        return _Shown(visual, places, self.scenes, self.wanted.at(kept))
 
 
 class _Session:
@@ -200,12 +258,15 @@ class _Session:
         self.optimizer = self._optimizer()
         self.average = [parameter.detach().clone() for parameter in self.names]
         self.half = device.type == "cuda" or _bfloat16_cpu()
+        like = any(phase.like for phase in phases)
+        self.before = Learner(copy.deepcopy(model).requires_grad_(False)).to(device) if like else None
         self.done = Progress()
         self.means = Means()  # since the last line of the log
         self.best = -1.0
 
     def _optimizer(self) -> torch.optim.AdamW:
-        decoder = {id(parameter) for parameter in self.learner.model.model.language_model.parameters()}
+        parts = (self.learner.model.model.language_model, self.learner.naming)
+        decoder = {id(parameter) for part in parts for parameter in part.parameters()}
         sides: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": []}
         for parameter in self.names:
             sides["decoder" if id(parameter) in decoder else "encoder"].append(parameter)
@@ -310,16 +371,43 @@ class _Session:
         losses = {} if frozen else encoder_losses(self.learner, visual, pooled, scenes, wanted)
         if phase.kind == "ideal":
             visual, places = ideal_tokens(self.learner.words, targets(scenes), scenes, draw)
-        chance = random.Random(f"thin {self.seed} {number}")
-        if phase.kind == "joint" and chance.random() < phase.thin:
-            count = round(math.exp(chance.uniform(math.log(FEWEST), math.log(MOST))))
-            kept = thinned(wanted, min(count, visual.shape[1]), draw)
-            visual = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[2]))
-            places = kept if places is None else places.gather(1, kept)
         rows = max(1, round(self.batch * phase.share))
-        packed = ask(first(scenes, rows), LENGTH, random.Random(f"{self.seed} {number}")).to(self.device)
-        places = None if places is None else places[:rows]
-        losses["answer"] = answer_loss(self.learner.decode(visual[:rows], packed, places), packed)
+        shown = _Shown(visual[:rows], None if places is None else places[:rows], first(scenes, rows), wanted.rows(rows))
+        return {**losses, **self._answers(phase, shown, number, draw)}
+
+    def _answers(self, phase: Phase, shown: _Shown, number: int, draw: torch.Generator) -> dict[str, Tensor]:
+        """The decoder's losses at step `number`, at which tokens may leave before its blocks or between them."""
+        chance = random.Random(f"thin {self.seed} {number}")
+        ask_draw, lot = random.Random(f"{self.seed} {number}"), chance.random()
+        leaving: dict[int, Tensor] = {}
+        if phase.thin <= lot < phase.thin + phase.between:
+            if chance.random() < phase.about:
+                packed, asked = ask_about(shown.scenes, LENGTH, ask_draw)
+                score = preferred_about(shown.wanted, asked.to(self.device), draw)
+            else:
+                packed = ask(shown.scenes, LENGTH, ask_draw)
+                score = preferred(shown.wanted, draw)
+            leaving = staged(score, chance.choice(STAGES))
+        else:
+            packed = ask(shown.scenes, LENGTH, ask_draw)
+            if lot < phase.thin:
+                shown = shown.thinned(round(math.exp(chance.uniform(math.log(FEWEST), math.log(MOST)))), draw)
+        return self._judged(phase, shown, packed.to(self.device), leaving)
+
+    def _judged(self, phase: Phase, shown: _Shown, packed: Packed, leaving: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        if leaving or phase.named:
+            said = self.learner.decode_staged(shown.visual, packed, shown.places, leaving)
+            logits = said.logits
+            if phase.named:
+                losses["named"] = phase.named * naming_loss(said, shown.wanted)
+        else:
+            logits = self.learner.decode(shown.visual, packed, shown.places)
+        losses["answer"] = answer_loss(logits, packed)
+        if self.before is not None and phase.like and not leaving:
+            with torch.no_grad():
+                before = self.before.decode(shown.visual, packed, shown.places)
+            losses["like"] = phase.like * likeness_loss(logits, before, packed)
         return losses
 
     @torch.no_grad()

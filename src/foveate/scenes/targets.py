@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -46,6 +47,10 @@ class Targets:
         """The targets of the patches with raster indices `places` (B, K)."""
         return Targets(*(getattr(self, part.name).gather(1, places) for part in fields(self)))
 
+    def rows(self, count: int) -> Targets:
+        """Those of the first `count` pictures."""
+        return Targets(*(getattr(self, part.name)[:count] for part in fields(self)))
+
 
 def targets(scenes: Scenes) -> Targets:
     """The targets of every patch; a patch that two boxes touch belongs to the first object."""
@@ -71,7 +76,12 @@ def objects_first(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
 
 
 def thinned(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
-    """Raster indices (B, count), ascending: what some method or other might keep of each picture.
+    """Raster indices (B, count), ascending: the first tokens of `preferred`."""
+    return preferred(wanted, draw).topk(count, dim=1).indices.sort(dim=1).values
+
+
+def preferred(wanted: Targets, draw: torch.Generator) -> Tensor:
+    """Scores (B, N) by which some method or other might keep tokens of each picture, the highest first.
 
     Chance decides, pulled towards objects by as much as the row happens to draw (not at all, a little, entirely, or
     away from them), and in every other picture towards some regions.
@@ -84,8 +94,36 @@ def thinned(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
     regions = 2.0 * functional.interpolate(coarse, (side, side), mode="bicubic").flatten(1)
     by_region = torch.rand(batch, 1, generator=draw) < 0.5
     chance = chance + regions * by_region
-    score = chance.to(wanted.owner.device) + pull[:, None].to(wanted.owner.device) * (wanted.owner != BACKGROUND)
-    return score.topk(count, dim=1).indices.sort(dim=1).values
+    return chance.to(wanted.owner.device) + pull[:, None].to(wanted.owner.device) * (wanted.owner != BACKGROUND)
+
+
+def preferred_about(wanted: Targets, asked: Tensor, draw: torch.Generator) -> Tensor:
+    """Scores (B, N) of a method that has understood which object is asked about, the highest first.
+
+    Its tokens come first; the other objects' come by chance with the background's, or behind it in two rows of three.
+
+    Args:
+        asked: (B,) int64, the place of the object that each picture's questions are about.
+    """
+    chance = torch.rand(wanted.owner.shape, generator=draw)
+    behind = torch.rand(len(asked), 1, generator=draw) < 2 / 3
+    own = wanted.owner == asked[:, None]
+    others = (wanted.owner != BACKGROUND) & ~own
+    return chance.to(own.device) + 2.0 * own - 2.0 * (others & behind.to(own.device))
+
+
+def staged(score: Tensor, shares: Sequence[float]) -> dict[int, Tensor]:
+    """Which tokens stay before blocks 1, 2, ...: those of the highest `score` (B, N), a share of N at each.
+
+    Returns:
+        (B, K) columns, ascending, of those that stay among the tokens left until there.
+    """
+    left, stay = score, {}
+    for block, share in enumerate(shares, start=1):
+        count = min(left.shape[1], max(1, round(share * score.shape[1])))
+        stay[block] = left.topk(count, dim=1).indices.sort(dim=1).values
+        left = left.gather(1, stay[block])
+    return stay
 
 
 def _shows(boxes: Tensor) -> tuple[Tensor, Tensor]:
