@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from foveate.core import FoveateError
 from foveate.scenes import mini, vocabulary
 from foveate.scenes.generator import generate
-from foveate.scenes.learner import Learner, Staged, answer_loss, likeness_loss, naming_loss
+from foveate.scenes.learner import Learner, Staged, answer_loss, asking_loss, likeness_loss, naming_loss
 from foveate.scenes.packing import IGNORED, MIX, ask, ask_about, attention_mask, choose, pack, position_ids, tokens
 from foveate.scenes.questions import Question, questions
-from foveate.scenes.targets import Targets
+from foveate.scenes.targets import SCALE, Targets
 
 CAT = Question("existence", "is there a cat ?", "yes", 0)
 MANY = Question("count", "how many objects ?", "3", None)
@@ -37,6 +37,7 @@ def test_the_layout_by_hand():
     labels[14:16] = ids("3 <eos>")
     assert packed.labels[0].tolist() == labels
     assert packed.ids[1, :8].tolist() == ids(second)
+    assert packed.target.tolist() == [[0] * 9 + [-1] * 11, [-1] * 20]
 
 
 def test_the_mask_by_hand():
@@ -103,7 +104,6 @@ def _jittered(layers: int) -> Learner:
 @torch.no_grad()
 def test_shownthat_leave_between_blocks_are_as_if_nobody_could_see_them_from_there():
     learner = _jittered(layers=3)
-    learner.naming.weight.normal_(generator=torch.Generator().manual_seed(0))
     scenes = generate(2, seed=4)
     packed = ask(scenes, 60, random.Random(0))
     visual = learner.encode(scenes.pixels)[0]
@@ -125,8 +125,8 @@ def test_shownthat_leave_between_blocks_are_as_if_nobody_could_see_them_from_the
             early = hidden[:, 1:577:2]
     wanted = decoder.norm(hidden[:, 577:]) @ learner.words.T
     assert torch.allclose(said.logits, wanted, atol=1e-4)
-    scaled = early / early.pow(2).mean(dim=-1, keepdim=True).add(1e-6).sqrt()
-    assert torch.allclose(said.names, learner.naming(scaled), atol=1e-4)
+    assert torch.allclose(said.seen, early, atol=1e-4)
+    assert torch.allclose(said.read, hidden[:, 577:], atol=1e-4)  # three blocks: the last one
 
 
 @torch.no_grad()
@@ -142,24 +142,41 @@ def test_where_nothing_leaves_staged_decoding_is_decoding():
         assert torch.allclose(said, learner.decode(shown, packed, at), atol=1e-5)
 
 
-def test_the_losses_of_names_and_likeness_by_hand():
+def test_the_losses_on_the_way_to_a_digit_by_hand():
+    words = torch.eye(len(vocabulary.WORDS))
+    names, digits = (len(group) - 1 for group in (vocabulary.NAMES, vocabulary.DIGITS))
     wanted = Targets(*(torch.tensor([[0, 1, 1, -1]]),) * 4, tag=torch.tensor([[False, True, True, False]]))
-    names = torch.zeros(1, 2, len(vocabulary.NAMES))
-    names[0, 1, 1] = 3.0
-    said = Staged(torch.zeros(1, 1, 1), names, torch.tensor([[0, 2]]))  # the tag at place 1 has left
-    other = len(vocabulary.NAMES) - 1
-    assert naming_loss(said, wanted).item() == pytest.approx(math.log(1 + other * math.exp(-3)), abs=1e-5)
-    none = Staged(torch.zeros(1, 1, 1), names, torch.tensor([[0, 3]]))
-    assert naming_loss(none, wanted).item() == 0.0
+    seen = torch.zeros(1, 2, len(words))
+    seen[0, 1, ids(vocabulary.NAMES[1])] = 0.25
+    said = Staged(torch.zeros(1, 1, 1), seen, torch.tensor([[0, 2]]), seen)  # the tag at place 1 has left
+    assert naming_loss(said, words, wanted).item() == pytest.approx(
+        math.log(1 + names * math.exp(-SCALE / 4)), abs=1e-5
+    )
+    none = Staged(torch.zeros(1, 1, 1), seen, torch.tensor([[0, 3]]), seen)
+    assert naming_loss(none, words, wanted).item() == 0.0
 
-    packed = pack([[MANY]], 8)  # two labels: the digit and the end
-    logits = torch.zeros(1, 8, 2)
+    packed = pack([[CAT, MANY]], 17)  # "cat" is the fifth word, and only it is a name that somebody asks about
+    read = torch.zeros(1, 17, len(words))
+    read[0, 4, ids("7")] = 1.0  # of length 1, so a root mean square of 1 / sqrt(words)
+    said = Staged(torch.zeros(1, 1, 1), seen, said.left, read)
+    loss = asking_loss(said, words, packed, torch.tensor([[7, 3]]))
+    assert loss.item() == pytest.approx(math.log(1 + digits * math.exp(-4 * len(words) ** 0.5)), abs=1e-4)
+    wrong = asking_loss(said, words, packed, torch.tensor([[3, 7]]))
+    assert wrong.item() == pytest.approx(4 * len(words) ** 0.5, abs=1e-2)
+
+
+def test_likeness_by_hand():
+    packed = pack([[CAT]], 9)  # two labels, of which none is a digit
+    logits = torch.zeros(1, 9, 2)
     before = logits.clone()
-    before[0, 5, 0] = math.log(3)  # three quarters against a half
-    assert packed.labels[0, 5] != IGNORED
+    before[0, 6, 0] = math.log(3)  # three quarters against a half
     by_hand = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
     assert likeness_loss(logits, before, packed).item() == pytest.approx(by_hand, abs=1e-6)
     assert likeness_loss(before, before, packed).item() == 0.0
+    packed = pack([[MANY]], 8)
+    before = torch.zeros(1, 8, 2)
+    before[0, 5, 0] = math.log(3)  # where the digit is said
+    assert likeness_loss(logits[:, :8], before, packed).item() == 0.0
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

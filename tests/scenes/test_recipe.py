@@ -253,11 +253,14 @@ def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes) -> None:
         ({"phases": [Phase("joint", 1, 0.0, 1.0, thin=1.5)]}, "thin=1.5 is no share of the steps; it is from 0 to 1"),
         ({"phases": [Phase("joint", 1, 0.0, 1.0, thin=0.5, patches=9)]}, "give it to a joint phase without patches="),
         (
-            {"phases": [Phase("joint", 1, 0.0, 1.0, thin=0.5, between=0.6)]},
-            "thin=0.5 and between=0.6 are more than all",
+            {"phases": [Phase("joint", 1, 0.0, 1.0, thin=0.5, between=0.4, bind=0.3)]},
+            "thin=0.5, between=0.4 and bind=0.3 are more than all steps",
         ),
         ({"phases": [Phase("ideal", 1, 0.0, 1.0, between=0.6)]}, "between= leaves out tokens of whole pictures"),
-        ({"phases": [Phase("ideal", 1, 0.0, 1.0, named=0.6)]}, "named= is learned from what the encoder sees"),
+        (
+            {"phases": [Phase("ideal", 1, 0.0, 1.0, named=0.6)]},
+            "named= and asked= are learned from what the encoder sees",
+        ),
         ({"phases": [Phase("joint", 1, 1.0, 1.0, like=1.0)]}, "give encoder_rate=0.0 with it"),
         ({"start": "nowhere"}, "start='nowhere' holds no config.json"),
     ],
@@ -290,29 +293,44 @@ def test_a_thinned_phase_shows_the_decoder_few_tokens_at_their_places(
 
 
 STAGED = Phase(
-    "joint", 6, encoder_rate=0.0, decoder_rate=1e-3, warmup=1, thin=0.3, between=0.5, about=0.5, like=1.0, named=0.3
+    "joint",
+    6,
+    encoder_rate=0.0,
+    decoder_rate=1e-3,
+    warmup=1,
+    thin=0.2,
+    between=0.4,
+    about=0.5,
+    bind=0.2,
+    like=1.0,
+    named=0.3,
+    asked=1.0,
 )
 
 
 def test_a_staged_phase_lets_tokens_leave_between_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, tuple[int, ...]]] = []
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
     decode = recipe.Learner.decode_staged
 
     def noted(self: Any, visual: Any, packed: Any, places: Any, leaving: Any) -> Any:
-        seen.append((visual.shape[1], tuple(stay.shape[1] for stay in leaving.values())))
+        seen.append((visual.shape[1], packed.ids.shape[1], tuple(stay.shape[1] for stay in leaving.values())))
         return decode(self, visual, packed, places, leaving)
 
     monkeypatch.setattr(recipe.Learner, "decode_staged", noted)
     monkeypatch.setattr(recipe, "LOG_STEPS", 1)
-    train_mini(tmp_path, phases=[dataclasses.replace(STAGED, steps=12)], **TINY)
+    train_mini(tmp_path, phases=[dataclasses.replace(STAGED, steps=16)], **TINY)
     stages = {tuple(round(share * 576) for share in shares) for shares in recipe.STAGES}
-    kinds = ["between" if stay else "thin" if given < 576 else "whole" for given, stay in seen]
-    assert set(kinds) == {"between", "thin", "whole"} and len(kinds) == 12
-    assert {stay for _, stay in seen if stay} <= stages
-    assert all(given == 576 for given, stay in seen if stay)
+    kinds = [
+        "bound" if text < 127 else "between" if stay else "thin" if given < 576 else "whole"
+        for given, text, stay in seen
+    ]
+    assert set(kinds) == {"bound", "between", "thin", "whole"} and len(kinds) == 16
+    assert {stay for _, _, stay in seen if stay} <= stages
+    assert all(given == 576 for given, _, stay in seen if stay)
+    assert all(112 <= given <= 208 for (given, _, _), kind in zip(seen, kinds, strict=True) if kind == "bound")
     for line, kind in zip(lines(tmp_path), kinds, strict=True):
-        assert ("like" in line) == (kind != "between")
-        assert line["named"] > 0
+        assert ("like" in line) == (kind in ("thin", "whole"))
+        assert line["asked"] > 0
     assert next(line["like"] for line in lines(tmp_path) if "like" in line) < 0.1  # hardly a step from the start
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
+from foveate.scenes import vocabulary
 from foveate.scenes.generator import Scenes
 from foveate.scenes.mini import BOS, normalise, tower
 from foveate.scenes.packing import IGNORED, Packed, attention_mask, position_ids
-from foveate.scenes.targets import Targets, contrastive_loss, dense_loss
-from foveate.scenes.vocabulary import NAMES
+from foveate.scenes.targets import SCALE, Targets, contrastive_loss, dense_loss
 
-NAMED = 1  # behind this block of the decoder a digit's tag has to know whose it is
+NAMED, ASKED = 1, 3  # blocks behind which a digit's tag knows its object's name, and a name in a question the digit
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,19 @@ class Staged:
 
     Attributes:
         logits: (B, T, V) after every text token.
-        names: (B, K, names) logits of the object's name at every visual token that is left behind block `NAMED`.
+        seen: (B, K, D) hidden states of the visual tokens that are left behind block `NAMED`.
         left: (B, K) columns of these tokens among those the decoder was given.
+        read: (B, T, D) hidden states of the text behind block `ASKED`.
     """
 
     logits: Tensor
-    names: Tensor
+    seen: Tensor
     left: Tensor
+    read: Tensor
 
 
 class Learner(nn.Module):
-    """A model in training, with the heads of the contrastive and the naming loss, which are dropped afterwards.
+    """A model in training, with the head of the contrastive loss, which is dropped afterwards.
 
     Args:
         model: a `mini` in float32; its weights are trained in place.
@@ -48,10 +50,8 @@ class Learner(nn.Module):
         self.model = model
         self.head = nn.Linear(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
         self.bias = nn.Parameter(torch.tensor(-4.0))
-        self.naming = nn.Linear(model.config.text_config.hidden_size, len(NAMES))
         nn.init.eye_(self.head.weight)
-        for zero in (self.head.bias, self.naming.weight, self.naming.bias):
-            nn.init.zeros_(zero)
+        nn.init.zeros_(self.head.bias)
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
         self._run_encoder = wrap(self._encoder)
         self._run_decoder = wrap(self._decoder)
@@ -95,7 +95,7 @@ class Learner(nn.Module):
         hidden = self._embedded(visual, packed.ids)
         rotary = decoder.rotary_emb(hidden, position_ids(packed, _every(visual) if places is None else places))
         left, text = _every(visual), packed.ids.shape[1]
-        early, seen = hidden, left
+        behind: dict[int, tuple[Tensor, Tensor]] = {}
         mask = attention_mask(packed, 1 + left.shape[1], hidden.dtype)
         for number, block in enumerate(decoder.layers):
             if number in leaving:
@@ -104,10 +104,11 @@ class Learner(nn.Module):
                 left = left.gather(1, leaving[number])
                 mask = attention_mask(packed, 1 + left.shape[1], hidden.dtype)
             hidden = block(hidden, attention_mask=mask, position_embeddings=tuple(rotary), use_cache=False)
-            if number == NAMED:
-                early, seen = hidden[:, 1:-text], left
+            behind[number] = hidden, left
         logits = functional.linear(decoder.norm(hidden[:, -text:]), self.words)
-        return Staged(logits, self.naming(_normal(early)), seen)
+        last = len(decoder.layers) - 1
+        (seen, left), (read, _) = behind[min(NAMED, last)], behind[min(ASKED, last)]
+        return Staged(logits, seen[:, 1:-text], left, read[:, -text:])
 
     def _encoder(self, values: Tensor, whole: bool, places: Tensor | None) -> tuple[Tensor, Tensor | None]:
         vision = tower(self.model)
@@ -143,11 +144,6 @@ def _every(visual: Tensor) -> Tensor:
     return torch.arange(visual.shape[1], device=visual.device).expand(len(visual), -1)
 
 
-def _normal(hidden: Tensor) -> Tensor:
-    """Hidden states (B, N, D) at a length that does not say how deep they come from."""
-    return functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
-
-
 def _with_text(kept: Tensor, count: int, text: int) -> Tensor:
     """Columns (B, 1 + K + T) of `<bos>`, of the visual tokens `kept` (B, K) out of `count`, and of the text."""
     behind = torch.arange(1 + count, 1 + count + text, device=kept.device).expand(len(kept), -1)
@@ -165,20 +161,49 @@ def answer_loss(logits: Tensor, packed: Packed) -> Tensor:
     return functional.cross_entropy(logits.float().flatten(0, 1), packed.labels.flatten(), ignore_index=IGNORED)
 
 
-def naming_loss(said: Staged, wanted: Targets) -> Tensor:
+def naming_loss(said: Staged, words: Tensor, wanted: Targets) -> Tensor:
     """Mean cross-entropy of the name of their object, over patches on digit tags: `wanted` of all given tokens.
 
-    A digit is bound to its object before any question is read, so that the question can look it up by name.
+    A tag is bound to its object before questions look for it, in the words (V, D) by which they look for objects.
     """
-    where = wanted.tag.gather(1, said.left)
+    names = wanted.name.masked_fill(~wanted.tag, IGNORED).gather(1, said.left)
+    return _read_as(SCALE * said.seen, _rows(words, vocabulary.NAMES), names)
+
+
+def asking_loss(said: Staged, words: Tensor, packed: Packed, digits: Tensor) -> Tensor:
+    """Mean cross-entropy of the digit of the object asked about, over the names in questions: `digits` (B, 7)."""
+    name = _within(packed.ids, vocabulary.NAMES) & (packed.target >= 0)
+    there = digits.gather(1, packed.target.clamp(min=0)).masked_fill(~name, IGNORED)
+    read = 4 * functional.rms_norm(said.read.float(), said.read.shape[-1:], eps=1e-6)
+    return _read_as(read, _rows(words, vocabulary.DIGITS), there)
+
+
+def _rows(words: Tensor, some: Sequence[str]) -> Tensor:
+    """The embeddings, of all (V, D), of words that stand side by side in the vocabulary."""
+    first = vocabulary.WORDS.index(some[0])
+    return words[first : first + len(some)]
+
+
+def _within(ids: Tensor, some: Sequence[str]) -> Tensor:
+    """Which tokens are words of a group that stands side by side in the vocabulary."""
+    first = vocabulary.WORDS.index(some[0])
+    return (ids >= first) & (ids < first + len(some))
+
+
+def _read_as(hidden: Tensor, words: Tensor, wanted: Tensor) -> Tensor:
+    """Mean cross-entropy of hidden states (B, K, D) read as one of some words (W, D); 0 where none is wanted."""
+    where = wanted != IGNORED
     if not where.any():
-        return said.names.sum() * 0.0
-    return functional.cross_entropy(said.names[where].float(), wanted.name.gather(1, said.left)[where])
+        return hidden.sum() * 0.0
+    return functional.cross_entropy(hidden[where].float() @ words.float().T, wanted[where])
 
 
 def likeness_loss(logits: Tensor, before: Tensor, packed: Packed) -> Tensor:
-    """Mean divergence of the answers' words from what other weights say: logits (B, T, V) and theirs, `before`."""
-    where = packed.labels != IGNORED
+    """Mean divergence of the answers' words from what other weights say: logits (B, T, V) and theirs, `before`.
+
+    Digits are left out, of which `asking_loss` and the answers have more to say.
+    """
+    where = (packed.labels != IGNORED) & ~_within(packed.labels, vocabulary.DIGITS)
     said, wanted = (values[where].float().log_softmax(dim=-1) for values in (logits, before))
     return functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
 

@@ -31,12 +31,14 @@ class Packed:
         segment: (B, T) int64, the number of the question that a token belongs to, -1 for padding.
         offset: (B, T) int64, a token's place in its own question, so that each question starts right after the picture.
         labels: (B, T) int64, the token that follows, where that is part of an answer; else -100.
+        target: (B, T) int64, the place in `Scenes` of the object that a token's question is about, -1 where of none.
     """
 
     ids: Tensor
     segment: Tensor
     offset: Tensor
     labels: Tensor
+    target: Tensor
 
     def to(self, device: str | torch.device) -> Packed:
         return Packed(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -73,7 +75,7 @@ def pack(rows: Sequence[Sequence[Question]], length: int) -> Packed:
         FoveateError: a row's questions need more than `length` tokens.
     """
     shape = (len(rows), length)
-    packed = Packed(*(torch.full(shape, empty, dtype=torch.int64) for empty in (PAD, -1, 0, IGNORED)))
+    packed = Packed(*(torch.full(shape, empty, dtype=torch.int64) for empty in (PAD, -1, 0, IGNORED, -1)))
     for row, asked in enumerate(rows):
         start = 0
         for number, question in enumerate(asked):
@@ -85,6 +87,7 @@ def pack(rows: Sequence[Sequence[Question]], length: int) -> Packed:
                 )
             packed.ids[row, start:stop] = torch.tensor(ids)
             packed.segment[row, start:stop] = number
+            packed.target[row, start:stop] = -1 if question.target is None else question.target
             packed.offset[row, start:stop] = torch.arange(len(ids))
             packed.labels[row, start + prompt - 1 : stop - 1] = torch.tensor(ids[prompt:])
             start = stop

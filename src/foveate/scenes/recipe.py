@@ -24,7 +24,7 @@ from foveate.scenes import mini
 from foveate.scenes.curriculum import ideal_tokens
 from foveate.scenes.exam import quick_exam
 from foveate.scenes.generator import Scenes, generate
-from foveate.scenes.learner import Learner, answer_loss, encoder_losses, likeness_loss, naming_loss
+from foveate.scenes.learner import Learner, answer_loss, asking_loss, encoder_losses, likeness_loss, naming_loss
 from foveate.scenes.means import Means
 from foveate.scenes.packing import Packed, ask, ask_about
 from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
@@ -34,6 +34,7 @@ Report = Callable[[dict[str, Any]], None]
 
 LENGTH = 127  # text tokens per picture: with <bos> and 576 visual tokens that makes 704, a multiple of 64
 FEWEST, MOST = 16, 288  # tokens of a thinned picture, drawn evenly on a logarithmic scale
+BOUND = (112, 208)  # tokens, objects first, of pictures of which digits alone are asked for
 LOG_STEPS = 20
 STAGES: tuple[tuple[float, ...], ...] = (
     (0.5, 0.3, 0.1),
@@ -42,16 +43,7 @@ STAGES: tuple[tuple[float, ...], ...] = (
     (1 / 18, 1 / 18, 1 / 18),
 )
 """Shares of a picture's tokens that are left behind the decoder's first three blocks."""
-WEIGHTS = {
-    "answer": 1.0,
-    "name": 0.5,
-    "color": 0.25,
-    "digit": 1.0,
-    "tag": 1.0,
-    "contrast": 0.25,
-    "like": 1.0,
-    "named": 1.0,
-}
+WEIGHTS = {"name": 0.5, "color": 0.25, "contrast": 0.25}  # of the other losses 1, or what the phase says
 
 
 @dataclass(frozen=True)
@@ -71,9 +63,11 @@ class Phase:
         thin: share of the steps at which the decoder is given few of each picture's tokens, as if pruned.
         between: share of the steps at which tokens leave between the decoder's first blocks.
         about: share of these at which only one object is asked about, whose tokens stay to the end.
-        like: weight of the divergence from the answers of the weights that the run starts from, where no tokens leave
-            between blocks.
-        named: weight of the loss that has a digit's tag know its object's name behind two blocks of the decoder.
+        bind: share of the steps at which digits alone are asked for, of objects and little of the background.
+        like: weight of the divergence from the answers of the weights that the run starts from, digits left out, where
+            tokens leave before the decoder or not at all.
+        named: weight of the loss that has a digit's tag know its object's name early in the decoder.
+        asked: weight of the loss that has an object's name in a question know its digit in the middle of it.
     """
 
     kind: Literal["ideal", "joint"]
@@ -87,8 +81,10 @@ class Phase:
     thin: float = 0.0
     between: float = 0.0
     about: float = 0.0
+    bind: float = 0.0
     like: float = 0.0
     named: float = 0.0
+    asked: float = 0.0
 
     def rate(self, step: int) -> float:
         """The share of the peak rate at `step` of this phase, counted from 0."""
@@ -110,9 +106,14 @@ THINNED: tuple[Phase, ...] = (
 """From weights that have only seen whole pictures, at batch 8 on a CPU: the decoder learns to do with few tokens."""
 
 STAGED: tuple[Phase, ...] = (
-    Phase("joint", 2000, 0.0, 4e-4, warmup=40, final=0.02, thin=0.3, between=0.4, about=0.4, like=1.0, named=0.3),
-)
-"""From weights that have seen thinned pictures, at batch 6 on a CPU: tokens may leave between the decoder's blocks."""
+    Phase("joint", 400, 0.0, 5e-4, warmup=40, bind=1.0, named=0.3, asked=1.0),
+    Phase(
+        "joint", 2800, 0.0, 5e-4, warmup=40, final=0.02, thin=0.25, between=0.3, about=0.33, bind=0.25, like=1.0,
+        named=0.3, asked=1.0,
+    ),
+)  # fmt: skip
+"""From weights that have seen thinned pictures, at batch 6 on a CPU: digits are bound to their objects, and tokens may
+leave between the decoder's blocks."""
 
 FURTHER: tuple[Phase, ...] = (Phase("joint", 3000, encoder_rate=4e-4, decoder_rate=1e-4, final=0.02, share=0.5),)
 """From weights that can already look things up, at batch 16 on a CPU."""
@@ -194,7 +195,7 @@ def _check(max_seconds: float, batch: int, phases: Sequence[Phase]) -> None:
     for phase in phases:
         if phase.kind not in ("ideal", "joint"):
             raise FoveateError(f"unknown kind of phase {phase.kind!r}; choices: ideal, joint")
-        for name in ("thin", "between", "about"):
+        for name in ("thin", "between", "about", "bind"):
             share = getattr(phase, name)
             if not 0 <= share <= 1:
                 raise FoveateError(f"{name}={share} is no share of the steps; it is from 0 to 1")
@@ -202,10 +203,12 @@ def _check(max_seconds: float, batch: int, phases: Sequence[Phase]) -> None:
                 raise FoveateError(
                     f"{name}= leaves out tokens of whole pictures: give it to a joint phase without patches="
                 )
-        if phase.named and phase.kind == "ideal":
-            raise FoveateError("named= is learned from what the encoder sees: give it to a joint phase")
-        if phase.thin + phase.between > 1:
-            raise FoveateError(f"thin={phase.thin} and between={phase.between} are more than all steps; lower one")
+        if phase.kind == "ideal" and (phase.named or phase.asked):
+            raise FoveateError("named= and asked= are learned from what the encoder sees: give them to a joint phase")
+        if phase.thin + phase.between + phase.bind > 1 + 1e-9:
+            raise FoveateError(
+                f"thin={phase.thin}, between={phase.between} and bind={phase.bind} are more than all steps; lower one"
+            )
         if phase.like and phase.encoder_rate:
             raise FoveateError("like= compares decoders that read the same tokens: give encoder_rate=0.0 with it")
 
@@ -231,7 +234,10 @@ class _Shown:
 
     def thinned(self, count: int, draw: torch.Generator) -> _Shown:
         """`count` tokens of each picture alone, as some method or other might keep them."""
-        kept = thinned(self.wanted, min(count, self.visual.shape[1]), draw)
+        return self.at(thinned(self.wanted, min(count, self.visual.shape[1]), draw))
+
+    def at(self, kept: Tensor) -> _Shown:
+        """The tokens in columns `kept` (B, K) alone."""
         visual = self.visual.gather(1, kept[..., None].expand(-1, -1, self.visual.shape[2]))
         places = kept if self.places is None else self.places.gather(1, kept)
         return _Shown(visual, places, self.scenes, self.wanted.at(kept))
@@ -265,8 +271,7 @@ class _Session:
         self.best = -1.0
 
     def _optimizer(self) -> torch.optim.AdamW:
-        parts = (self.learner.model.model.language_model, self.learner.naming)
-        decoder = {id(parameter) for part in parts for parameter in part.parameters()}
+        decoder = {id(parameter) for parameter in self.learner.model.model.language_model.parameters()}
         sides: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": []}
         for parameter in self.names:
             sides["decoder" if id(parameter) in decoder else "encoder"].append(parameter)
@@ -350,7 +355,7 @@ class _Session:
             group["lr"] = getattr(phase, f"{group['side']}_rate") * phase.rate(step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             losses = self._losses(phase, scenes, number)
-        total = torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
+        total = torch.stack([WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
@@ -379,32 +384,38 @@ class _Session:
         """The decoder's losses at step `number`, at which tokens may leave before its blocks or between them."""
         chance = random.Random(f"thin {self.seed} {number}")
         ask_draw, lot = random.Random(f"{self.seed} {number}"), chance.random()
-        leaving: dict[int, Tensor] = {}
-        if phase.thin <= lot < phase.thin + phase.between:
-            if chance.random() < phase.about:
-                packed, asked = ask_about(shown.scenes, LENGTH, ask_draw)
-                score = preferred_about(shown.wanted, asked.to(self.device), draw)
-            else:
-                packed = ask(shown.scenes, LENGTH, ask_draw)
-                score = preferred(shown.wanted, draw)
-            leaving = staged(score, chance.choice(STAGES))
-        else:
-            packed = ask(shown.scenes, LENGTH, ask_draw)
-            if lot < phase.thin:
-                shown = shown.thinned(round(math.exp(chance.uniform(math.log(FEWEST), math.log(MOST)))), draw)
-        return self._judged(phase, shown, packed.to(self.device), leaving)
+        if lot < phase.thin:
+            few = shown.thinned(round(math.exp(chance.uniform(math.log(FEWEST), math.log(MOST)))), draw)
+            return self._judged(phase, few, ask(few.scenes, LENGTH, ask_draw), {})
+        lot -= phase.thin
+        if lot < phase.between and chance.random() < phase.about:
+            packed, asked = ask_about(shown.scenes, LENGTH, ask_draw)
+            score = preferred_about(shown.wanted, asked.to(self.device), draw)
+            return self._judged(phase, shown, packed, staged(score, chance.choice(STAGES)))
+        if lot < phase.between:
+            stay = staged(preferred(shown.wanted, draw), chance.choice(STAGES))
+            return self._judged(phase, shown, ask(shown.scenes, LENGTH, ask_draw), stay)
+        if lot - phase.between < phase.bind:
+            few = shown.at(objects_first(shown.wanted, chance.randint(*BOUND), draw))
+            return self._judged(phase, few, ask(few.scenes, LENGTH // 2, ask_draw, {"digit": 1}), {}, alike=False)
+        return self._judged(phase, shown, ask(shown.scenes, LENGTH, ask_draw), {})
 
-    def _judged(self, phase: Phase, shown: _Shown, packed: Packed, leaving: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
-        if leaving or phase.named:
+    def _judged(
+        self, phase: Phase, shown: _Shown, packed: Packed, leaving: Mapping[int, Tensor], alike: bool = True
+    ) -> dict[str, Tensor]:
+        """The losses of the answers, of what leads to them, and of likeness unless tokens leave between blocks."""
+        packed, losses = packed.to(self.device), dict[str, Tensor]()
+        if leaving or phase.named or phase.asked:
             said = self.learner.decode_staged(shown.visual, packed, shown.places, leaving)
             logits = said.logits
             if phase.named:
-                losses["named"] = phase.named * naming_loss(said, shown.wanted)
+                losses["named"] = phase.named * naming_loss(said, self.learner.words, shown.wanted)
+            if phase.asked:
+                losses["asked"] = phase.asked * asking_loss(said, self.learner.words, packed, shown.scenes.digits)
         else:
             logits = self.learner.decode(shown.visual, packed, shown.places)
         losses["answer"] = answer_loss(logits, packed)
-        if self.before is not None and phase.like and not leaving:
+        if self.before is not None and phase.like and alike and not leaving:
             with torch.no_grad():
                 before = self.before.decode(shown.visual, packed, shown.places)
             losses["like"] = phase.like * likeness_loss(logits, before, packed)
