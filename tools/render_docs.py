@@ -52,9 +52,9 @@ it stand its equivalent tokens, the tokens averaged over the decoder's layers: c
 `-` is a budget that a method cannot reach, with the reason below. Half of a 95 % interval is {interval} points at most.
 Methods on the cache drop no visual tokens and are not here.
 
-Read it with care: `mini` is small, digits are its weak spot also unpruned, and an even sample of a picture is good for
-counting, which is why `random` does well at many tokens. With few, what a method looks at decides; and the tokens of
-the object asked about do better than the whole picture, which is what a method that reads the question can win.
+Read it with care: `mini` is small, and an even sample of a picture is good for counting. What a method looks at decides: a
+digit is read off its own tag. The tokens of the object asked about do as well as the whole picture, which is what a method
+that reads the question can win.
 """
 
 FORMS = """
@@ -266,14 +266,11 @@ def accuracy(found: dict[str, Any]) -> str:
         cells = [measured(scores, name, keep) for keep in budgets]
         lines.append(f"| [`{name}`](methods/{name}.md) | {' | '.join(cells)} |")
     lines += ["", "What could not be reached:", ""]
+    reasons = {name: why for name in named if (why := never(name, budgets)) is not None}
     for entry in found["unreached"]:
-        if entry["method"] in named:
+        if entry["method"] in named and entry["method"] not in reasons:
             lines.append(f"- `{entry['method']}` at {', '.join(map(str, entry['keep']))}: {entry['why']}")
-    told = {entry["method"] for entry in found["unreached"]}
-    for name in named:
-        why = None if name in told else never(name, budgets)
-        if why is not None:
-            lines.append(f"- `{name}` at any: {why}")
+    lines += [f"- `{name}` at any: {why}" for name, why in reasons.items()]
     lines += [line for note in found.get("notes", []) for line in ("", note)]
     return "\n".join(lines) + "\n"
 
