@@ -52,9 +52,9 @@ it stand its equivalent tokens, the tokens averaged over the decoder's layers: c
 `-` is a budget that a method cannot reach, with the reason below. Half of a 95 % interval is {interval} points at most.
 Methods on the cache drop no visual tokens and are not here.
 
-Read it with care: `mini` is small, and an even sample of a picture is good for counting. What a method looks at decides:
-a digit is read off its own tag. The tokens of the object asked about do as well as the whole picture, which is what a
-method that reads the question can win.
+Read it with care: `mini` is small, and an even sample of a picture is good for counting. What a method looks at
+decides: a digit is read off its own tag. The tokens of the object asked about do as well as the whole picture, which is
+what a method that reads the question can win.
 """
 
 FORMS = """
