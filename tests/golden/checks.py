@@ -31,7 +31,7 @@ class Seen:
     @property
     def indices(self) -> np.ndarray:
         """(B, K)."""
-        return torch.stack(self.got.indices).numpy()
+        return torch.stack(list(self.got.indices)).numpy()
 
 
 Check: TypeAlias = Callable[[Seen, np.ndarray], None]
