@@ -14,7 +14,18 @@ from foveate.core import FoveateError
 from foveate.scenes import mini, vocabulary
 from foveate.scenes.generator import generate
 from foveate.scenes.learner import Learner, Staged, answer_loss, asking_loss, likeness_loss, naming_loss
-from foveate.scenes.packing import IGNORED, MIX, ask, ask_about, attention_mask, choose, pack, position_ids, tokens
+from foveate.scenes.packing import (
+    IGNORED,
+    MIX,
+    Packed,
+    ask,
+    ask_about,
+    attention_mask,
+    choose,
+    pack,
+    position_ids,
+    tokens,
+)
 from foveate.scenes.questions import Question, questions
 from foveate.scenes.targets import SCALE, Targets
 
@@ -93,6 +104,12 @@ def test_questions_about_one_object_are_about_no_other():
     assert len(set(about.tolist())) > 1
 
 
+def _asked(layers: int) -> tuple[Learner, Packed, torch.Tensor]:
+    """A learner, questions about two pictures, and the pictures' tokens."""
+    learner, scenes = _jittered(layers), generate(2, seed=4)
+    return learner, ask(scenes, 60, random.Random(0)), learner.encode(scenes.pixels)[0]
+
+
 def _jittered(layers: int) -> Learner:
     model = mini.build(seed=0, config=mini.llava_config(width=32, layers=layers)).eval()
     with torch.no_grad():
@@ -102,11 +119,8 @@ def _jittered(layers: int) -> Learner:
 
 
 @torch.no_grad()
-def test_shownthat_leave_between_blocks_are_as_if_nobody_could_see_them_from_there():
-    learner = _jittered(layers=3)
-    scenes = generate(2, seed=4)
-    packed = ask(scenes, 60, random.Random(0))
-    visual = learner.encode(scenes.pixels)[0]
+def test_tokens_that_leave_between_blocks_are_as_if_nobody_could_see_them_from_there():
+    learner, packed, visual = _asked(layers=3)
     first = torch.arange(0, 576, 2).expand(2, -1)  # the even ones stay before block 1, every third of these before 2
     second = torch.arange(0, 288, 3).expand(2, -1)
     said = learner.decode_staged(visual, packed, None, {1: first, 2: second})
@@ -131,10 +145,7 @@ def test_shownthat_leave_between_blocks_are_as_if_nobody_could_see_them_from_the
 
 @torch.no_grad()
 def test_where_nothing_leaves_staged_decoding_is_decoding():
-    learner = _jittered(layers=2)
-    scenes = generate(2, seed=4)
-    packed = ask(scenes, 60, random.Random(0))
-    visual = learner.encode(scenes.pixels)[0]
+    learner, packed, visual = _asked(layers=2)
     places = torch.arange(0, 576, 5).expand(2, -1)
     fewer = visual[:, ::5]
     for shown, at in ((visual, None), (fewer, places)):

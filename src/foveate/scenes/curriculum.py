@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.scenes import vocabulary
 from foveate.scenes.generator import Scenes
 from foveate.scenes.mini import IMAGE
-from foveate.scenes.targets import Targets
+from foveate.scenes.targets import Targets, best
+from foveate.scenes.vocabulary import COLOR_IDS, DIGIT_IDS, NAME_IDS
 
 SLOTS = 96
 SURE = 3  # patches of each object that are always among the slots
 NOISE = 0.5  # standard deviation of the noise, in root mean squares of the word embeddings
-
-_FIRST_NAME = vocabulary.WORDS.index(vocabulary.NAMES[0])
-_FIRST_COLOR = vocabulary.WORDS.index(next(iter(vocabulary.COLORS)))
-_FIRST_DIGIT = vocabulary.WORDS.index(vocabulary.DIGITS[0])
 
 
 def ideal_tokens(
@@ -40,13 +36,13 @@ def ideal_tokens(
     slots = min(slots, owner.shape[1])
     for place in range(scenes.names.shape[1]):
         own = torch.where(owner == place, chance, -1.0)
-        best = own.topk(min(SURE, own.shape[1]), dim=1)
-        chance = chance.scatter_add(1, best.indices, (best.values >= 0).float())
-    places = chance.topk(slots, dim=1).indices.sort(dim=1).values  # (B, K)
+        sure = own.topk(min(SURE, own.shape[1]), dim=1)
+        chance = chance.scatter_add(1, sure.indices, (sure.values >= 0).float())
+    places = best(chance, slots)  # (B, K)
     name, color, digit = (part.gather(1, places) for part in (wanted.name, wanted.color, wanted.digit))
     there = (name >= 0)[..., None]
-    thing = words[name.clamp(min=0) + _FIRST_NAME] + words[color.clamp(min=0) + _FIRST_COLOR]
-    thing = thing + words[digit.clamp(min=0) + _FIRST_DIGIT]
+    thing = words[NAME_IDS][name.clamp(min=0)] + words[COLOR_IDS][color.clamp(min=0)]
+    thing = thing + words[DIGIT_IDS][digit.clamp(min=0)]
     level = noise * words.detach().square().mean().sqrt()
     shake = torch.randn(*places.shape, words.shape[1], generator=draw).to(device)
     return torch.where(there, thing, words[IMAGE]) + level * shake, places

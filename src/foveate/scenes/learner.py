@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class Learner(nn.Module):
         for number, block in enumerate(decoder.layers):
             if number in leaving:
                 columns = _with_text(leaving[number], left.shape[1], text)
-                hidden, *rotary = (_picked(part, columns) for part in (hidden, *rotary))
+                hidden, *rotary = (picked(part, columns) for part in (hidden, *rotary))
                 left = left.gather(1, leaving[number])
                 mask = attention_mask(packed, 1 + left.shape[1], hidden.dtype)
             hidden = block(hidden, attention_mask=mask, position_embeddings=tuple(rotary), use_cache=False)
@@ -116,8 +116,7 @@ class Learner(nn.Module):
         read = self.model.config.vision_feature_layer % (len(blocks) + 1)
         hidden = vision.embeddings(values)
         if places is not None:
-            chosen = functional.pad(places + 1, (1, 0))[..., None]  # CLS first
-            hidden = hidden.gather(1, chosen.expand(-1, -1, hidden.shape[-1]))
+            hidden = picked(hidden, functional.pad(places + 1, (1, 0)))  # CLS first
         hidden = vision.pre_layrnorm(hidden)
         for block in blocks[:read]:
             hidden = block(hidden, None)
@@ -150,7 +149,7 @@ def _with_text(kept: Tensor, count: int, text: int) -> Tensor:
     return torch.cat((torch.zeros_like(kept[:, :1]), kept + 1, behind), dim=1)
 
 
-def _picked(values: Tensor, columns: Tensor) -> Tensor:
+def picked(values: Tensor, columns: Tensor) -> Tensor:
     """(B, K, D) of (B, L, D), or of (1, L, D) where all rows are alike."""
     values = values.expand(len(columns), -1, -1)
     return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
@@ -167,27 +166,20 @@ def naming_loss(said: Staged, words: Tensor, wanted: Targets) -> Tensor:
     A tag is bound to its object before questions look for it, in the words (V, D) by which they look for objects.
     """
     names = wanted.name.masked_fill(~wanted.tag, IGNORED).gather(1, said.left)
-    return _read_as(SCALE * said.seen, _rows(words, vocabulary.NAMES), names)
+    return _read_as(SCALE * said.seen, words[vocabulary.NAME_IDS], names)
 
 
 def asking_loss(said: Staged, words: Tensor, packed: Packed, digits: Tensor) -> Tensor:
     """Mean cross-entropy of the digit of the object asked about, over the names in questions: `digits` (B, 7)."""
-    name = _within(packed.ids, vocabulary.NAMES) & (packed.target >= 0)
+    name = _within(packed.ids, vocabulary.NAME_IDS) & (packed.target >= 0)
     there = digits.gather(1, packed.target.clamp(min=0)).masked_fill(~name, IGNORED)
     read = 4 * functional.rms_norm(said.read.float(), said.read.shape[-1:], eps=1e-6)
-    return _read_as(read, _rows(words, vocabulary.DIGITS), there)
+    return _read_as(read, words[vocabulary.DIGIT_IDS], there)
 
 
-def _rows(words: Tensor, some: Sequence[str]) -> Tensor:
-    """The embeddings, of all (V, D), of words that stand side by side in the vocabulary."""
-    first = vocabulary.WORDS.index(some[0])
-    return words[first : first + len(some)]
-
-
-def _within(ids: Tensor, some: Sequence[str]) -> Tensor:
-    """Which tokens are words of a group that stands side by side in the vocabulary."""
-    first = vocabulary.WORDS.index(some[0])
-    return (ids >= first) & (ids < first + len(some))
+def _within(ids: Tensor, some: slice) -> Tensor:
+    """Which tokens are words of one kind."""
+    return (ids >= some.start) & (ids < some.stop)
 
 
 def _read_as(hidden: Tensor, words: Tensor, wanted: Tensor) -> Tensor:
@@ -203,7 +195,7 @@ def likeness_loss(logits: Tensor, before: Tensor, packed: Packed) -> Tensor:
 
     Digits are left out, of which `asking_loss` and the answers have more to say.
     """
-    where = (packed.labels != IGNORED) & ~_within(packed.labels, vocabulary.DIGITS)
+    where = (packed.labels != IGNORED) & ~_within(packed.labels, vocabulary.DIGIT_IDS)
     said, wanted = (values[where].float().log_softmax(dim=-1) for values in (logits, before))
     return functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
 

@@ -24,7 +24,7 @@ from foveate.scenes import mini
 from foveate.scenes.curriculum import ideal_tokens
 from foveate.scenes.exam import quick_exam
 from foveate.scenes.generator import Scenes, generate
-from foveate.scenes.learner import Learner, answer_loss, asking_loss, encoder_losses, likeness_loss, naming_loss
+from foveate.scenes.learner import Learner, answer_loss, asking_loss, encoder_losses, likeness_loss, naming_loss, picked
 from foveate.scenes.means import Means
 from foveate.scenes.packing import Packed, ask, ask_about
 from foveate.scenes.runs import Progress, Run, load_optimizer, optimizer_tensors
@@ -238,9 +238,8 @@ class _Shown:
 
     def at(self, kept: Tensor) -> _Shown:
         """The tokens in columns `kept` (B, K) alone."""
-        visual = self.visual.gather(1, kept[..., None].expand(-1, -1, self.visual.shape[2]))
         places = kept if self.places is None else self.places.gather(1, kept)
-        return _Shown(visual, places, self.scenes, self.wanted.at(kept))
+        return _Shown(picked(self.visual, kept), places, self.scenes, self.wanted.at(kept))
 
 
 class _Session:

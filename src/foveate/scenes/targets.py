@@ -21,10 +21,6 @@ PULLS = torch.tensor([0.0, 1.5, 3.0, 8.0, -2.0])  # towards objects, in units of
 PULL_SHARES = (3.0, 2.0, 2.0, 3.0, 0.5)
 SCALE = 16.0  # logits are dot products with word embeddings of norm below 1
 
-_FIRST_NAME = vocabulary.WORDS.index(vocabulary.NAMES[0])
-_FIRST_COLOR = vocabulary.WORDS.index(next(iter(vocabulary.COLORS)))
-_FIRST_DIGIT = vocabulary.WORDS.index(vocabulary.DIGITS[0])
-
 
 @dataclass(frozen=True)
 class Targets:
@@ -68,16 +64,21 @@ def targets(scenes: Scenes) -> Targets:
     return Targets(owner, name, color, digit, tag & shown)
 
 
+def best(score: Tensor, count: int) -> Tensor:
+    """Columns (B, count), ascending, of the highest of `score` (B, N)."""
+    return score.topk(count, dim=1).indices.sort(dim=1).values
+
+
 def objects_first(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
     """Raster indices (B, count), ascending: random patches of objects, then of the background."""
     chance = torch.rand(wanted.owner.shape, generator=draw).to(wanted.owner.device)
     chance = chance + (wanted.owner != BACKGROUND)
-    return chance.topk(count, dim=1).indices.sort(dim=1).values
+    return best(chance, count)
 
 
 def thinned(wanted: Targets, count: int, draw: torch.Generator) -> Tensor:
     """Raster indices (B, count), ascending: the first tokens of `preferred`."""
-    return preferred(wanted, draw).topk(count, dim=1).indices.sort(dim=1).values
+    return best(preferred(wanted, draw), count)
 
 
 def preferred(wanted: Targets, draw: torch.Generator) -> Tensor:
@@ -121,7 +122,7 @@ def staged(score: Tensor, shares: Sequence[float]) -> dict[int, Tensor]:
     left, stay = score, {}
     for block, share in enumerate(shares, start=1):
         count = min(left.shape[1], max(1, round(share * score.shape[1])))
-        stay[block] = left.topk(count, dim=1).indices.sort(dim=1).values
+        stay[block] = best(left, count)
         left = left.gather(1, stay[block])
     return stay
 
@@ -154,14 +155,14 @@ def dense_loss(visual: Tensor, words: Tensor, wanted: Targets) -> dict[str, Tens
         (object patches), "tag" (the digit on the patches of its tag).
     """
     scores = SCALE * visual.float() @ words.detach().float().T  # (B, N, V)
-    name = scores[..., _FIRST_NAME : _FIRST_NAME + len(vocabulary.NAMES)]
+    name = scores[..., vocabulary.NAME_IDS]
     name = torch.cat((name, scores[..., IMAGE : IMAGE + 1]), dim=-1)
     weight = torch.ones(name.shape[-1], device=name.device)
     weight[-1] = 0.25
     names = wanted.name.masked_fill(wanted.owner == BACKGROUND, len(vocabulary.NAMES))
     names = names.masked_fill(wanted.owner == CORNER, IGNORED)
-    digit = scores[..., _FIRST_DIGIT : _FIRST_DIGIT + len(vocabulary.DIGITS)]
-    color = scores[..., _FIRST_COLOR : _FIRST_COLOR + len(vocabulary.COLORS)]
+    digit = scores[..., vocabulary.DIGIT_IDS]
+    color = scores[..., vocabulary.COLOR_IDS]
     return {
         "name": functional.cross_entropy(name.flatten(0, 1), names.flatten(), weight, ignore_index=IGNORED),
         "color": _read(color, wanted.color, wanted.owner >= 0),
@@ -187,7 +188,7 @@ def contrastive_loss(pooled: Tensor, words: Tensor, scenes: Scenes, bias: Tensor
 
     Source: the sigmoid loss for language-image pre-training (https://arxiv.org/abs/2303.15343, eq. 1).
     """
-    names = words[_FIRST_NAME : _FIRST_NAME + len(vocabulary.NAMES)].detach().float()
+    names = words[vocabulary.NAME_IDS].detach().float()
     scores = SCALE * pooled.float() @ names.T + bias
     shown = torch.zeros(len(scenes), len(vocabulary.NAMES) + 1, device=scores.device)
     shown.scatter_(1, scenes.names.masked_fill(scenes.names < 0, len(vocabulary.NAMES)), 1.0)
@@ -198,14 +199,14 @@ def correct(visual: Tensor, words: Tensor, wanted: Targets) -> dict[str, float]:
     """The share of object patches (and of tag patches) whose own word outscores the other words of its kind."""
     scores = visual.float() @ words.float().T
     shares = {}
-    for kind, first, length in (
-        ("name", _FIRST_NAME, len(vocabulary.NAMES)),
-        ("color", _FIRST_COLOR, len(vocabulary.COLORS)),
-        ("digit", _FIRST_DIGIT, len(vocabulary.DIGITS)),
+    for kind, ids in (
+        ("name", vocabulary.NAME_IDS),
+        ("color", vocabulary.COLOR_IDS),
+        ("digit", vocabulary.DIGIT_IDS),
     ):
-        guess = scores[..., first : first + length].argmax(dim=-1)
+        guess = scores[..., ids].argmax(dim=-1)
         where = wanted.owner >= 0
         shares[kind] = (guess == getattr(wanted, kind))[where].float().mean().item()
-    guess = scores[..., _FIRST_DIGIT : _FIRST_DIGIT + 10].argmax(dim=-1)
+    guess = scores[..., vocabulary.DIGIT_IDS].argmax(dim=-1)
     shares["tag"] = (guess == wanted.digit)[wanted.tag].float().mean().item()
     return shares

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 SPECIAL: tuple[str, ...] = ("<pad>", "<bos>", "<eos>", "<image>", "USER", "ASSISTANT")
 
 _GRAMMAR = "? a behind color describe how is left many no number objects of on right the there what yes"
@@ -31,3 +33,13 @@ DIGITS: tuple[str, ...] = tuple("0123456789")
 
 # A word's place in this tuple is its token id.
 WORDS: tuple[str, ...] = (*SPECIAL, *GRAMMAR, *NAMES, *COLORS, *DIGITS)
+
+
+def _ids(group: Iterable[str]) -> slice:
+    words = list(group)
+    first = WORDS.index(words[0])
+    return slice(first, first + len(words))
+
+
+# Where the token ids of each kind of word are: they stand side by side.
+NAME_IDS, COLOR_IDS, DIGIT_IDS = (_ids(group) for group in (NAMES, COLORS, DIGITS))
