@@ -204,6 +204,7 @@ class Signals:
     memory: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None  # raster shape (h, w); None once tokens have left
     tile: Tensor | None = None  # (B, N) anyres tile of each token, 0 = base; or frame
+    tile_counts: tuple[tuple[int, ...], ...] | None = None  # `by_tile`, where the host knows it; else it is read
     frames: tuple[tuple[int, int], ...] | None = None  # of each image, its video and which frame; None for pictures
     size: Tensor | None = None  # (B, N) how many original tokens each stands for
     # (B, N, P) before the encoder, all patches of a token side by side: in [0, 1], the frames of a still picture once
@@ -236,8 +237,16 @@ class Signals:
         """Tiles of the image; 1 without anyres, and of tiles by themselves."""
         if self.tile is None:
             return 1
-        several = (self.tile != self.tile[:, :1]).any()
-        return int(self.tile.max() * several) + 1
+        counts = self.by_tile()
+        several = any(sum(map(bool, image)) > 1 for image in counts)
+        return max(map(len, counts)) if several else 1
+
+    def by_tile(self) -> list[list[int]]:
+        """Of each image the number of tokens in each of its tiles, from 0 to the last that has any."""
+        if self.tile_counts is None:
+            assert self.tile is not None, "an image without tiles has none to count"
+            return [row.bincount().tolist() for row in self.tile.cpu()]
+        return [list(image) for image in self.tile_counts]
 
     def lacking(self, needs: Iterable[str]) -> list[str]:
         """Which of a method's needs ("features", "tower.read.hidden") nobody has filled in."""

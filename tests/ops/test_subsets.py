@@ -152,9 +152,9 @@ def test_top_k_by_tile_by_hand() -> None:
     #                       tile 0           tile 1
     scores = torch.tensor([[9.0, 8.0, 7.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 5.0, 5.0, 5.0]])
     tile = torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(2, 6)
-    assert [row.tolist() for row in top_k_by_tile(scores, tile, 2)] == [[0, 5], [0, 3]]
-    assert [row.tolist() for row in top_k_by_tile(scores, tile, 3)] == [[0, 1, 5], [0, 1, 3]]
-    assert [row.tolist() for row in top_k_by_tile(scores, tile, 5)] == [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4]]
+    assert [row.tolist() for row in top_k_by_tile(scores, tile, [[3, 3]] * 2, 2)] == [[0, 5], [0, 3]]
+    assert [row.tolist() for row in top_k_by_tile(scores, tile, [[3, 3]] * 2, 3)] == [[0, 1, 5], [0, 1, 3]]
+    assert [row.tolist() for row in top_k_by_tile(scores, tile, [[3, 3]] * 2, 5)] == [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4]]
 
 
 @given(scores=score_rows(), data=st.data())
@@ -163,7 +163,7 @@ def test_every_tile_keeps_its_best(scores: Tensor, data: st.DataObject) -> None:
     numbers = st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens)
     tile = torch.tensor([data.draw(numbers) for _ in range(batch)])
     k = data.draw(st.integers(1, tokens))
-    kept = top_k_by_tile(scores, tile, k)
+    kept = top_k_by_tile(scores, tile, [row.bincount().tolist() for row in tile], k)
     for row, tiles, chosen in zip(scores.tolist(), tile.tolist(), kept, strict=True):
         shares = split_budget(k, [tiles.count(number) for number in range(max(tiles) + 1)])
         wanted = [

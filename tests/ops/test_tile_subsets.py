@@ -23,9 +23,10 @@ from foveate.ops.subsets import (
 def test_the_best_of_each_tile_by_hand() -> None:
     order = torch.tensor([4, 1, 0, 3, 2, 5])
     tile = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert best_of_tiles(order, tile, [1, 2, 0]).tolist() == [1, 2, 3]
-    assert best_of_tiles(order, tile, [0, 1, 1]).tolist() == [3, 4]
-    assert best_of_tiles(order, tile, [2, 2, 2]).tolist() == [0, 1, 2, 3, 4, 5]
+    assert best_of_tiles(order, tile, [2, 2, 2], [1, 2, 0]).tolist() == [1, 3, 2]
+    assert best_of_tiles(order, tile, [2, 2, 2], [0, 1, 1]).tolist() == [4, 3]
+    assert best_of_tiles(order, tile, [2, 2, 2], [2, 2, 2]).tolist() == order.tolist()
+    assert best_of_tiles(order, tile // 2 * 2, [4, 0, 2], [2, 0, 1]).tolist() == [4, 1, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,8 +100,9 @@ def test_choosing_by_score_in_each_tile_is_the_top_k_by_tile(shown: tuple[Tensor
         assert (numbers == numbers[:, :1]).all(), "one tile at a time"
         return descending(scores[images[:, None], positions])[:, :count]
 
-    chosen = each_tile(tile, kept, choose)
-    expected = top_k_by_tile(scores, tile, kept)
+    counts = [row.bincount().tolist() for row in tile]
+    chosen = each_tile(tile, counts, kept, choose)
+    expected = top_k_by_tile(scores, tile, counts, kept)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(chosen, expected, strict=True))
     for row, tiles in zip(chosen, tile, strict=True):
         sizes = torch.bincount(tiles).tolist()
@@ -115,7 +117,7 @@ def test_tiles_of_one_size_and_share_are_asked_about_together() -> None:
         asked.append((images.tolist(), positions[:, 0].tolist(), count))
         return torch.zeros(len(images), count, dtype=torch.int64) + torch.arange(count)
 
-    chosen = each_tile(tile, 7, choose)
+    chosen = each_tile(tile, [[3, 3, 3]] * 2, 7, choose)
     assert asked == [([0, 1], [0, 0], 3), ([0, 0, 1, 1], [3, 6, 3, 6], 2)]
     assert [row.tolist() for row in chosen] == [[0, 1, 2, 3, 4, 6, 7]] * 2
 

@@ -12,6 +12,7 @@ from models import tiny, tiny_calls
 from outside import loaded
 
 import foveate
+from foveate import methods
 from foveate.ops.subsets import top_k
 
 MOST = 5
@@ -107,4 +108,25 @@ def test_pictures_of_several_sizes_are_read_together(
     assert any(image.kept.numel() < image.original for image in trace.images)
     assert counted.total == most, counted.ours
     assert not any("foveate" in line for line in counted.mixed), counted.mixed
+
+
+# How much each tile of an image gets, or what is merged, depends here on what the device knows of it: one wait a size.
+OF_SIZES = {"hired": 3, "prumerge": 3, "prumerge_plus": 3}
+
+
+@pytest.mark.parametrize("family", ["llava-next", "qwen2.5-vl"])
+@pytest.mark.parametrize("name", methods.names())
+def test_pictures_and_tiles_of_several_sizes_are_chosen_from_with_few_waits(
+    waits: ModuleType, family: str, name: str
+) -> None:
+    model, method = tiny.model(family, blocks=4), methods.get(name).example()
+    given = tiny_calls.repeating(tiny.inputs(model, "1i1i1i2"))
+    try:
+        with foveate.prune(model, method) as trace, waits.counted() as counted:
+            model.generate(**given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=1)
+    except foveate.FoveateError as error:
+        pytest.skip(str(error))
+    windowed = name == "dynamicvit" and family == "qwen2.5-vl"  # three stages, behind which bounds are read
+    assert trace.images
+    assert counted.total <= MOST + windowed + max(0, OF_SIZES.get(name, 0) - 2), counted.ours
     assert not any("foveate" in line for line in counted.mixed), counted.mixed

@@ -267,6 +267,7 @@ def _signals(
     index = torch.stack([tokens.index for tokens in group])
     images = [tokens for tokens in group if isinstance(tokens, Image)]
     first, rows, device = group[0], torch.tensor(numbers), sources.device
+    tiles = None if first.tile is None else torch.stack([_tile(tokens) for tokens in group])
     more: dict[str, Any] = {}
     if any(need in {"text", "text_mask", "after_image"} for need in part.needs):
         more = _text(sources.prompt, images)
@@ -280,7 +281,9 @@ def _signals(
         index=on_device(index, device),
         keep=keep,
         grid=first.grid if first.untouched else None,
-        tile=None if first.tile is None else on_device(torch.stack([_tile(tokens) for tokens in group]), device),
+        tile=None if tiles is None else on_device(tiles, device),
+        # Where tokens merge, only the device knows which are left.
+        tile_counts=None if tiles is None or part.merging else _tile_counts(tiles),
         features=torch.stack([image.features for image in images]) if "features" in part.needs else None,
         tower=blocks,
         **more,
@@ -316,6 +319,11 @@ def _tile(tokens: Tokens) -> Tensor:
     """(K,) tile of each token that is left."""
     assert tokens.tile is not None
     return beside(tokens.tile, tokens.index)[tokens.index]
+
+
+def _tile_counts(tiles: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of each image the tokens of each tile, of (B, N) tile numbers on the host."""
+    return tuple(tuple(row.bincount().tolist()) for row in tiles)
 
 
 def _size(tokens: TileTokens) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -85,22 +85,26 @@ def of_all_rows(selections: list[Selection]) -> Selection:
 
 
 def tile_by_tile(
-    tile: Tensor, total: int, merge: Callable[[slice, Tensor, int, bool], Tokens], space: Space = "encoded"
+    tile: Tensor,
+    sizes: Sequence[Sequence[int]],
+    total: int,
+    merge: Callable[[slice, Tensor, int, bool], Tokens],
+    space: Space = "encoded",
 ) -> Selection:
     """Let every tile hand on its share of `total`: evenly split, the remainder to tile 0.
 
     Args:
         tile: (B, N) in raster order.
+        sizes: of each image the tokens of each tile.
         merge: takes one image as a slice of B, the (1, n) places of the tile's tokens, ascending, its share of at least
             1, and whether it is tile 0.
     """
     images = []
-    for image, tiles in enumerate(tile):
-        found = []
-        for number, share in enumerate(split_budget(total, torch.bincount(tiles).tolist())):
-            if share:
-                places = (tiles == number).nonzero().T
-                found.append(merge(slice(image, image + 1), places, share, number == 0))
+    for image, (tiles, counts) in enumerate(zip(tile, sizes, strict=True)):
+        found, shares = [], split_budget(total, counts)
+        for number, places in enumerate(tiles.argsort(stable=True).split(list(counts))):
+            if shares[number]:
+                found.append(merge(slice(image, image + 1), places[None], shares[number], number == 0))
         index, features, extra = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
         images.append(handed_on((index, features, extra), space))
     return of_all_rows(images)

@@ -31,7 +31,7 @@ def choose_sets(
     if kept == signals.shape[1]:
         return Selection(list(signals.index.sort(dim=-1).values))
     apart = None if budget == "image" else signals.tile
-    pools = whole_images(signals.index) if apart is None else by_tile(apart)
+    pools = whole_images(signals.index) if apart is None else by_tile(apart, signals.by_tile())
     shares = share(pools, kept) if share else [split_budget(kept, sizes) for sizes in pools.sizes]
     chosen = pools.chosen(choose(pools, max(map(max, shares))), shares)
     return Selection([index[places].sort().values for index, places in zip(signals.index, chosen, strict=True)])

@@ -38,5 +38,5 @@ def choose_by_tile(
         everything = torch.arange(left, device=signals.index.device).expand(batch, left)
         positions = list(choose(images, everything, kept))
     else:
-        positions = each_tile(signals.tile, kept, choose)
+        positions = each_tile(signals.tile, signals.by_tile(), kept, choose)
     return Selection([index[row].sort().values for index, row in zip(signals.index, positions, strict=True)])

@@ -119,7 +119,7 @@ def _smoothed(values: Tensor, signals: Signals) -> Tensor:
         if signals.grid is None or math.prod(signals.grid) != left:
             return values
         return smoothed(raster, signals.grid).gather(1, index)
-    pools = by_tile(torch.empty_like(signals.tile).scatter_(1, index, signals.tile))
+    pools = by_tile(torch.empty_like(signals.tile).scatter_(1, index, signals.tile), signals.by_tile())
     images = pools.image.tolist()
     for image, place, size in zip(images, pools.place, [one for sizes in pools.sizes for one in sizes], strict=True):
         side = math.isqrt(size)

@@ -51,5 +51,6 @@ class FasterVLM(Scorer):
         if signals.tile is None or self.budget == "image":
             return super().select(signals)
         scores = self.score(signals)
-        rows = zip(signals.index, top_k_by_tile(scores, signals.tile, self.wanted(signals)), strict=True)
+        kept = top_k_by_tile(scores, signals.tile, signals.by_tile(), self.wanted(signals))
+        rows = zip(signals.index, kept, strict=True)
         return Selection([index[row].sort().values for index, row in rows], scores=scores)

@@ -21,7 +21,7 @@ from foveate.core import (
     tokens_to_keep,
 )
 from foveate.ops.scores import less_dispersed, more_dispersed
-from foveate.ops.subsets import descending, split_budget
+from foveate.ops.subsets import best_of_tiles, descending, split_budget
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,9 @@ class FoPru(Method):
         order = descending(significance)
         if signals.tile is None or self.budget == "image":
             return list(order[:, : self.wanted(signals)])
-        kept = []
-        for row, tile in zip(order, signals.tile, strict=True):
-            shares = split_budget(self.wanted(signals), torch.bincount(tile).tolist())
-            of_order = tile[row]
-            # A cumulative count per tile keeps the order of significance over all tiles.
-            rank = torch.stack([(of_order == number).cumsum(0) for number in range(len(shares))])
-            limit = torch.tensor(shares, device=row.device)
-            kept.append(row[rank.gather(0, of_order[None])[0] <= limit[of_order]])
-        return kept
+        total = self.wanted(signals)
+        rows = zip(order, signals.tile, signals.by_tile(), strict=True)
+        return [best_of_tiles(row, tile, sizes, split_budget(total, sizes)) for row, tile, sizes in rows]
 
     def _best_rows(self, significance: Tensor, signals: Signals) -> list[Tensor]:
         height, width = signals.raster("FoPru strategy='row'", "put FoPru first or use strategy='rank'")

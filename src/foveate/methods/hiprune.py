@@ -90,7 +90,7 @@ class HiPrune(Method):
             return signals.grid
         side = math.isqrt(tokens)
         # Un-padding trims tiles at the border but never the base: tiles as large as it are complete.
-        if whole and tile is not None and side * side == tokens == int((tile[0] == 0).sum()):
+        if whole and tile is not None and side * side == tokens == signals.by_tile()[0][0]:
             return side, side
         raise FoveateError(
             "HiPrune needs the whole grid of the image to know which tokens are neighbours, but "

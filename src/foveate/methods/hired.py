@@ -93,8 +93,9 @@ class HiRED(Method):
         if signals.tile is None or signals.tiles == 1 or total == signals.shape[1]:
             kept = list(order[:, :total])
         else:
-            budgets = self.budgets(first, signals, total)
-            kept = [best_of_tiles(*row) for row in zip(order, signals.tile, budgets, strict=True)]
+            shares = self.budgets(first, signals, total)
+            asked = zip(order, signals.tile, signals.by_tile(), shares, strict=True)
+            kept = [best_of_tiles(*row) for row in asked]
         rows = zip(signals.index, kept, strict=True)
         return Selection([index[row].sort().values for index, row in rows], scores=read)
 
@@ -109,9 +110,8 @@ class HiRED(Method):
         """
         assert signals.tile is not None
         descending(first)  # refuses what is not finite
-        others = signals.tiles - 1
-        numbers = torch.arange(others + 1, device=signals.tile.device)
-        capacities = (signals.tile[..., None] == numbers).sum(dim=1).tolist()
+        others, held = signals.tiles - 1, signals.by_tile()
+        capacities = [[*sizes, *[0] * (others + 1 - len(sizes))] for sizes in held]
         _check_base([capacity[0] for capacity in capacities], signals)
         layout = self._layout(others, signals)
         # The base tile in raster order, then all others; what every image needs comes off the device at once.

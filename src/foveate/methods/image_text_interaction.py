@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from foveate.core import (
@@ -24,6 +25,7 @@ from foveate.core import (
 )
 from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.methods.h2o import H2O
+from foveate.ops.device import Unread
 from foveate.ops.scores import cls_similarity
 from foveate.ops.subsets import descending, long_tail_split
 
@@ -121,12 +123,14 @@ class ImageTextInteraction(Method):
         """The first part's."""
         similarity = self.similarity(signals)
         left = signals.shape[1]
-        if self.keep is None:
-            counts = [_count(split, left, self.alpha) for split in long_tail_split(similarity)]
-        else:
-            counts = [self.wanted(signals)] * len(similarity)
-        rows = zip(signals.index, descending(similarity), counts, strict=True)
-        return Selection([index[order[:count]].sort().values for index, order, count in rows], scores=similarity)
+        order = descending(similarity)
+        if self.keep is not None:
+            kept = zip(signals.index, order[:, : self.wanted(signals)], strict=True)
+            return Selection([index[places].sort().values for index, places in kept], scores=similarity)
+        counts = _counts(long_tail_split(similarity), left, self.alpha)
+        raster = signals.index.sort(dim=-1)
+        stays = order.argsort(dim=-1) < counts[:, None]
+        return Selection(Unread(raster.values, stays.gather(1, raster.indices)), scores=similarity)
 
     def calibrate(self, signals: Signals | Iterable[Signals], target: Keep) -> ImageTextInteraction:
         """The same method with the alpha whose average count over these images is nearest to `target`.
@@ -152,7 +156,7 @@ class ImageTextInteraction(Method):
         wanted = target * most if isinstance(target, float) else target
         if wanted > most:
             raise FoveateError(f"target={target} is above the {most:g} tokens that these images have on average")
-        splits = [split for batch in batches for split in long_tail_split(self.similarity(batch))]
+        splits = [split for batch in batches for split in long_tail_split(self.similarity(batch)).tolist()]
         curves = Counter(zip(splits, tokens, strict=True))
         if all(split == length for split, length in curves):
             return self
@@ -178,13 +182,13 @@ def _blocks(where: int | str) -> tuple[int, int]:
     return (where, 0) if type(where) is int else (0, 0)
 
 
-def _count(split: int, tokens: int, alpha: float) -> int:
-    """Tokens kept of a curve that splits at `split`; a flat curve splits behind its last token and keeps all."""
-    return tokens if split == tokens else min(tokens, max(1, round(alpha * split)))
+def _counts(splits: Tensor, tokens: int | Tensor, alpha: float) -> Tensor:
+    """(B,) tokens kept of curves that split at `splits`; a flat curve splits behind its last token and keeps all."""
+    return (alpha * splits.double()).round().clamp(min=1).clamp(max=tokens).long().where(splits != tokens, tokens)
 
 
 def _nearest_alpha(curves: Counter[tuple[int, int]], wanted: float) -> float:
-    """The alpha with which the average of `_count` is nearest to `wanted`, lower on a tie.
+    """The alpha with which the average of `_counts` is nearest to `wanted`, lower on a tie.
 
     An image's count rises from c to c + 1 where alpha passes (c + 0.5) / split, so that between two neighbouring steps
     of all images together the average is constant, and from step to step it rises.
@@ -196,10 +200,12 @@ def _nearest_alpha(curves: Counter[tuple[int, int]], wanted: float) -> float:
     steps = sorted({(count + 0.5) / split for split, tokens in curved for count in range(1, tokens)})
     edges = [0.0, *steps, 2 * steps[-1]]
     spans = list(pairwise(edges))
+    splits, lengths = torch.tensor(list(curves)).T
+    images = torch.tensor(list(curves.values()))
 
     def average(span: tuple[float, float]) -> float:
         alpha = sum(span) / 2
-        return sum(_count(*curve, alpha) * images for curve, images in curves.items()) / curves.total()
+        return float((_counts(splits, lengths, alpha) * images).sum()) / curves.total()
 
     reached = bisect_left(spans, wanted, key=average)
     nearest = min(spans[max(0, reached - 1) : reached + 1], key=lambda span: abs(average(span) - wanted))

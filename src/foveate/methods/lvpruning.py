@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.core import FoveateError, Keep, Selection, Signals, Site
 from foveate.methods._stages import stage_depths
 from foveate.methods._trained import RANDOM, TrainedStages, Words
+from foveate.ops.device import on_device
 from foveate.ops.subsets import best_and_even, even_order, in_classes, top_k
 
 LAYERS = (1, 8, 16)
@@ -177,4 +178,4 @@ def _even_ranks(signals: Signals) -> Tensor:
     """
     if "grid" not in signals.memory:
         signals.memory["grid"] = signals.grid or (1, signals.original)
-    return even_order(*signals.memory["grid"]).to(signals.index.device)[signals.index]
+    return on_device(even_order(*signals.memory["grid"]), signals.index.device)[signals.index]

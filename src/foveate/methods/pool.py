@@ -9,6 +9,7 @@ import torch
 
 from foveate.core import Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._merged import Space, merged_signal, merged_tokens
+from foveate.ops.device import on_device
 from foveate.ops.subsets import cell_centres, lattice
 
 
@@ -46,9 +47,8 @@ class Pool(Method):
         grid = signals.raster("Pool", "put Pool first, or take uniform")
         kept = self.wanted(signals)
         cell = lattice(*grid, kept)
-        centres = cell_centres(cell, grid).to(signals.index.device)
-        cell = cell.to(signals.index.device)
+        centres = on_device(cell_centres(cell, grid), signals.index.device)
         weights = torch.nn.functional.one_hot(cell, kept).T.float()
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = on_device(weights / weights.sum(dim=-1, keepdim=True), tokens.device)
         pooled = torch.einsum("kn,bnd->bkd", weights, tokens.float()).to(tokens.dtype)
         return Selection([row[centres] for row in signals.index], features=list(pooled), space=self.space)

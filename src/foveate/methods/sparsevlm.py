@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, tokens_to_keep
 from foveate.methods._stages import check_stages, stage_depths
 from foveate.methods._words import words_after
+from foveate.ops.device import on_device
 from foveate.ops.merging import cluster_means, density_peaks
 from foveate.ops.scores import rated, text_raters
 from foveate.ops.subsets import descending
@@ -95,7 +96,7 @@ class SparseVLM(Method):
         assert signals.decoder.hidden is not None
         rows = zip(order, signals.decoder.hidden, signals.index, strict=True)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + signals.original) % 2**63)
-        noise = (1e-6 * torch.rand(left, generator=generator)).to(order.device)
+        noise = on_device(1e-6 * torch.rand(left, generator=generator), order.device)
         merged = [_recycled(places, hidden, index, kept, noise) for places, hidden, index in rows]
         return Selection([index for index, _ in merged], features=[features for _, features in merged], scores=scores)
 

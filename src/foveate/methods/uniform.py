@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from foveate.core import Keep, Method, Selection, Signals, Site, check_keep
+from foveate.ops.device import on_device
 from foveate.ops.subsets import cell_centres, lattice
 
 
@@ -36,5 +37,5 @@ class Uniform(Method):
             chosen = cell_centres(lattice(*signals.grid, kept), signals.grid)
         else:
             chosen = ((torch.arange(kept) * 2 + 1) * tokens).div(2 * kept, rounding_mode="floor")
-        chosen = chosen.to(signals.index.device)
+        chosen = on_device(chosen, signals.index.device)
         return Selection([row[chosen].sort().values for row in signals.index])

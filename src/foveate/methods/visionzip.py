@@ -126,7 +126,7 @@ class VisionZip(Method):
         if signals.tile is None or self.budget == "image":
             return handed_on(self._zipped(seen, cls, total), self.space)
         tile = in_raster_order(signals, signals.tile)[1]
-        return tile_by_tile(tile, total, partial(self._of_tile, seen, cls), self.space)
+        return tile_by_tile(tile, signals.by_tile(), total, partial(self._of_tile, seen, cls), self.space)
 
     def _of_tile(
         self, seen: list[Tensor], cls: Tensor | None, image: slice, places: Tensor, share: int, first: bool

@@ -180,7 +180,7 @@ class VScan(Method):
         if signals.tile is None or self.budget == "image":
             return handed_on(self._scanned(seen, signals.raster("VScan", HINT), total), "projected")
         tile = in_raster_order(signals, signals.tile)[1]
-        return tile_by_tile(tile, total, partial(self._of_tile, seen), "projected")
+        return tile_by_tile(tile, signals.by_tile(), total, partial(self._of_tile, seen), "projected")
 
     def _of_tile(self, seen: list[Tensor], image: slice, places: Tensor, share: int, first: bool) -> Tokens:
         side = math.isqrt(places.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import FoveateError, Grid
-from foveate.ops.device import refuse_any
+from foveate.ops.device import on_device, refuse_any
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return descending(scores)[:, :k].sort(dim=-1).values
 
 
-def split_budget(total: int, capacity: list[int]) -> list[int]:
+def split_budget(total: int, capacity: Sequence[int]) -> list[int]:
     """Share `total` tokens evenly over tiles, the remainder to tile 0 (the base), none above its `capacity`.
 
     What a full tile cannot take goes to the others, so that the sum is always `total` (at most the sum of capacities).
@@ -70,40 +70,47 @@ def split_by_size(total: int, sizes: Sequence[int], least: int = 1) -> list[int]
     return shares
 
 
-def top_k_by_tile(scores: Tensor, tile: Tensor, k: int) -> list[Tensor]:
-    """(B, N) scores and tile numbers -> B ascending position tensors (k,), the budget split evenly over the tiles."""
-    order = descending(scores)
-    rows = zip(order, tile, strict=True)
-    return [best_of_tiles(row, tiles, split_budget(k, torch.bincount(tiles).tolist())) for row, tiles in rows]
+def top_k_by_tile(scores: Tensor, tile: Tensor, sizes: Sequence[Sequence[int]], k: int) -> list[Tensor]:
+    """(B, N) scores, tile numbers and tokens of each tile -> B ascending positions (k,), shared evenly by the tiles."""
+    rows = zip(descending(scores), tile, sizes, strict=True)
+    return [best_of_tiles(row, tiles, counts, split_budget(k, counts)).sort().values for row, tiles, counts in rows]
 
 
-def best_of_tiles(order: Tensor, tile: Tensor, shares: list[int]) -> Tensor:
-    """(N,) positions, best first, and (N,) tile numbers -> the first shares[t] of each tile t, ascending."""
-    of_order = tile[order]
-    return torch.cat([order[of_order == number][:share] for number, share in enumerate(shares)]).sort().values
+def best_of_tiles(order: Tensor, tile: Tensor, sizes: Sequence[int], shares: Sequence[int]) -> Tensor:
+    """(N,) positions, best first, and (N,) tile numbers -> the first shares[t] of each tile t, the best first.
+
+    Args:
+        sizes: of each tile, how many tokens it has.
+    """
+    tiles = tile[order].argsort(stable=True).split(list(sizes))
+    turns = torch.cat([of_tile[:share] for of_tile, share in zip(tiles, shares, strict=True)])
+    return order[turns.sort().values]
 
 
-def each_tile(tile: Tensor, k: int, choose: Callable[[Tensor, Tensor, int], Tensor]) -> list[Tensor]:
+def each_tile(
+    tile: Tensor, sizes: Sequence[Sequence[int]], k: int, choose: Callable[[Tensor, Tensor, int], Tensor]
+) -> list[Tensor]:
     """Let `choose` pick within every tile, the budget split evenly over the tiles: B ascending position tensors (k,).
 
     Tiles of one size and one share are asked about together, across the images.
 
     Args:
         tile: (B, N) tile numbers.
+        sizes: of each image the tokens of each tile.
         choose: takes (R,) numbers of the images that R tiles belong to, (R, n) positions of their tokens and the share;
             gives the (R, share) chosen among the n.
     """
     order = tile.argsort(dim=-1, stable=True)
     alike: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
-    for image, tiles in enumerate(tile):
-        sizes, start = torch.bincount(tiles).tolist(), 0
-        for size, share in zip(sizes, split_budget(k, sizes), strict=True):
+    for image, counts in enumerate(sizes):
+        start = 0
+        for size, share in zip(counts, split_budget(k, counts), strict=True):
             if share:
                 alike.setdefault((size, share), []).append((image, order[image, start : start + size]))
             start += size
     chosen: list[list[Tensor]] = [[] for _ in tile]
     for (_, share), found in alike.items():
-        images = torch.tensor([image for image, _ in found], device=tile.device)
+        images = on_device(torch.tensor([image for image, _ in found]), tile.device)
         positions = torch.stack([places for _, places in found])
         picked = positions.gather(1, choose(images, positions, share))
         for (image, _), row in zip(found, picked, strict=True):
@@ -281,17 +288,17 @@ def lattice(height: int, width: int, cells: int) -> Tensor:
 def cell_centres(cell: Tensor, grid: Grid) -> Tensor:
     """(h * w,) cell of each token -> (cells,) the token nearest to the middle of each cell, ascending by cell.
 
-    The lowest index wins among equally near ones.
+    The lowest index wins among equally near ones. Both are on the host.
     """
     height, width = grid
-    row = torch.arange(height, device=cell.device).repeat_interleave(width).double()
-    column = torch.arange(width, device=cell.device).repeat(height).double()
+    row = torch.arange(height).repeat_interleave(width).double()
+    column = torch.arange(width).repeat(height).double()
     count = torch.bincount(cell).double()
     middle_row = torch.bincount(cell, weights=row) / count
     middle_column = torch.bincount(cell, weights=column) / count
     distance = (row - middle_row[cell]) ** 2 + (column - middle_column[cell]) ** 2
     nearest = torch.full_like(count, math.inf).scatter_reduce(0, cell, distance, "amin")
-    tokens = torch.arange(cell.numel(), device=cell.device)
+    tokens = torch.arange(cell.numel())
     is_nearest = distance <= nearest[cell] + 1e-9
     first = torch.full_like(count, cell.numel(), dtype=torch.int64)
     return first.scatter_reduce(0, cell[is_nearest], tokens[is_nearest], "amin")
@@ -353,11 +360,11 @@ def in_classes(scores: Tensor, borders: Sequence[float], rank: Tensor) -> Tensor
 def random_subset(tokens: int, k: int, seed: int, device: torch.device) -> Tensor:
     """(k,) ascending positions out of `tokens`, drawn by a generator made from (seed, tokens) alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + tokens) % 2**63)
-    return torch.randperm(tokens, generator=generator)[:k].sort().values.to(device)
+    return on_device(torch.randperm(tokens, generator=generator)[:k].sort().values, device)
 
 
-def long_tail_split(scores: Tensor) -> list[int]:
-    """Where the head of each row's descending curve ends: B counts in 1..N-1, N where the curve is flat.
+def long_tail_split(scores: Tensor) -> Tensor:
+    """Where the head of each row's descending curve ends: (B,) counts in 1..N-1, N where the curve is flat.
 
     With d the row in descending order, the i in 1..N-1 that maximises (N - i) * (d_1 - d_i) / (d_1 - d_N); the first
     of several (image-text interaction, equations 2 and 3; the divisor is the same for all i).
@@ -367,7 +374,7 @@ def long_tail_split(scores: Tensor) -> list[int]:
     drop = curve[:, :1] - curve
     behind = torch.arange(tokens - 1, -1, -1, device=scores.device)
     split = (drop * behind)[:, : max(1, tokens - 1)].argmax(dim=-1) + 1
-    return torch.where(drop[:, -1] > 0, split, tokens).tolist()
+    return torch.where(drop[:, -1] > 0, split, tokens)
 
 
 def heavy_and_recent(older: Tensor, entries: int, heavy: int) -> Tensor:

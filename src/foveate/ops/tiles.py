@@ -5,10 +5,13 @@ Shapes: B images, N tokens, P pools, M tokens of the largest pool, K picks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from foveate.ops.device import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +54,23 @@ def whole_images(index: Tensor) -> Pools:
     return Pools(place, torch.arange(batch, device=index.device), [[tokens]] * batch, whole=True)
 
 
-def by_tile(tile: Tensor) -> Pools:
-    """One pool per tile that has tokens, the base (tile 0) first; `tile` (B, N) numbers each token's tile."""
+def by_tile(tile: Tensor, sizes: Sequence[Sequence[int]]) -> Pools:
+    """One pool per tile that has tokens, the base (tile 0) first.
+
+    Args:
+        tile: (B, N) numbers each token's tile.
+        sizes: of each image the tokens of each tile.
+    """
     places: list[Tensor] = []
-    sizes: list[list[int]] = []
+    held: list[list[int]] = []
     images: list[int] = []
-    for image, row in enumerate(tile):
-        counts = [count for count in torch.bincount(row).tolist() if count]
-        places.extend(row.argsort(stable=True).split(counts))
-        sizes.append(counts)
-        images.extend([image] * len(counts))
+    for image, (row, counts) in enumerate(zip(tile, sizes, strict=True)):
+        held.append([count for count in counts if count])
+        places.extend(row.argsort(stable=True).split(held[-1]))
+        images.extend([image] * len(held[-1]))
     longest = max(map(len, places))
     place = torch.stack([torch.cat([one, one[:1].expand(longest - len(one))]) for one in places])
-    lengths = torch.tensor([len(one) for one in places], device=tile.device)
+    lengths = on_device(torch.tensor([len(one) for one in places]), tile.device)
     free = torch.arange(longest, device=tile.device) < lengths[:, None]
     padded = any(len(one) < longest for one in places)
-    return Pools(place, torch.tensor(images, device=tile.device), sizes, free if padded else None)
+    return Pools(place, on_device(torch.tensor(images), tile.device), held, free if padded else None)

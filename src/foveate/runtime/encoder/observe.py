@@ -131,7 +131,7 @@ def _signals(blocks: Mapping[int | str, Block], layout: Layout, numbers: list[in
         original=tokens,
         index=on_device(index, device),
         grid=layout.grid,
-        tile=None if layout.tile is None else layout.tile.to(device).expand(len(numbers), -1),
+        tile=None if layout.tile is None else on_device(layout.tile, device).expand(len(numbers), -1),
         tower={name: narrow(block, rows, index) for name, block in blocks.items()},
     )
 
