@@ -6,10 +6,7 @@ python benchmarks/cpu.py [--quick] [--out FILE.json]
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import resource
 import statistics
 import time
@@ -24,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
+from written import write_figures
 
 import foveate
 from foveate.choosing.record import Stopwatch
 from foveate.ops.scores import attention_sums
-from foveate.runs import write_text
 from foveate.runtime.encoder import probe as probes
 from foveate.runtime.seams import CACHE
 
@@ -281,23 +278,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write the figures to this JSON file")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    many, few = (3, 2) if options.quick else (50, 12)
+    load, (many, few) = os.getloadavg()[0], (3, 2) if options.quick else (50, 12)
     rows = long_encoder(2048 if options.quick else 16384) + observing(few) + native_length(many) + inside(few)
     show(rows)
-    if options.out is not None:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        }
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": machine,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rows": rows,
-        }
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
+    write_figures(options.out, load, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ clock; both ways take turns. Both draw the same pictures, and both answer with a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -23,10 +22,10 @@ import torch
 import transformers
 from cpu import Row, row, show
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from written import write_figures
 
 import foveate
 from foveate.evaluate.scenes_task import LONGEST, draw_samples, evaluate
-from foveate.runs import write_text
 
 BATCH = 16
 RIVALS = ("fopru:keep=64", "divprune:keep=64")
@@ -99,10 +98,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     rows = measured(*((BATCH, 1) if options.quick else (5 * BATCH, 3)))
     show(rows)
-    if options.out is not None:
-        loads = [load, os.getloadavg()[0]]
-        command = "python benchmarks/evaluating.py"
-        write_text(options.out, json.dumps({"command": command, "load": loads, "rows": rows}, indent=1) + "\n")
+    write_figures(options.out, load, rows=rows)
 
 
 if __name__ == "__main__":

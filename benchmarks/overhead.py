@@ -12,13 +12,9 @@ Milliseconds are process time of one thread; rivals take turns.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import multiprocessing
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,9 +30,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from written import write_figures
 
 import foveate
-from foveate.runs import write_text
 from foveate.runtime.attention import _register
 from foveate.runtime.encoder.watch import Watch
 
@@ -277,17 +273,7 @@ def main() -> None:
         for patches in () if "reading" not in parts else (576,) if options.quick else (576, 2304, 4096):
             rows += [reading(patches, dtype, many) for dtype in (torch.float32, torch.bfloat16)]
     show(rows)
-    if options.out is not None:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1},
-            "load": [load, os.getloadavg()[0]],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
-            "rows": rows,
-        }
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
+    write_figures(options.out, load, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,29 +9,24 @@ random weights, 8 encoder and 8 decoder blocks, rivals interleaved. Answers are 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from written import write_figures
 
 import foveate
 from foveate.evaluate.scenes_task import Paper, evaluate
 from foveate.inference.loading import load
 from foveate.ops.prediction import unpredicted
-from foveate.runs import write_text
 from foveate.scenes import generator, pages
 
 WIDTH, HEIGHT, TOKEN = 756, 1064, 28
@@ -239,14 +234,7 @@ def main() -> None:
     given = parser.parse_args()
     parts = given.parts.split(",")
     torch.set_num_threads(os.cpu_count() or 1)
-    found: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    load, found = os.getloadavg()[0], dict[str, Any]()
     if "shares" in parts:
         found["shares"] = shares(2 if given.quick else 8)
         for row in found["shares"]:
@@ -258,8 +246,7 @@ def main() -> None:
             found["seconds"] = seconds(given.rounds, given.pictures.split(","))
     if "answers" in parts:
         found["answers"] = answers(50 if given.quick else 300)
-    if given.out is not None:
-        write_text(given.out, json.dumps(found, indent=1) + "\n")
+    write_figures(given.out, load, **found)
 
 
 if __name__ == "__main__":

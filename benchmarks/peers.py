@@ -27,10 +27,8 @@ it ends with a floating-point exception on one thread, and works on two. All wei
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -46,10 +44,10 @@ from cpu import Row, llava, prompt, row, show
 from in_peers.answering import Ticks
 from overhead import qwen_prompt
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2VLForConditionalGeneration
+from written import write_figures
 
 import foveate
 from foveate.inference.compiling import compiled_decoding
-from foveate.runs import write_text
 from foveate.runtime.seams import CACHE
 
 Figures = dict[str, float]
@@ -298,20 +296,7 @@ def main() -> None:
     if not rows:
         return
     show(rows)
-    if options.out is not None:
-        cores = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": options.threads}
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": cores,
-            "load": [load, os.getloadavg()[0]],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peers": versions,
-            "command": f"python benchmarks/peers.py --parts {options.parts} --rounds {options.rounds} "
-            f"--threads {options.threads}" + " --quick" * options.quick,
-            "rows": rows,
-        }
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
+    write_figures(options.out, load, peers=versions, rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +22,12 @@ from cpu import Row, clock, interleaved, quartiles, row
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from written import write_figures
 
 from foveate import methods
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.ops import greedy
 from foveate.ops.merging import bipartite_merge
-from foveate.runs import write_text
 
 BATCH, TOKENS, KEPT = 8, 576, 64
 SIDE = 24
@@ -313,20 +309,6 @@ def growth(rounds: int, only: list[str]) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    found: dict[str, Any] = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
-
-
 def main() -> None:
     """Run everything, print one table, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -338,7 +320,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     only = [name for name in options.only.split(",") if name]
-    many, few = (3, 2) if options.quick else (20, 7)
+    load, (many, few) = os.getloadavg()[0], (3, 2) if options.quick else (20, 7)
     if options.growth:
         torch.set_num_threads(1)
         rows = growth(1 if options.quick else 3, only)
@@ -351,16 +333,8 @@ def main() -> None:
         met = "-" if one["met"] is None else "yes" if one["met"] else "NO"
         table.add_row(one["figure"], f"{one['value']:.2f}", one["target"], met, str(one.get("host_waits", "-")))
     Console(width=150).print(table)
-    if options.out is not None:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": machine(device),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "command": "python benchmarks/selection.py" + (" --growth" if options.growth else ""),
-            "rows": rows,
-        }
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
+    on = {"device": str(device), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
+    write_figures(options.out, load, **on, rows=rows)
 
 
 if __name__ == "__main__":

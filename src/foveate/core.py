@@ -189,8 +189,7 @@ class Signals:
     `original` is the number of tokens an image had before any stage, `stage` which stage of its part a method is
     asked for, `memory` is carried between the stages of one part within one prefill.
 
-    At sites `pixels` and `tower` the images are the tiles of the pictures, or the frames of a video, each by itself;
-    `tile` says which one, and `frames` of which video.
+    At sites `pixels` and `tower` the images are single tiles, as `tile` numbers them, or single frames (`frames`).
 
     At site `tower`, block "latest" is the one that has run last. For a `Merger` that is the block in which it acts: its
     attention has run, and `hidden` and `cls` are the stream between attention and MLP.
@@ -235,18 +234,14 @@ class Signals:
     @property
     def tiles(self) -> int:
         """Tiles of the image; 1 without anyres, and of tiles by themselves."""
-        if self.tile is None:
-            return 1
         counts = self.by_tile()
-        several = any(sum(map(bool, image)) > 1 for image in counts)
-        return max(map(len, counts)) if several else 1
+        return max(map(len, counts)) if any(sum(map(bool, image)) > 1 for image in counts) else 1
 
-    def by_tile(self) -> list[list[int]]:
-        """Of each image the number of tokens in each of its tiles, from 0 to the last that has any."""
-        if self.tile_counts is None:
-            assert self.tile is not None, "an image without tiles has none to count"
-            return [row.bincount().tolist() for row in self.tile.cpu()]
-        return [list(image) for image in self.tile_counts]
+    def by_tile(self) -> Sequence[Sequence[int]]:
+        """Of each image the number of tokens in each of its tiles, to the last that has any; all in one without."""
+        if self.tile_counts is not None:
+            return self.tile_counts
+        return [[self.shape[1]]] if self.tile is None else [row.bincount().tolist() for row in self.tile.cpu()]
 
     def lacking(self, needs: Iterable[str]) -> list[str]:
         """Which of a method's needs ("features", "tower.read.hidden") nobody has filled in."""
