@@ -239,9 +239,9 @@ class Signals:
 
     def by_tile(self) -> Sequence[Sequence[int]]:
         """Of each image the number of tokens in each of its tiles, to the last that has any; all in one without."""
-        if self.tile_counts is not None:
-            return self.tile_counts
-        return [[self.shape[1]]] if self.tile is None else [row.bincount().tolist() for row in self.tile.cpu()]
+        if self.tile is None or self.tile_counts is not None:
+            return self.tile_counts or [[self.shape[1]]] * self.shape[0]
+        return [row.bincount().tolist() for row in self.tile.cpu()]
 
     def lacking(self, needs: Iterable[str]) -> list[str]:
         """Which of a method's needs ("features", "tower.read.hidden") nobody has filled in."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import pytest
@@ -13,6 +15,8 @@ from outside import loaded
 
 import foveate
 from foveate import methods
+from foveate.core import Selection, Signals
+from foveate.methods.uniform import Uniform
 from foveate.ops.subsets import top_k
 
 MOST = 5
@@ -130,3 +134,30 @@ def test_pictures_and_tiles_of_several_sizes_are_chosen_from_with_few_waits(
     assert trace.images
     assert counted.total <= MOST + windowed + max(0, OF_SIZES.get(name, 0) - 2), counted.ours
     assert not any("foveate" in line for line in counted.mixed), counted.mixed
+
+
+@dataclass(frozen=True)
+class Telling(Uniform):
+    """Uniform, which notes what it was shown."""
+
+    seen: list[Signals] = field(default_factory=list, compare=False)
+
+    def select(self, signals: Signals) -> Selection:
+        self.seen.append(signals)
+        return super().select(signals)
+
+
+@pytest.mark.parametrize("family", ["llava-next", "internvl", "llava-1.5"])
+def test_what_the_host_knows_of_tiles_is_so(family: str) -> None:
+    """Whole pictures, and those of which an earlier stage has taken tokens."""
+    model, seen = tiny.model(family, blocks=4), list[Signals]()
+    given = tiny.inputs(model, "1i1i1i2")
+    with foveate.prune(model, [Telling(0.7, seen), Telling(0.3, seen)]):
+        model.generate(**given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=1)
+    assert {one.shape[1] == one.original for one in seen} == {True, False}
+    for one in seen:
+        tiles = torch.zeros_like(one.index) if one.tile is None else one.tile
+        assert (one.tile is None) == (one.tile_counts is None)
+        assert [list(image) for image in one.by_tile()] == [row.bincount().tolist() for row in tiles]
+        assert one.tiles == dataclasses.replace(one, tile_counts=None).tiles
+    assert any(one.tiles > 1 for one in seen) == (family != "llava-1.5")
