@@ -53,8 +53,9 @@ it stand its equivalent tokens, the tokens averaged over the decoder's layers: c
 Methods on the cache drop no visual tokens and are not here.
 
 Read it with care: `mini` is small, and an even sample of a picture is good for counting. What a method looks at
-decides: a digit is read off its own tag. The tokens of the object asked about do as well as the whole picture, which is
-what a method that reads the question can win.
+decides: a digit is read off its own tag. Of one object its own tokens tell more than the whole picture, which is what a
+method that reads the question can win; counts need the rest. The decoder is tuned to what LVPruning keeps
+([how](../src/foveate/scenes/checkpoint/README.md)).
 """
 
 FORMS = """
