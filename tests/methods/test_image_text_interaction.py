@@ -34,10 +34,10 @@ CURVE = (1.0, 3, 1, 10, 1)
 
 
 def test_the_head_ends_where_the_product_peaks() -> None:
-    assert long_tail_split(torch.tensor([CURVE])) == [2]
-    assert long_tail_split(torch.tensor([[8.0, 4, 2, 1, 1]])) == [2], "products 0 12 12 7: the first of several"
-    assert long_tail_split(torch.tensor([[2.0, 1], [1.0, 1]])) == [1, 2], "a flat curve has no tail"
-    assert long_tail_split(torch.tensor([[7.0]])) == [1]
+    assert long_tail_split(torch.tensor([CURVE])).tolist() == [2]
+    assert long_tail_split(torch.tensor([[8.0, 4, 2, 1, 1]])).tolist() == [2], "of 0 12 12 7 the first"
+    assert long_tail_split(torch.tensor([[2.0, 1], [1.0, 1]])).tolist() == [1, 2], "a flat curve has no tail"
+    assert long_tail_split(torch.tensor([[7.0]])).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_no_alpha_comes_nearer(data: st.DataObject) -> None:
     found = ImageTextInteraction().calibrate(shown, target)
     best = abs(average(found, [shown]) - target)
     tries = [index / 120 + 1e-4 for index in range(1, 120 * tokens)]
-    splits = long_tail_split(shown.tower["2/24"].hidden.squeeze(-1).softmax(dim=-1))  # type: ignore[union-attr]
+    splits = long_tail_split(shown.tower["2/24"].hidden.squeeze(-1).softmax(dim=-1)).tolist()  # type: ignore[union-attr]
     for alpha in tries:
         counts = [tokens if split == tokens else min(tokens, max(1, round(alpha * split))) for split in splits]
         assert best <= abs(sum(counts) / len(counts) - target) + 1e-9

@@ -25,7 +25,7 @@ from foveate.core import (
 )
 from foveate.methods._attention import Attention, attended, attention_signal
 from foveate.methods.h2o import H2O
-from foveate.ops.device import Unread
+from foveate.ops.device import Unread, on_device
 from foveate.ops.scores import cls_similarity
 from foveate.ops.subsets import descending, long_tail_split
 
@@ -127,7 +127,8 @@ class ImageTextInteraction(Method):
         if self.keep is not None:
             kept = zip(signals.index, order[:, : self.wanted(signals)], strict=True)
             return Selection([index[places].sort().values for index, places in kept], scores=similarity)
-        counts = _counts(long_tail_split(similarity), left, self.alpha)
+        # Of every split on the host: not every device has float64.
+        counts = on_device(_counts(torch.arange(left + 1), left, self.alpha), order.device)[long_tail_split(similarity)]
         raster = signals.index.sort(dim=-1)
         stays = order.argsort(dim=-1) < counts[:, None]
         return Selection(Unread(raster.values, stays.gather(1, raster.indices)), scores=similarity)
@@ -183,7 +184,7 @@ def _blocks(where: int | str) -> tuple[int, int]:
 
 
 def _counts(splits: Tensor, tokens: int | Tensor, alpha: float) -> Tensor:
-    """(B,) tokens kept of curves that split at `splits`; a flat curve splits behind its last token and keeps all."""
+    """(B,) tokens kept of curves that split at `splits`; a flat one splits behind its last token and keeps all."""
     return (alpha * splits.double()).round().clamp(min=1).clamp(max=tokens).long().where(splits != tokens, tokens)
 
 
