@@ -386,6 +386,7 @@ def test_every_tensor_of_a_kind_but_those_that_come_always_is_described(kind: ty
     always = {
         "index",
         "tile",
+        "tile_counts",
         "frames",
         "size",
         "memory",
