@@ -24,9 +24,10 @@ def command() -> str:
     script = Path(sys.argv[0])
     words, given = [f"{script.parent.name}/{script.name}"], iter(sys.argv[1:])
     for word in given:
-        if word not in PLACES:
+        option, is_whole, _ = word.partition("=")
+        if option not in PLACES:
             words.append(word)
-        else:
+        elif not is_whole:
             next(given)
     return shlex.join(["python", *words])
 

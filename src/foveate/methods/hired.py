@@ -110,8 +110,7 @@ class HiRED(Method):
         """
         assert signals.tile is not None
         descending(first)  # refuses what is not finite
-        others, held = signals.tiles - 1, signals.by_tile()
-        capacities = [[*sizes, *[0] * (others + 1 - len(sizes))] for sizes in held]
+        others, capacities = signals.tiles - 1, signals.by_tile()
         _check_base([capacity[0] for capacity in capacities], signals)
         layout = self._layout(others, signals)
         # The base tile in raster order, then all others; what every image needs comes off the device at once.

@@ -10,7 +10,7 @@ import torch
 from foveate.core import Keep, Method, Selection, Signals, Site, check_choices, check_keep
 from foveate.methods._merged import Space, merged_signal, merged_tokens
 from foveate.ops.device import on_device
-from foveate.ops.subsets import cell_centres, lattice
+from foveate.ops.subsets import even_places, lattice
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Pool(Method):
         grid = signals.raster("Pool", "put Pool first, or take uniform")
         kept = self.wanted(signals)
         cell = lattice(*grid, kept)
-        centres = on_device(cell_centres(cell, grid), signals.index.device)
+        centres = on_device(even_places(*grid, kept), signals.index.device)
         weights = torch.nn.functional.one_hot(cell, kept).T.float()
         weights = on_device(weights / weights.sum(dim=-1, keepdim=True), tokens.device)
         pooled = torch.einsum("kn,bnd->bkd", weights, tokens.float()).to(tokens.dtype)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from foveate.core import Grid, Keep, Method, Selection, Signals, Site, check_keep
+from foveate.core import Keep, Method, Selection, Signals, Site, check_keep
 from foveate.ops.device import on_device
-from foveate.ops.subsets import cell_centres, lattice
+from foveate.ops.subsets import even_places
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,10 @@ class Uniform(Method):
         check_keep(self.keep)
 
     def select(self, signals: Signals) -> Selection:
-        chosen = on_device(_even(signals.shape[1], signals.grid, self.wanted(signals)), signals.index.device)
+        tokens, kept = signals.shape[1], self.wanted(signals)
+        if signals.grid is not None:
+            chosen = even_places(*signals.grid, kept)
+        else:
+            chosen = ((torch.arange(kept) * 2 + 1) * tokens).div(2 * kept, rounding_mode="floor")
+        chosen = on_device(chosen, signals.index.device)
         return Selection([row[chosen].sort().values for row in signals.index])
-
-
-@lru_cache(maxsize=32)
-def _even(tokens: int, grid: Grid | None, kept: int) -> Tensor:
-    """(K,) positions spread evenly over the grid, or over the tokens one behind the other."""
-    if grid is not None:
-        return cell_centres(lattice(*grid, kept), grid)
-    return ((torch.arange(kept) * 2 + 1) * tokens).div(2 * kept, rounding_mode="floor")

@@ -118,7 +118,7 @@ def each_tile(
     return [torch.cat(rows).sort().values for rows in chosen]
 
 
-def split_in_proportion(total: int, weights: list[float], capacity: list[int]) -> list[int]:
+def split_in_proportion(total: int, weights: Sequence[float], capacity: Sequence[int]) -> list[int]:
     """Share `total` tokens in proportion to `weights`, none above its `capacity`: largest remainder, then lowest place.
 
     What a full place cannot take goes to the others in proportion; where no place with room has weight, evenly. The sum
@@ -302,6 +302,12 @@ def cell_centres(cell: Tensor, grid: Grid) -> Tensor:
     is_nearest = distance <= nearest[cell] + 1e-9
     first = torch.full_like(count, cell.numel(), dtype=torch.int64)
     return first.scatter_reduce(0, cell[is_nearest], tokens[is_nearest], "amin")
+
+
+@lru_cache(maxsize=32)
+def even_places(height: int, width: int, count: int) -> Tensor:
+    """(count,) the token nearest to the middle of each cell of a `lattice`, ascending by cell, on the host."""
+    return cell_centres(lattice(height, width, count), (height, width))
 
 
 @lru_cache(maxsize=32)
