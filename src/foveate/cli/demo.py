@@ -79,7 +79,7 @@ def command(
     show_table(_table(questions, outcomes))
     where = f"{loaded.model.device}, {str(loaded.model.dtype).removeprefix('torch.')}"
     typer.echo(f"Times: medians of {TURNS} calls of generate() taking turns, on {where}.")
-    typer.echo("mini is small: it misreads one digit in six, more in a picture as full as this, and where much is pruned.")
+    typer.echo("mini is small: it misreads one digit in six, more in a full picture or where much is pruned.")
     typer.echo(f"The picture: {out / 'scene.png'}  What was kept: {out / 'kept.png'}")
 
 
