@@ -42,8 +42,8 @@ def test_dir_names_everything_that_can_be_had() -> None:
 
 
 def test_the_nouns_are_those_of_their_rooms() -> None:
-    homes = {"Budget": "trace", "Trace": "trace", "Scorer": "forms", "Merger": "forms"}
-    for name in {*NOUNS, "Merger"}:
+    homes = {"Budget": "trace", "Trace": "trace", "Scorer": "forms", "Merger": "forms", "Stepwise": "forms"}
+    for name in {*NOUNS, "Merger", "Stepwise"}:
         room = importlib.import_module(f"foveate.{homes.get(name, 'core')}")
         assert getattr(foveate, name) is getattr(room, name)
 

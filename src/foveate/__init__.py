@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveate.core import Signals as Signals
     from foveate.forms import Merger as Merger
     from foveate.forms import Scorer as Scorer
+    from foveate.forms import Stepwise as Stepwise
     from foveate.inference.resizing import scale_down as scale_down
     from foveate.methods.cdpruner import CDPruner as CDPruner
     from foveate.methods.crossget import CrossGET as CrossGET
@@ -75,6 +76,7 @@ _HOMES = {
     "Method": "core",
     "Scorer": "forms",
     "Selection": "core",
+    "Stepwise": "forms",
     "Signals": "core",
     "Trace": "trace",
     "calibrate": "calibrate",

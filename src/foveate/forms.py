@@ -1,8 +1,9 @@
-"""The short forms of a Method: Scorer, one number a token, and Merger, one merge a block."""
+"""The forms of a Method: Scorer, one number a token; Stepwise, choosing by what it reads; Merger, one merge a block."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,6 +32,24 @@ class Scorer(Method):
         kept = top_k(scores, self.wanted(signals))
         rows = zip(signals.index, kept, strict=True)
         return Selection([row[chosen].sort().values for row, chosen in rows], scores=scores)
+
+
+@dataclass(frozen=True)
+class Stepwise(Method):
+    """A method that has to know numbers on the host before it can go on: how many tokens stand out, say.
+
+    Whoever reads what a device has waits for it. What `steps` asks for is read for pictures of all sizes together.
+    """
+
+    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+        """Yields tensors, is sent the same on the host, as often as it takes, and returns what stays."""
+        raise NotImplementedError(f"{type(self).__name__} has no steps()")
+
+    def select(self, signals: Signals) -> Selection:
+        """What the steps come to, taken alone; who overrides it is asked in place of them."""
+        from foveate.ops.device import taken
+
+        return taken([self.steps(signals)])[0]
 
 
 @dataclass(frozen=True)
@@ -66,27 +85,6 @@ class Merger(Method):
                 raise FoveateError(f"{name}: r={number!r} is no number of patches from 0; the smallest is r=0")
         # The class speaks for the defaults; with one number per block, the blocks of an encoder decide the count.
         object.__setattr__(self, "adaptive", isinstance(self.r, int))
-
-    def asked(self, original: int, grid: Grid | None = None, tiles: int = 1) -> tuple[int, ...] | None:
-        """What `keep` comes to at each stage; a method whose count differs, losing tokens as its code does, says so."""
-        return self.count(original, grid, tiles)
-
-    def wanted(self, signals: Signals) -> int:
-        """Tokens that this stage is to leave of each image: what the runtime says, else what the method itself asks.
-
-        Raises:
-            FoveateError: more than are left.
-        """
-        left = signals.shape[1]
-        if signals.keep is not None and signals.keep <= left:
-            return signals.keep
-        asked = self.asked(signals.original, signals.grid, signals.tiles)
-        assert asked is not None, "a method that decides its own count does not ask"
-        count = asked[signals.stage] if signals.keep is None else signals.keep
-        if count > left:  # refused in the words of the method's field, where that is one number for one stage
-            keep = getattr(self, "keep", count)
-            tokens_to_keep(keep if len(asked) == 1 and isinstance(keep, int | float) else count, signals.original, left)
-        return min(count, left)
 
     def depths(self, layers: int) -> tuple[int, ...]:
         """Encoder blocks that run before each merge: all from 0; `layers` counts them up to the one that is read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from golden.checks import Check, Seen, equal_to, same_set_as, scores_are
@@ -130,7 +132,9 @@ def hired_budgets(seen: Seen) -> list[int]:
     first = seen.signals.tower[0].cls_attention
     assert first is not None
     total = seen.settings["total_budget"]
-    return seen.case.method.budgets(first.sum(dim=1), seen.signals, total)[0][1:]  # type: ignore[attr-defined]
+    method: Any = seen.case.method
+    contents = method.contents(first.sum(dim=1), seen.signals)
+    return method.budgets(contents, seen.signals.by_tile(), total)[0][1:]
 
 
 def dart_pivots(seen: Seen) -> tuple[np.ndarray, np.ndarray]:

@@ -42,7 +42,7 @@ def tiled(base: list[float], tiles: int, read: Tensor | None = None, **more: Any
 def budgets(method: HiRED, shown: Signals, total: int) -> list[int]:
     first = shown.tower[0].cls_attention
     assert first is not None
-    (found,) = method.budgets(first.sum(dim=1), shown, total)
+    (found,) = method.budgets(method.contents(first.sum(dim=1), shown), shown.by_tile(), total)
     return found
 
 

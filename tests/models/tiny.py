@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import foveate
-from foveate.choosing.choose import JOINT
+from foveate.choosing.signals import JOINT
 from foveate.families.rows import FAMILIES as FAMILY_ROWS
 from foveate.scenes.mini import clip_tokenizer
 

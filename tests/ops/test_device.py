@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from foveate.core import FoveateError
-from foveate.ops.device import Complaints, noting, on_host, refuse_any
+from foveate.ops import device
+from foveate.ops.device import Complaints, noting, on_host, refuse_any, taken
 from foveate.ops.subsets import top_k
 
 NAN = torch.tensor([[1.0, float("nan"), float("inf")]])
@@ -23,11 +26,35 @@ def test_values_of_several_kinds_are_read_as_they_are() -> None:
         torch.tensor([True, False]),
         torch.tensor(7, dtype=torch.int32),
         torch.ones(0).long(),
+        torch.tensor([0.1, -0.0, float("inf"), 1e-45]),
+        torch.tensor([[0.3, 7.0]], dtype=torch.bfloat16).T,
+        torch.tensor(1 / 3, dtype=torch.float64),
     ]
     for found, value in zip(on_host(given), given, strict=True):
         assert found.dtype == value.dtype
         assert torch.equal(found, value)
+        assert value.is_floating_point() is False or torch.equal(found.signbit(), value.signbit())
     assert on_host([]) == []
+    assert on_host([torch.tensor([float("nan")]), torch.ones(1)])[0].isnan()
+
+
+Steps = Generator[Sequence[Tensor], Sequence[Tensor], int]
+
+
+def test_steps_are_taken_together_a_round_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three that ask twice, once and never: two reads, each of whoever still asks."""
+
+    def adding(*asked: Sequence[int]) -> Steps:
+        total = 0
+        for numbers in asked:
+            total += sum(one.item() for one in (yield [torch.tensor(number) for number in numbers]))
+        return total
+
+    reads: list[int] = []
+    monkeypatch.setattr(device, "on_host", lambda values: reads.append(len(values)) or on_host(values))
+    assert taken([adding([1, 2], [4]), adding([8]), adding()]) == [7, 8, 0]
+    assert [count for count in reads if count] == [3, 1]
+    assert taken([]) == []
 
 
 def test_a_fault_is_refused_at_once_where_nobody_notes_it() -> None:

@@ -20,6 +20,7 @@ from foveate.ops.subsets import (
     in_classes,
     lattice,
     outlier_counts,
+    outliers,
     random_subset,
     split_budget,
     top_k,
@@ -293,32 +294,36 @@ def test_every_token_is_drawn_about_as_often() -> None:
 # outliers
 
 
+def counted(scores: torch.Tensor, together: bool = False) -> list[int]:
+    return outlier_counts(outliers(scores, together), (len(scores), scores.shape[1]))
+
+
 def test_outliers_lie_above_the_upper_fence() -> None:
     """Quartiles of 0 1 2 3 x are 1 and 3, the fence is 6 and does not count itself."""
-    assert outlier_counts(torch.tensor([[3.0, 6, 0, 2, 1], [3, 6.01, 0, 2, 1], [7, 7, 7, 7, 7]])) == [0, 1, 0]
-    assert outlier_counts(torch.tensor([[4.0]])) == [0]
+    assert counted(torch.tensor([[3.0, 6, 0, 2, 1], [3, 6.01, 0, 2, 1], [7, 7, 7, 7, 7]])) == [0, 1, 0]
+    assert counted(torch.tensor([[4.0]])) == [0]
 
 
 def test_quartiles_are_interpolated() -> None:
     """Of 0 2 4 x they are 1.5 and 3 + x / 4, the fence 5.25 + 0.625 x, which x passes at 14."""
-    assert outlier_counts(torch.tensor([[0.0, 2, 4, 13.9], [0, 2, 4, 14.1]])) == [0, 1]
+    assert counted(torch.tensor([[0.0, 2, 4, 13.9], [0, 2, 4, 14.1]])) == [0, 1]
     # Of 0 0 0 0 2 4 10 x they are 0 and 5.5, the fence 13.75.
-    assert outlier_counts(torch.tensor([[0.0, 2, 4, 10, 13.7, 0, 0, 0], [0, 2, 4, 10, 13.8, 0, 0, 0]])) == [0, 1]
+    assert counted(torch.tensor([[0.0, 2, 4, 10, 13.7, 0, 0, 0], [0, 2, 4, 10, 13.8, 0, 0, 0]])) == [0, 1]
 
 
 def test_one_fence_for_all_rows_couples_them() -> None:
     """Of both rows together 3 of 16 lie out, which makes int(8 * 3 / 16) in each, though all of them are in one."""
     scores = torch.zeros(2, 8)
     scores[0, :3] = 5.0
-    assert outlier_counts(scores) == [0, 0], "alone, three of eight are the quarter that sets the fence"
-    assert outlier_counts(scores, together=True) == [1, 1]
-    assert outlier_counts(scores[:1], together=True) == [0]
+    assert counted(scores) == [0, 0], "alone, three of eight are the quarter that sets the fence"
+    assert counted(scores, together=True) == [1, 1]
+    assert counted(scores[:1], together=True) == [0]
 
 
 @given(tokens=st.integers(1, 60), seed=st.integers(0, 1000))
 def test_never_more_than_a_quarter_are_outliers(tokens: int, seed: int) -> None:
     scores = torch.randn(3, tokens, generator=torch.Generator().manual_seed(seed)).exp().softmax(dim=-1)
-    for count, row in zip(outlier_counts(scores), scores.double(), strict=True):
+    for count, row in zip(counted(scores), scores.double(), strict=True):
         assert 0 <= count <= tokens / 4
         low, high = row.quantile(0.25), row.quantile(0.75)
         above = row - (high + 1.5 * (high - low))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
 from models import tiny, tiny_calls
 from outside import loaded
+from torch import Tensor
 
 import foveate
 from foveate import methods
-from foveate.core import Selection, Signals
+from foveate.core import Selection, Signals, Site
+from foveate.forms import Stepwise
 from foveate.methods.uniform import Uniform
+from foveate.ops.device import on_device
 from foveate.ops.subsets import top_k
+from foveate.spec import parse
 
 MOST = 5
 
@@ -55,11 +60,11 @@ def test_a_wait_belongs_to_whoever_asks_for_it(waits: ModuleType) -> None:
 
 
 SPECS = {
-    "fopru:keep=3": 3,
-    "divprune:keep=3": 3,
-    "tome:keep=0.5": 3,
-    "crossget:keep=0.5": 3,
-    "fastv:keep=3,layer=1": 3,
+    "fopru:keep=3": 2,
+    "divprune:keep=3": 2,
+    "tome:keep=0.5": 2,
+    "crossget:keep=0.5": 2,
+    "fastv:keep=3,layer=1": 2,
     "pyramiddrop": MOST,
     "sparsevlm": MOST,
     "h2o:heavy=3,recent=3": MOST,
@@ -91,13 +96,13 @@ def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: 
 @pytest.mark.parametrize(
     ("family", "spec", "most"),
     [
-        ("qwen2.5-vl", "pixelprune", 4),
-        ("qwen3-vl", "pixelprune", 3),
-        ("qwen2-vl", "fopru:keep=0.5", 3),
-        ("qwen2-vl", "fastv:layer=1,keep=0.5", 3),
-        ("qwen2-vl", "pyramiddrop", MOST),
-        ("qwen2-vl", "tome:keep=0.5", 3),
-        ("qwen2.5-vl", "tome:keep=0.5", 4),
+        ("qwen2.5-vl", "pixelprune", 3),
+        ("qwen3-vl", "pixelprune", 2),
+        ("qwen2-vl", "fopru:keep=0.5", 2),
+        ("qwen2-vl", "fastv:layer=1,keep=0.5", 2),
+        ("qwen2-vl", "pyramiddrop", 4),
+        ("qwen2-vl", "tome:keep=0.5", 2),
+        ("qwen2.5-vl", "tome:keep=0.5", 3),
     ],
 )
 @pytest.mark.parametrize("row", ["2i3", "1i1i1i2"], ids=["one picture", "three sizes"])
@@ -114,26 +119,71 @@ def test_pictures_of_several_sizes_are_read_together(
     assert not any("foveate" in line for line in counted.mixed), counted.mixed
 
 
-# How much each tile of an image gets, or what is merged, depends here on what the device knows of it: one wait a size.
-OF_EACH_SIZE = {"hired", "prumerge", "prumerge_plus"}
+OTHERS = (
+    "hired:official=true",
+    "prumerge:official=true",
+    "prumerge_plus:official=true",
+    "prumerge_plus:official=true,keep=9",
+    "prumerge:attention=received,space=projected",
+    "trim:space=decoder",
+)
 
 
 @pytest.mark.parametrize("family", ["llava-next", "qwen2.5-vl"])
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("spec", [*methods.names(), *OTHERS])
 def test_pictures_and_tiles_of_several_sizes_are_chosen_from_with_few_waits(
-    waits: ModuleType, family: str, name: str
+    waits: ModuleType, family: str, spec: str
 ) -> None:
-    model, method = tiny.model(family, blocks=4), methods.get(name).example()
+    model = tiny.model(family, blocks=4)
+    method = parse(spec) if spec in OTHERS else methods.get(spec).example()
     given = tiny_calls.repeating(tiny.inputs(model, "1i1i1i2"))
     try:
         with foveate.prune(model, method) as trace, waits.counted() as counted:
             model.generate(**given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=1)
     except foveate.FoveateError as error:
         pytest.skip(str(error))
-    windowed = name == "dynamicvit" and family == "qwen2.5-vl"  # three stages, behind which bounds are read
     assert trace.images
-    assert counted.total <= MOST + windowed + (name in OF_EACH_SIZE), counted.ours
+    assert counted.total <= MOST, counted.ours
     assert not any("foveate" in line for line in counted.mixed), counted.mixed
+
+
+@dataclass(frozen=True)
+class ByHalves(Stepwise):
+    """Keeps as many tokens as have features above their mean, read in two steps; `named` counts who is asked."""
+
+    site: ClassVar[Site] = "input"
+    needs = ("features",)
+    adaptive: ClassVar[bool] = True
+    named: list[str] = field(default_factory=list, compare=False)
+
+    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+        self.named.append("steps")
+        assert signals.features is not None
+        mean = signals.features.mean(dim=-1)
+        (middle,) = yield [mean.mean(dim=-1)]
+        (counts,) = yield [(mean > on_device(middle, mean.device)[:, None]).sum(dim=-1)]
+        return Selection([row[: max(1, count)] for row, count in zip(signals.index, counts.tolist(), strict=True)])
+
+
+class InItsOwnWay(ByHalves):
+    def select(self, signals: Signals) -> Selection:
+        self.named.append("select")
+        return super().select(signals)
+
+
+def test_steps_of_pictures_of_three_sizes_wait_once_each_and_keep_what_each_alone_does(waits: ModuleType) -> None:
+    model = tiny.model("qwen2-vl", blocks=4)
+    given = tiny_calls.repeating(tiny.inputs(model, "1i1i1i2"))
+    kept = {}
+    for method in (ByHalves(), InItsOwnWay()):
+        with foveate.prune(model, method) as trace, waits.counted() as counted:
+            model.generate(**given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=1)
+        kept[type(method)] = [image.kept.tolist() for image in trace.images]
+        together = type(method) is ByHalves
+        assert counted.total == (2 + 2 if together else 2 + 2 * 3)
+        assert method.named == (["steps"] * 3 if together else ["select", "steps"] * 3)
+    assert kept[ByHalves] == kept[InItsOwnWay]
+    assert len({len(row) for row in kept[ByHalves]}) > 1
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import TOKEN_AXIS, Outcome
+from foveate.choosing.choose import Outcome
 from foveate.choosing.images import Image, TileTokens
 from foveate.choosing.record import Stopwatch
+from foveate.choosing.signals import TOKEN_AXIS
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout, Tile, as_pictures
 from foveate.ops.device import beside, on_device

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import TOKEN_AXIS
+from foveate.choosing.signals import TOKEN_AXIS
 from foveate.core import Block, FoveateError
 from foveate.families.layouts import Layout
 from foveate.ops.device import on_device

@@ -164,7 +164,7 @@ def _random(preset: str, layers: int | None, place: Any, dtype: str, needs: set[
     """A model with random weights, and what `prune` needs besides."""
     import torch
 
-    from foveate.choosing.choose import JOINT
+    from foveate.choosing.signals import JOINT
     from foveate.cli.output import working
     from foveate.core import did_you_mean
     from foveate.evaluate.bench_model import random_clip, random_model

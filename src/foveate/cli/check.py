@@ -69,7 +69,7 @@ def _print(found: Found) -> None:
 def _runs(name: str, why: str | None) -> str:
     """Whether a method runs, and on what condition."""
     from foveate import methods
-    from foveate.choosing.choose import JOINT
+    from foveate.choosing.signals import JOINT
 
     if why is not None:
         return f"no: it {why}"

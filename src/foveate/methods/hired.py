@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,6 @@ from foveate.core import (
     FoveateError,
     Grid,
     Keep,
-    Method,
     Selection,
     Signals,
     Site,
@@ -21,13 +21,14 @@ from foveate.core import (
     check_keep,
     tokens_to_keep,
 )
+from foveate.forms import Stepwise
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._checks import check_share
 from foveate.ops.subsets import best_of_tiles, descending, split_in_proportion
 
 
 @dataclass(frozen=True)
-class HiRED(Method):
+class HiRED(Stepwise):
     """HiRED: keeps the patches that CLS attends to most, more of them in the tiles where there is more to see.
 
     In every tile the attention of the CLS query in the block whose output the projector reads, averaged over heads,
@@ -86,21 +87,22 @@ class HiRED(Method):
         cut = self.keep if isinstance(self.keep, int) else max(1, int(original * self.keep))
         return (tokens_to_keep(cut, original),)
 
-    def select(self, signals: Signals) -> Selection:
+    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
         first, read = (attended(signals.tower[block], self.attention) for block in (0, "read"))
         total = self.wanted(signals)
         order = descending(read)
         if signals.tile is None or signals.tiles == 1 or total == signals.shape[1]:
             kept = list(order[:, :total])
         else:
-            shares = self.budgets(first, signals, total)
+            (contents,) = yield [self.contents(first, signals)]
+            shares = self.budgets(contents, signals.by_tile(), total)
             asked = zip(order, signals.tile, signals.by_tile(), shares, strict=True)
             kept = [best_of_tiles(*row) for row in asked]
         rows = zip(signals.index, kept, strict=True)
         return Selection([index[row].sort().values for index, row in rows], scores=read)
 
-    def budgets(self, first: Tensor, signals: Signals, total: int) -> list[list[int]]:
-        """Tokens to keep of every tile of every image, the base tile first.
+    def contents(self, first: Tensor, signals: Signals) -> Tensor:
+        """(B, tiles - 1) how much of every image's base tile there is in the part of each other tile.
 
         Args:
             first: (B, N) attention that the first block pays to each token.
@@ -113,10 +115,18 @@ class HiRED(Method):
         others, capacities = signals.tiles - 1, signals.by_tile()
         _check_base([capacity[0] for capacity in capacities], signals)
         layout = self._layout(others, signals)
-        # The base tile in raster order, then all others; what every image needs comes off the device at once.
+        # The base tile in raster order, then all others.
         places = signals.index.masked_fill(signals.tile != 0, signals.original).argsort(dim=-1)
         bases = [row[place[: sizes[0]]] for row, place, sizes in zip(first, places, capacities, strict=True)]
-        contents = torch.stack([self._content(base, layout) for base in bases]).cpu()
+        return torch.stack([self._content(base, layout) for base in bases])
+
+    def budgets(self, contents: Tensor, capacities: Sequence[Sequence[int]], total: int) -> list[list[int]]:
+        """Tokens to keep of every tile of every image, the base tile first.
+
+        Args:
+            contents: of the other tiles, (B, tiles - 1) on the host.
+            capacities: of each image the tokens of each tile.
+        """
         found = []
         for content, capacity in zip(contents, capacities, strict=True):
             sub = min(total - min(int(total * self.alpha), capacity[0]), sum(capacity[1:]))

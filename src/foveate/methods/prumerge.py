@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,13 +13,13 @@ from foveate.core import (
     Block,
     FoveateError,
     Keep,
-    Method,
     Selection,
     Signals,
     Site,
     check_choices,
     check_keep,
 )
+from foveate.forms import Stepwise
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._merged import (
     Space,
@@ -33,7 +33,7 @@ from foveate.methods._merged import (
 )
 from foveate.ops.pooling import nearest_neighbours, others, take, weighted_sums
 from foveate.ops.scores import unsplit_cls_attention
-from foveate.ops.subsets import descending, outlier_counts
+from foveate.ops.subsets import descending, outlier_counts, outliers
 
 
 class _Pick(NamedTuple):
@@ -45,7 +45,7 @@ class _Pick(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PruMerge(Method):
+class PruMerge(Stepwise):
     """PruMerge: keeps the patches whose CLS attention stands out and merges similar pruned ones into them.
 
     The attention is softmax(q_cls . k / sqrt(E)) over CLS and patches in the encoder's last block, at full width: the
@@ -100,7 +100,7 @@ class PruMerge(Method):
         ranking = cls if self.attention == "cls" else (attention_signal(self.attention, "last"),)
         return (merged_signal(self.space), "tower.last.keys", *ranking)
 
-    def select(self, signals: Signals) -> Selection:
+    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
         last, left = signals.tower["last"], signals.shape[1]
         assert last.keys is not None
         total = None if self.keep is None else self.wanted(signals)
@@ -111,7 +111,7 @@ class PruMerge(Method):
             signals, merged_tokens(signals, self.space), keys, self._weights(last)
         )
         selections, row = [], 0
-        for pick in self._picks(weights, total):
+        for pick in (yield from self._picks(weights, total)):
             rows = slice(row, row + pick.kept.shape[0])
             merged = self._merged(tokens[rows], keys[rows], weights[rows], pick)
             selections.append(with_rest(index[rows], pick.kept, pick.pruned, *merged, self.space))
@@ -126,19 +126,21 @@ class PruMerge(Method):
         assert last.keys is not None and last.key_cls is not None and last.query_cls is not None
         return unsplit_cls_attention(last.query_cls, last.key_cls, last.keys)
 
-    def _picks(self, weights: Tensor, total: int | None) -> Iterator[_Pick]:
+    def _picks(
+        self, weights: Tensor, total: int | None
+    ) -> Generator[Sequence[Tensor], Sequence[Tensor], Iterable[_Pick]]:
         """What to keep of all rows at once, or of one after the other.
 
         Args:
             weights: (B, N) logarithm of the attention.
-            total: tokens to hand on; None for each image's own number.
+            total: tokens to hand on; None for each image's own number, which is asked for.
         """
         order = descending(weights)
         if total is not None:
-            yield self._pick(order, total - 1)
-            return
-        for row, outliers in zip(order.split(1), outlier_counts(weights.exp(), self.official), strict=True):
-            yield self._pick(row, self._patches(outliers))
+            return [self._pick(order, total - 1)]
+        (found,) = yield [outliers(weights.exp(), self.official)]
+        counts = outlier_counts(found, (len(order), order.shape[1]))
+        return (self._pick(row, self._patches(count)) for row, count in zip(order.split(1), counts, strict=True))
 
     def _patches(self, outliers: int) -> int:
         """Patches to keep of an image that has so many outliers."""

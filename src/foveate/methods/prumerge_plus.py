@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from foveate.core import Grid
 from foveate.methods.prumerge import PruMerge, _Pick
+from foveate.ops.device import on_device
 from foveate.ops.pooling import take
-from foveate.ops.subsets import descending, outlier_counts
+from foveate.ops.subsets import descending, outlier_counts, outliers
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,33 @@ class PruMergePlus(PruMerge):
         kept = torch.cat([best, take(remaining, middle.expand(len(order), -1))], dim=1)
         return self._around(kept, order.shape[1])
 
-    def _picks(self, weights: Tensor, total: int | None) -> Iterator[_Pick]:
+    def _picks(
+        self, weights: Tensor, total: int | None
+    ) -> Generator[Sequence[Tensor], Sequence[Tensor], Iterable[_Pick]]:
         if not self.official:
-            yield from super()._picks(weights, total)
-            return
-        tokens = weights.shape[1]
-        best = outlier_counts(weights.exp(), together=True)[0] if total is None else (total - 1) // 2
+            return (yield from super()._picks(weights, total))
+        found = [outliers(weights.exp(), together=True)] if total is None else []
+        order, *found = yield [descending(weights), *found]
+        return self._sampled(order, total, found, weights.device)
+
+    def _sampled(
+        self, order: Tensor, total: int | None, found: Sequence[Tensor], device: torch.device
+    ) -> Iterator[_Pick]:
+        """The code's choice of each row, whose samples may already be among its best ones.
+
+        Args:
+            order: (B, N) places by falling attention, on the host.
+            found: the outliers of the batch, on the host, where there is no `total`.
+            device: of the tokens.
+        """
+        tokens = order.shape[1]
+        best = (total - 1) // 2 if total is not None else outlier_counts(found[0], (len(order), tokens))[0]
         spacing = int(1 / (best / tokens)) if best else tokens
         start, step = (0, max(1, spacing // 3)) if total is None else (spacing // 2, spacing)
-        samples = torch.arange(start, max(start, tokens - 1), step, device=weights.device)
-        listed = [torch.cat([row[:best], samples if best else samples[:0]]) for row in descending(weights)]
-        for row in listed:
+        samples = torch.arange(start, max(start, tokens - 1), step) if best else order[0, :0]
+        for row in (torch.cat([highest[:best], samples]) for highest in order):
             pick = self._around(row.unique()[None], tokens)
             if total is not None:
                 pruned = pick.pruned[:, row.numel() - pick.kept.shape[1] :]
                 pick = _Pick(pick.kept, pruned, torch.cat([row[None], pruned], dim=1))
-            yield pick
+            yield _Pick(*(on_device(places, device) for places in pick))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from foveate.core import Keep, Method, Selection, Signals, Site, check_choices, check_keep
+from foveate.core import Keep, Selection, Signals, Site, check_choices, check_keep
+from foveate.forms import Stepwise
 from foveate.methods._merged import Space, everything, in_raster_order, of_all_rows, with_rest
 from foveate.methods._words import WordSpace, check_word_space, question_signals, tokens_and_question
 from foveate.ops.pooling import others, take
 from foveate.ops.scores import cosines
-from foveate.ops.subsets import descending, outlier_counts
+from foveate.ops.subsets import descending, outlier_counts, outliers
 
 
 @dataclass(frozen=True)
-class TRIM(Method):
+class TRIM(Stepwise):
     """TRIM: keeps the patches whose resemblance to the question stands out in CLIP's joint space, and one mean.
 
     The score is a softmax over the patches of their cosine to the question (mean over the pieces of a long one).
@@ -59,7 +61,7 @@ class TRIM(Method):
     def needs(self) -> tuple[str, ...]:
         return (*(("tower.read.hidden",) if self.space == "clip" else ()), *question_signals(self.space))
 
-    def select(self, signals: Signals) -> Selection:
+    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
         handed: Tensor | None = signals.tower["read"].hidden if self.space == "clip" else signals.features
         left = signals.shape[1]
         assert handed is not None
@@ -71,7 +73,8 @@ class TRIM(Method):
         order = descending(scores)
         if total is not None:
             return _handed_on(index, tokens, order, total - 1, space)
-        counts = outlier_counts(scores, together=self.official)
+        (found,) = yield [outliers(scores, together=self.official)]
+        counts = outlier_counts(found, (len(scores), left))
         rows = zip(index.split(1), tokens.split(1), order.split(1), counts, strict=True)
         return of_all_rows([_handed_on(*row, space) for row in rows])
 

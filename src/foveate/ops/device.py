@@ -6,15 +6,17 @@ is only to be refused is counted on the device, and read together with what has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from foveate.core import FoveateError
+
+T = TypeVar("T")
 
 
 class Complaints:
@@ -140,14 +142,42 @@ def read_together(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return [[next(read) for _ in values] for values in lists]
 
 
+def taken(steps: Sequence[Generator[Sequence[Tensor], Sequence[Tensor], T]]) -> list[T]:
+    """What each of these comes to, which yields tensors and is sent them on the host; a round waits once for all."""
+    found: dict[int, T] = {}
+    sent: dict[int, Sequence[Tensor] | None] = dict.fromkeys(range(len(steps)))
+    while sent:
+        asked: dict[int, Sequence[Tensor]] = {}
+        for number, values in sent.items():
+            try:
+                asked[number] = next(steps[number]) if values is None else steps[number].send(values)
+            except StopIteration as end:
+                found[number] = end.value
+        sent = dict(zip(asked, read_together(list(asked.values())), strict=True))
+    return [found[number] for number in range(len(steps))]
+
+
 def on_host(values: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of integers or bools on the host, as they are; all with one wait for the device."""
+    """Tensors on the host, as they are; all with one wait for the device."""
     if len(values) < 2:
         return [value.detach().cpu() for value in values]
     device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
-    flat = torch.cat([value.detach().flatten().to(device, torch.int64) for value in values]).cpu()
+    flat = torch.cat([_whole(value.detach()).flatten().to(device, torch.int64) for value in values]).cpu()
     parts = flat.split([value.numel() for value in values])
-    return [part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True)]
+    return [_as(part.view(value.shape), value.dtype) for part, value in zip(parts, values, strict=True)]
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Whole numbers that have the same bits; what are none yet."""
+    return values.contiguous().view(_BITS[values.element_size()]) if values.is_floating_point() else values
+
+
+def _as(whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `_whole` was given."""
+    return whole.to(_BITS[dtype.itemsize]).view(dtype) if dtype.is_floating_point else whole.to(dtype)
 
 
 def beside(values: Tensor, other: Tensor) -> Tensor:

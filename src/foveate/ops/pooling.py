@@ -19,7 +19,7 @@ def take(values: Tensor, places: Tensor) -> Tensor:
 
 def others(places: Tensor, tokens: int) -> Tensor:
     """(B, K) distinct places among N tokens -> (B, N - K) all other places, ascending."""
-    taken = torch.zeros(places.shape[0], tokens, dtype=torch.int8, device=places.device).scatter(1, places, 1)
+    taken = places.new_zeros(places.shape[0], tokens, dtype=torch.int8).scatter(1, places, 1)
     return taken.sort(dim=-1, stable=True).indices[:, : tokens - places.shape[1]]
 
 

@@ -402,17 +402,27 @@ def heavy_and_recent(older: Tensor, entries: int, heavy: int) -> Tensor:
     return torch.cat([chosen, newer.expand(*older.shape[:2], -1)], dim=-1)
 
 
-def outlier_counts(scores: Tensor, together: bool = False) -> list[int]:
-    """How many scores of each row of (B, N) lie above Q3 + 1.5 * (Q3 - Q1) of that row: B counts in 0..N.
+def outliers(scores: Tensor, together: bool = False) -> Tensor:
+    """How many scores of each row of (B, N) lie above Q3 + 1.5 * (Q3 - Q1) of that row: (B,), where the scores are.
 
     Quartiles are interpolated linearly.
 
     Args:
-        together: one count for all rows, int(N * share) of the outliers' share in the flattened batch.
+        together: of the flattened batch, (1,).
     """
     rows = scores.float().flatten()[None] if together else scores.float()
-    low, high = rows.quantile(rows.new_tensor([0.25, 0.75]), dim=-1)
-    counts: list[int] = (rows > (high + 1.5 * (high - low))[:, None]).sum(dim=-1).tolist()
-    if together:
-        return [int(scores.shape[1] * (counts[0] / scores.numel()))] * len(scores)
-    return counts
+    # Made by a kernel: numbers of Python's would wait for the device.
+    low, high = rows.quantile(torch.linspace(0.25, 0.75, 2, device=rows.device), dim=-1)
+    found: Tensor = (rows > (high + 1.5 * (high - low))[:, None]).sum(dim=-1)
+    return found
+
+
+def outlier_counts(found: Tensor, shape: tuple[int, int]) -> list[int]:
+    """B counts in 0..N, of the `outliers` of (B, N) scores: each row's own, or int(N * share) of those found together.
+
+    Args:
+        found: (B,) or (1,), on the host.
+    """
+    counts: list[int] = found.tolist()
+    batch, tokens = shape
+    return counts if len(counts) == batch else [int(tokens * (counts[0] / (batch * tokens)))] * batch

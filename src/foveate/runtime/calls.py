@@ -21,6 +21,7 @@ from foveate.runtime.decoder.layers import Descent, Stage
 from foveate.runtime.decoder.probe import DecoderProbe
 from foveate.runtime.encoder.probe import Probe
 from foveate.runtime.encoder.tower import TowerStages
+from foveate.runtime.incoming import Told
 from foveate.runtime.seams import unfit
 from foveate.runtime.shortened import Shortened
 from foveate.runtime.uncopied import Uncopied
@@ -34,7 +35,7 @@ class Run:
 
     contains_past: bool  # the caller's ids repeat what the cache already holds
     given: dict[str, Any]
-    sizes: dict[str, Tensor] = field(default_factory=dict)  # of the pictures, as it states them, on the host
+    told: Told = field(default_factory=Told)
     prompt: Tensor | None = None  # (B, S) as the caller gave it
     mask: Tensor | None = None  # (B, S) of that prompt, as generate() prepared it
     repeats: int = 1  # beams or samples of each row

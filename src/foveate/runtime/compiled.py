@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.choosing.choose import JOINT
+from foveate.choosing.signals import JOINT
 from foveate.core import FoveateError, Method
 from foveate.runtime.calls import Calls
 from foveate.runtime.uncopied import Uncopied

@@ -19,6 +19,7 @@ from foveate.runtime.arguments import named
 from foveate.runtime.callbacks import Streamer, View, shown_criteria, shown_processors
 from foveate.runtime.calls import Calls, Run
 from foveate.runtime.decoder import cache as caches
+from foveate.runtime.incoming import Told
 from foveate.runtime.prefill import Prefill
 from foveate.runtime.seams import CACHE, unfit
 from foveate.runtime.uncopied import Uncopied
@@ -92,9 +93,9 @@ class Generating(Uncopied):
         run = Run(contains_past=_contains_past(given), given=given)
         work = self.calls.enter(sys._getframe(), run)
         try:
-            run.sizes = self._check_generate(given)
-            told = {**given, **run.sizes}
-            self._prefill.expect(given.get("input_ids", given.get("inputs")), told, run.contains_past)
+            run.told = self._check_generate(given)
+            known = {**given, **run.told.sizes}
+            self._prefill.expect(given.get("input_ids", given.get("inputs")), known, run.contains_past)
             if given.get("streamer") is not None:
                 given["streamer"] = Streamer(given["streamer"], View(run, self.calls))
             answer = self._stock["generate"](**given)
@@ -109,8 +110,8 @@ class Generating(Uncopied):
             "which takes batches, or stop() the handle first"
         )
 
-    def _check_generate(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        """Refuse what cannot be answered; the stated sizes of the pictures, on the host."""
+    def _check_generate(self, given: dict[str, Any]) -> Told:
+        """Refuse what cannot be answered; what of the arguments has been read meanwhile."""
         config = self._config(given)
         kind = given.get("cache_implementation", config.cache_implementation)
         if kind in _UNSUPPORTED_CACHES:
@@ -134,10 +135,11 @@ class Generating(Uncopied):
         if given.get("inputs_embeds") is not None:
             raise FoveateError("inputs_embeds hide which tokens are visual; pass input_ids and pixel_values")
         if not isinstance(ids, Tensor):
-            return {}
-        sizes = self._prefill.refusals.check_images(ids, given, given.get(CACHE))
-        self._prefill.refusals.check_length(ids, given, _contains_past(given), _longest(config, given, ids.shape[1]))
-        return sizes
+            return Told()
+        told = self._prefill.refusals.check_images(ids, given, given.get(CACHE))
+        longest = _longest(config, given, ids.shape[1])
+        self._prefill.refusals.check_length(ids, given, _contains_past(given), longest, told)
+        return told
 
     def _config(self, given: dict[str, Any]) -> Any:
         return given.get("generation_config") or self.model.generation_config
@@ -175,7 +177,7 @@ class Generating(Uncopied):
         if run is None:
             return stock(expand_size, is_encoder_decoder, input_ids, **options)
         run.prompt, run.mask, run.repeats = input_ids, options.get("attention_mask"), expand_size
-        shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given, run.sizes)
+        shortened = self._prefill.for_generate(input_ids, options, run.contains_past, expand_size, run.given, run.told)
         run.shortened = shortened
         if not any(shortened.timeline.pictured) and _pieces(self._config(run.given), run.given):
             shortened.timeline.evicting = False  # words alone are left as they are, however they come

@@ -5,7 +5,8 @@ Shapes: B rows, S columns of the caller's new tokens, E entries that a cache alr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,24 @@ from foveate.families.family import Family
 from foveate.ops.device import on_host
 from foveate.runtime.decoder.cache import timeline_of
 from foveate.runtime.placeholders import Placeholders
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What of a call's arguments has been read already: each read waits for the device.
+
+    Attributes:
+        sizes: of the pictures, as the call states them, on the host.
+    """
+
+    sizes: dict[str, Tensor] = field(default_factory=dict)
+    _read: tuple[tuple[Tensor, Tensor], ...] = ()  # arguments, and the same on the host
+
+    def on_host(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors on the host, those that are none of these arguments read together."""
+        known = [next((host for given, host in self._read if given is value), None) for value in values]
+        read = iter(on_host([value for value, host in zip(values, known, strict=True) if host is None]))
+        return [next(read) if host is None else host for host in known]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +78,7 @@ class Reader:
         self._model, self._family, self._placeholders = model, family, placeholders
 
     def __call__(
-        self, ids: Tensor, options: dict[str, Any], cache: Any, contains_past: bool, given: dict[str, Any]
+        self, ids: Tensor, options: dict[str, Any], cache: Any, contains_past: bool, given: dict[str, Any], told: Told
     ) -> Incoming:
         """What a call brings, and what the cache that it follows knows of earlier tokens.
 
@@ -67,6 +86,7 @@ class Reader:
             ids: (B, S), or (B, reached + S) when `contains_past`.
             options: mask and positions, where they are stated.
             given: what the caller gave, sizes of the pictures among it.
+            told: what of it has been read.
 
         Raises:
             FoveateError: nothing new comes, or mask or cache have another shape than the prompt.
@@ -78,8 +98,8 @@ class Reader:
         if new.shape[1] == 0:
             raise FoveateError(f"the cache holds {reached} tokens already and the prompt brings no new one")
         whole = reached + new.shape[1]
-        mask = options.get("attention_mask")
-        mask = ids.new_ones(ids.shape[0], whole) if mask is None else mask
+        stated_mask = options.get("attention_mask")
+        mask = ids.new_ones(ids.shape[0], whole) if stated_mask is None else stated_mask
         if mask.ndim != 2 or mask.shape[1] != whole:
             raise FoveateError(
                 f"attention_mask has shape {tuple(mask.shape)}; a mask of (rows, {whole}) is needed: one column for "
@@ -91,13 +111,16 @@ class Reader:
             if timeline.kept.shape[0] != ids.shape[0]:
                 raise FoveateError(f"the cache holds {timeline.kept.shape[0]} rows, the prompt has {ids.shape[0]}")
             past_mask = mask.gather(1, timeline.places(entries)) & timeline.valid_places(entries)
-        past = new.new_zeros(ids.shape[0]) if past_mask is None else past_mask.sum(dim=1)
         mask = mask[:, reached:]
-        host_ids, host_mask, counts = on_host([new, mask, past])
+        counts = [] if past_mask is None else [past_mask.sum(dim=1)]
+        host_ids, *read = told.on_host([ids, *counts, *(() if stated_mask is None else (stated_mask,))])
+        host_ids = host_ids[:, -new.shape[1] :]
+        host_mask = torch.ones_like(host_ids) if stated_mask is None else read[-1][:, reached:]
+        past = read[0].tolist() if counts else [0] * ids.shape[0]
         stated, pictures = options.get("position_ids"), bool(self._placeholders.are(host_ids).any())
         axes = self._axes(stated, new, mask, timeline, entries, given, pictures)
         positions = self._positions(stated, new, timeline, entries) if axes is None else axes
-        return Incoming(new, mask, host_ids, host_mask, counts.tolist(), positions, past_mask, timeline, entries)
+        return Incoming(new, mask, host_ids, host_mask.bool(), past, positions, past_mask, timeline, entries)
 
     def _axes(
         self,

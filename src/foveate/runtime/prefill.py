@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.choosing.choose import Prompt, choose
+from foveate.choosing.choose import choose
 from foveate.choosing.images import Image
 from foveate.choosing.lanes import settled
 from foveate.choosing.packing import to_tokens
 from foveate.choosing.record import Stopwatch, record
 from foveate.choosing.shorten import Plan, Side, find_images, padding_side, place_images, plan
+from foveate.choosing.signals import Prompt
 from foveate.choosing.timeline import Owner, Timeline
 from foveate.core import Block, FoveateError, Method
 from foveate.families.family import Family
@@ -32,7 +33,7 @@ from foveate.runtime.encoder.encode import encode, without_pictures
 from foveate.runtime.encoder.joint_space import JointSpace
 from foveate.runtime.encoder.probe import Probe
 from foveate.runtime.encoder.tower import Brought, TowerStages
-from foveate.runtime.incoming import Incoming, Reader
+from foveate.runtime.incoming import Incoming, Reader, Told
 from foveate.runtime.placeholders import Placeholders
 from foveate.runtime.refusals import Refusals
 from foveate.runtime.seams import CACHE
@@ -97,20 +98,20 @@ class Prefill:
         contains_past: bool,
         repeats: int,
         given: dict[str, Any],
-        sizes: Mapping[str, Tensor],
+        told: Told,
     ) -> Shortened:
         """Shorten what generate() has prepared: images encoded, rows not yet repeated for beams.
 
         Args:
             ids: (B, S), or (B, reached + S) when `contains_past`.
             given: what the caller gave.
-            sizes: of the pictures, as it states them, on the host.
+            told: what of it has been read.
         """
         cache = options.get(CACHE)
-        new = self._read(ids, options, cache, contains_past, given)
+        new = self._read(ids, options, cache, contains_past, given, told)
         outputs = (options.get("mm_encoder_outputs") or {}).items()
         kind, encoded = next(((kind, output) for kind, output in outputs if output is not None), ("image", None))
-        shortened = self._shorten(new, kind, encoded, "left", repeats, {**given, **sizes})
+        shortened = self._shorten(new, kind, encoded, "left", repeats, {**given, **told.sizes})
         kept_ids = shortened.plan.gather(new.ids, self.placeholders.padding())
         if new.timeline is not None and contains_past:
             kept_ids = torch.cat([ids.gather(1, new.timeline.places(new.entries)), kept_ids], dim=1)
@@ -141,19 +142,20 @@ class Prefill:
         check_usable(cache, self.owner)
         uncapped = self.evicting and not self._fills_cache(given, cache) and not self.placeholders.none_in(ids, given)
         notes = self.without_cache() if uncapped else []
-        told = {**given, **self.refusals.check_images(ids, given, cache)}
+        told = self.refusals.check_images(ids, given, cache)
+        known = {**given, **told.sizes}
         self.refusals.check_outputs(ids, given)
         options, first = dict(given), self.family.first_position
         if options.get("position_ids") is not None:
             options["position_ids"] = options["position_ids"] - first
-        new = self._read(ids, options, cache, contains_past=False, given=given)
+        new = self._read(ids, options, cache, contains_past=False, given=given, told=told)
         self.refusals.check_reach(new, given)
         kind = kind_of(given)
-        self.expect(ids, told, contains_past=False)
+        self.expect(ids, known, contains_past=False)
         encoded = encode(self.model, options, kind)
         options = without_pictures(self.model, options, kind)
         side = padding_side(new.host_mask)
-        shortened = self._shorten(new, kind, encoded, side, 1, told)
+        shortened = self._shorten(new, kind, encoded, side, 1, known)
         valid = shortened.plan.valid if new.past_mask is None else torch.cat([new.past_mask, shortened.plan.valid], 1)
         options.update(self._aligned(options, shortened.plan, new))
         options["position_ids"] = options["position_ids"] + first

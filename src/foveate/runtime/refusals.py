@@ -16,7 +16,7 @@ from foveate.families.family import Family
 from foveate.ops.device import read_together
 from foveate.runtime.arguments import PIXELS, SIZES, text_config
 from foveate.runtime.decoder.cache import timeline_of
-from foveate.runtime.incoming import Incoming
+from foveate.runtime.incoming import Incoming, Told
 from foveate.runtime.limits import check_reach, context_of, may_leave, room_after, unfit
 from foveate.runtime.placeholders import Placeholders
 from foveate.runtime.seams import CACHE
@@ -48,11 +48,11 @@ class Refusals:
         self._clip, self._short_outputs = clip, short_outputs
         self._context = context_of(model.config)
 
-    def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> dict[str, Tensor]:
+    def check_images(self, ids: Tensor, given: dict[str, Any], cache: object) -> Told:
         """Refuse prompts and pictures that do not belong together, before anything is encoded.
 
         Returns:
-            The stated sizes of the pictures, on the host: they are read together with what is to be refused.
+            What of the arguments has been read, together with what is to be refused.
 
         Raises:
             FoveateError: pictures without placeholders, or placeholders without pictures; pixels that are NaN or
@@ -70,12 +70,12 @@ class Refusals:
         pictures = bool(pixels)
         stated = {name: given[name] for name in SIZES if isinstance(given.get(name), Tensor)}
         # All at once: each would wait for the device.
-        counts = self._placeholders.are(ids).sum(), unfit(pixels, ids.device)
-        read, sizes = read_together([counts, list(stated.values())])
-        placeholders, broken = map(int, read)
-        told = dict(zip(stated, sizes, strict=True))
-        if broken:
-            raise FoveateError(f"{broken} pixel values are NaN or infinite; pass what the processor made")
+        arguments = [ids, *(mask for mask in (given.get("attention_mask"),) if isinstance(mask, Tensor))]
+        broken, read, sizes = read_together([[unfit(pixels, ids.device)], arguments, list(stated.values())])
+        told = Told(dict(zip(stated, sizes, strict=True)), tuple(zip(arguments, read, strict=True)))
+        if int(broken[0]):
+            raise FoveateError(f"{int(broken[0])} pixel values are NaN or infinite; pass what the processor made")
+        placeholders = int(self._placeholders.are(read[0]).sum())
         timeline = timeline_of(cache)
         if timeline is not None:
             self._check_later_turn(pictures)
@@ -94,13 +94,16 @@ class Refusals:
             raise FoveateError(f"the prompt has {placeholders} visual placeholders but no pixel_values were given")
         return told
 
-    def check_length(self, ids: Tensor, given: dict[str, Any], contains_past: bool, new_tokens: int) -> None:
+    def check_length(
+        self, ids: Tensor, given: dict[str, Any], contains_past: bool, new_tokens: int, told: Told
+    ) -> None:
         """Refuse a prompt of generate() that leaves the decoder's context, before its pictures are encoded.
 
         An answer that may leave it is warned of: it may end before.
 
         Args:
             new_tokens: of the longest answer.
+            told: what `check_images` gave.
         """
         cache: Any = given.get(CACHE)
         timeline = timeline_of(cache)
@@ -109,7 +112,7 @@ class Refusals:
             return
         mask = given.get("attention_mask")
         counted = {**given, "position_ids": None if mask is None else (mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
-        reach = self._check_reach(self._read(ids, counted, cache, contains_past, given))
+        reach = self._check_reach(self._read(ids, counted, cache, contains_past, given, told))
         room = room_after(reach, self._context)
         if new_tokens > room:
             warnings.warn(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import Prompt
 from foveate.choosing.images import Image
 from foveate.choosing.record import Stopwatch
 from foveate.choosing.shorten import Plan
+from foveate.choosing.signals import Prompt
 from foveate.choosing.timeline import Group, Timeline
 from foveate.ops.device import on_device
 from foveate.trace import Call

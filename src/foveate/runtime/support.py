@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate import methods
-from foveate.choosing.choose import JOINT
+from foveate.choosing.signals import JOINT
 from foveate.core import Block, CacheBlock, FoveateError, Method, Signals, hints_of, names_of
 from foveate.cost.plan import visual_per_layer
 from foveate.depths import check_depths

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.choosing.choose import Depth, Outcome, choose_inside
+from foveate.choosing.choose import Outcome, choose_inside
 from foveate.choosing.images import Image
 from foveate.choosing.record import Stopwatch
+from foveate.choosing.signals import Depth
 from foveate.choosing.timeline import Group, Timeline, group_of
 from foveate.choosing.widen import speakers
 from foveate.core import Block, FoveateError, Method

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from foveate.checkpoints import check_names
-from foveate.choosing.choose import JOINT
 from foveate.choosing.images import Image
+from foveate.choosing.signals import JOINT
 from foveate.core import FoveateError, Method, short
 from foveate.families import family_of
 from foveate.families.family import Family

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import narrow
 from foveate.choosing.packing import to_tokens
+from foveate.choosing.signals import narrow
 from foveate.core import Block, FoveateError, Method, Signals
 from foveate.families import family_of
 from foveate.families.layouts import Layout, Tile, as_pictures, tiles_of

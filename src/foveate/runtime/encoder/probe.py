@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from foveate.choosing.choose import JOINT
+from foveate.choosing.signals import JOINT
 from foveate.core import Block, FoveateError, names_of
 from foveate.families.family import Family
 from foveate.families.towers import Tower

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.choosing.choose import Depth, Outcome, Prompt, budget_of, choose_inside
+from foveate.choosing.asking import budget_of
+from foveate.choosing.choose import Outcome, choose_inside
 from foveate.choosing.images import TileTokens
 from foveate.choosing.lanes import Lane, Lanes
 from foveate.choosing.later import Later
 from foveate.choosing.packing import to_tokens
 from foveate.choosing.record import Stopwatch
 from foveate.choosing.rows import Batched, Packed
+from foveate.choosing.signals import Depth, Prompt
 from foveate.core import Block, FoveateError, Method
 from foveate.families.family import Family
 from foveate.families.layouts import Encoded, Layout, Tile, tiles_of

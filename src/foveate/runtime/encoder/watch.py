@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.choosing.choose import TOKEN_AXIS
+from foveate.choosing.signals import TOKEN_AXIS
 from foveate.core import Block, names_of
 from foveate.ops import fused
 from foveate.ops.padding import joined

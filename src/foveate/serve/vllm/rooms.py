@@ -1,9 +1,10 @@
 """What this room takes from the others, in one place: the rest of it imports from here."""
 
-from foveate.choosing.choose import JOINT, Depth, Prompt, choose, choose_inside
+from foveate.choosing.choose import choose, choose_inside
 from foveate.choosing.images import Image
 from foveate.choosing.lanes import Lane, Lanes, settled
 from foveate.choosing.packing import to_tokens
+from foveate.choosing.signals import JOINT, Depth, Prompt
 from foveate.core import Block, FoveateError, Method, did_you_mean, short
 from foveate.cost.plan import visual_per_layer
 from foveate.families.family import Family
