@@ -64,7 +64,7 @@ def test_pieces_are_wrong_where_tokens_look_ahead(name: str) -> None:
 @pytest.mark.parametrize("name", TWO_WAY)
 @pytest.mark.parametrize("by", ["argument", "configuration"])
 def test_pieces_are_refused_where_tokens_look_ahead(name: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    monkeypatch.setattr("foveate.runtime.generating.transformers.__version__", "5.23.0")
     model = tiny.model(name)
     given, options = tiny.inputs(model, "1i2"), {"prefill_chunk_size": 5}
     if by == "configuration":
@@ -79,7 +79,7 @@ def test_pieces_are_refused_where_tokens_look_ahead(name: str, by: str, monkeypa
 
 
 def test_a_type_without_a_row_that_looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    monkeypatch.setattr("foveate.runtime.generating.transformers.__version__", "5.23.0")
     model = newcomer()
     given = tiny.inputs(tiny.model(), "1i2")
     for stated, refused in ((None, False), ("vision", True)):

@@ -157,6 +157,26 @@ def test_a_static_cache_equals_a_dynamic_one(decoder: str) -> None:
             torch.testing.assert_close(torch.stack(other.logits), torch.stack(dynamic.logits), atol=1e-4, rtol=0)
 
 
+def test_a_static_cache_is_as_long_as_the_pruned_prompt_whatever_ran_before() -> None:
+    """transformers makes the next one as long as the longest; a handle at work and a model without one count apart."""
+    model = tiny.model()
+    given, handle = tiny.inputs(model, "3i4"), foveate.prune(model, Fixed((0, 3, 17)))
+
+    def longest(steps: int = STEPS) -> int:
+        answer = generate(model, given, cache_implementation="static", max_new_tokens=steps)
+        return int(answer[CACHE].layers[0].max_cache_len)
+
+    whole = longest()
+    assert whole == given["input_ids"].shape[1] + STEPS - 1
+    with handle:
+        assert (longest(), longest(STEPS - 1)) == (whole - 33, whole - 33)
+    assert longest(STEPS - 1) == whole
+    with handle:
+        assert longest(STEPS - 1) == whole - 33
+    foveate.prune(model, "uniform:keep=2").discard()
+    assert longest(STEPS - 1) == whole
+
+
 def test_compiled_decoding_equals_eager() -> None:
     """One whole graph, the added positions of a prompt that ends in dropped tokens included."""
     from torch._dynamo.utils import counters
@@ -177,7 +197,7 @@ def test_compiled_decoding_equals_eager() -> None:
 
 
 def test_chunks_are_refused_where_transformers_gets_them_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    monkeypatch.setattr("foveate.runtime.generating.transformers.__version__", "5.22.2")
     model = tiny.model()
     message = r"prefill_chunk_size=5: .* 5\.22\.2"
     with foveate.prune(model, "random:keep=0.5"), pytest.raises(FoveateError, match=message):

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
 from models import tiny
 from models.untouched import untouched
 from torch import Tensor
@@ -279,7 +278,7 @@ def test_a_model_that_takes_no_soft_masks_is_refused_at_once() -> None:
 def test_recomputing_is_refused_where_decisions_would_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
         monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable")
-    monkeypatch.setattr(transformers, "__version__", "5.22.2")
+    monkeypatch.setattr("foveate.train.softened.transformers.__version__", "5.22.2")
     with pytest.raises(
         FoveateError, match=r"checkpointing=True: transformers 5\.22\.2 .* use 5\.23 or newer, or leave"
     ):

@@ -40,6 +40,9 @@ OVERRIDDEN = {
 REFUSED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Those that are refused meanwhile, where transformers has them."""
 
+_LONGEST = "_previous_max_cache_length"
+"""What transformers notes on a model: its next static cache is at least as long, so that a graph serves again."""
+
 _UNSUPPORTED_CACHES = ("offloaded", "offloaded_static", "quantized", "paged")
 
 
@@ -52,6 +55,8 @@ class Generating(Uncopied):
         self.model, self.family, self.calls, self._prefill = model, family, calls, prefill
         self._await_step = await_step
         self._stock: dict[str, Callable[..., Any]] = {}
+        # Of static caches, by whether the handle is at work: a pruned prompt needs no cache of an unpruned one's length.
+        self._longest: dict[bool, int | None] = {True: None, False: None}
 
     def check(self) -> None:
         """Refuse a model of which somebody else has replaced a method.
@@ -65,6 +70,7 @@ class Generating(Uncopied):
 
     def install(self) -> None:
         """Replace the methods on the model."""
+        self._swap_longest(starting=True)
         self._stock = {name: getattr(self.model, name) for name in OVERRIDDEN}
         for name, stock in self._stock.items():
             setattr(self.model, name, self._as_method(getattr(self, OVERRIDDEN[name]), stock))
@@ -74,8 +80,18 @@ class Generating(Uncopied):
 
     def remove(self) -> None:
         """The model's own methods are back."""
+        if self._stock:
+            self._swap_longest(starting=False)
+            self._stock = {}
         for name in (*OVERRIDDEN, *REFUSED):
             vars(self.model).pop(name, None)
+
+    def _swap_longest(self, starting: bool) -> None:
+        """Static caches are as long as they have been in the other state of the handle; see `_LONGEST`."""
+        own = vars(self.model)
+        self._longest[not starting] = own.pop(_LONGEST, None)
+        if self._longest[starting] is not None:
+            own[_LONGEST] = self._longest[starting]
 
     def _as_method(self, function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
         """One that somebody holds on to after the handle's stop is the stock one again."""
