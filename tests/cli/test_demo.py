@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from models import tiny
 from PIL import Image
 
 from foveate.cli import demo
+from foveate.cli.output import note_precision
 from foveate.inference.pictures import load_image
 from foveate.scenes import generator
 
@@ -29,6 +32,7 @@ def test_the_questions_are_of_four_kinds_and_about_the_dog() -> None:
 def test_the_demo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TURNS", 1)
     monkeypatch.setattr(demo, "STEPS", 3)
+    monkeypatch.setattr("foveate.inference.loading._multiplies_bfloat16", lambda: True)  # else stderr has a note
     out = tmp_path / "new" / "demo"
     result = call("demo", "--out", out, "--device", "cpu")
     assert (result.code, result.err) == (0, "")
@@ -44,3 +48,16 @@ def test_the_demo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert kept.width > 3 * scene.width * demo.SCALE
     panel = kept.crop((0, 0, 672, 672))
     assert panel.tobytes() == scene.resize((672, 672), Image.Resampling.LANCZOS).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "noted"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)]
+)
+def test_a_cpu_without_bfloat16_is_told_of(
+    dtype: str, has: bool, noted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("foveate.inference.loading._multiplies_bfloat16", lambda: has)
+    note_precision(tiny.model().to(getattr(torch, dtype)))
+    said = capsys.readouterr()
+    words = "Note: this CPU has no instructions for bfloat16: prompts are several times faster with --dtype float32.\n"
+    assert (said.out, said.err) == ("", words if noted else "")

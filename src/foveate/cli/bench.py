@@ -200,13 +200,14 @@ def _loaded(name: str, clip: str | None, batch: int, **place: Any) -> tuple[tupl
     """
     from PIL import Image
 
-    from foveate.cli.output import working
+    from foveate.cli.output import note_precision, working
     from foveate.inference.adapters import load_tuned
     from foveate.inference.answers import encode
     from foveate.inference.resizing import Scaler
 
     with working(f"loading {name}"):
         loaded = load_tuned(name, **place)
+    note_precision(loaded.model)
     picture = Image.effect_noise((672, 672), 90).convert("RGB")
     questions = ["what color is behind the dog ?"] * batch
 

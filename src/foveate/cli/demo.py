@@ -57,7 +57,7 @@ def command(
     with usage():
         folder_target(out)
 
-    from foveate.cli.output import show_table, working
+    from foveate.cli.output import note_precision, show_table, working
     from foveate.inference.loading import load
     from foveate.inference.pictures import save_image
     from foveate.runs import make_folder
@@ -73,6 +73,7 @@ def command(
             _answer(loaded, picture, questions, RIVALS[name], outcome)
         status.update("taking times")
         _time(loaded, picture, outcomes)
+    note_precision(loaded.model)
     out = make_folder(out)
     save_image(picture, out / "scene.png")
     _draw(picture, outcomes, out / "kept.png")

@@ -40,6 +40,15 @@ def working(text: str) -> Status:
     return stderr().status(text, refresh_per_second=2)
 
 
+def note_precision(model: Any) -> None:
+    """Say so on stderr where the model's precision is what makes it slow on this machine."""
+    from foveate.inference.loading import slow_precision
+
+    words = slow_precision(model)
+    if words is not None:
+        typer.echo(f"Note: {words}.", err=True)
+
+
 @contextmanager
 def counting(what: str, total: int, *, seen: bool = True) -> Iterator[Callable[[int], None]]:
     """A bar on stderr where somebody looks; told how many more of `total` pieces of work are done."""

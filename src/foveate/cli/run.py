@@ -63,11 +63,12 @@ def command(
         check_characters(question, "QUESTION")
         pictures = _load_pictures(images)
 
-    from foveate.cli.output import show_json, working
+    from foveate.cli.output import note_precision, show_json, working
 
     with working(f"loading {model}"):
         place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded = load_tuned(model, adapter, any_spec=any_spec, **place)
+    note_precision(loaded.model)
     with working("answering"):
         report, trace = _answer(loaded, pictures, question, methods, max_new_tokens, clip, compiled)
     for record, path in zip(report["images"], images, strict=True):

@@ -55,7 +55,7 @@ class Generating(Uncopied):
         self.model, self.family, self.calls, self._prefill = model, family, calls, prefill
         self._await_step = await_step
         self._stock: dict[str, Callable[..., Any]] = {}
-        # Of static caches, by whether the handle is at work: a pruned prompt needs no cache of an unpruned one's length.
+        # Of static caches, by whether the handle is at work: pruned prompts need none of an unpruned one's length.
         self._longest: dict[bool, int | None] = {True: None, False: None}
 
     def check(self) -> None:
