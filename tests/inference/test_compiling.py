@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from torch.nn import functional as F
 from transformers import CompileConfig
 
 from foveate import methods
@@ -22,7 +23,37 @@ def test_what_generate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     options = compiled_decoding(tiny.model())
     assert options["cache_implementation"] == "static"
     assert isinstance(options["compile_config"], CompileConfig)
-    assert options["compile_config"]._compile_all_devices, "transformers compiles nothing on a CPU by itself"
+    config = options["compile_config"]
+    assert config._compile_all_devices, "transformers compiles nothing on a CPU by itself"
+    assert config.mode is None, "torch refuses a mode beside options"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_tokens_products_are_written_by_the_compiler_however_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two products with a weight of 4,096 rows, that of one row; BLAS keeps the other."""
+    from torch._dynamo.utils import counters
+
+    try:
+        options = compiled_decoding(tiny.model())["compile_config"].options
+    except FoveateError as error:
+        pytest.skip(str(error))
+    weight = torch.randn(4096, 64)
+
+    def both(one: torch.Tensor, two: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(one, weight), F.linear(two, weight)
+
+    given = torch.randn(1, 64), torch.randn(2, 64)
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
+    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
+    with torch.no_grad():
+        found = torch.compile(both, options=options)(*given)
+    torch._dynamo.reset()
+    assert counters["inductor"]["decompose_mm"] == 1
+    for one, other in zip(found, both(*given), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

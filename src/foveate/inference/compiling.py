@@ -10,6 +10,8 @@ import torch
 from foveate.core import FoveateError, Method
 from foveate.spec import format as format_spec
 
+_WIDEST = 1 << 30  # columns or rows of a weight: any
+
 
 def check_static(stages: Iterable[Method]) -> None:
     """Refuse methods that a static cache has no room for.
@@ -38,7 +40,22 @@ def compiled_decoding(model: Any) -> dict[str, Any]:
     _check_compiler(model.device)
     config = CompileConfig()
     config._compile_all_devices = True
+    if model.device.type == "cpu":
+        config.mode, config.options = None, _products_of_one_row()
     return {"cache_implementation": "static", "compile_config": config}
+
+
+def _products_of_one_row() -> dict[str, Any]:
+    """Options by which torch's compiler writes a token's products with the weights itself, where it would call BLAS.
+
+    Such a product reads each weight once, and BLAS is made for products of many rows: on a CPU without AVX-512 it reads
+    half as fast as memory gives. The compiler leaves those of over 2,048 columns to it unless told otherwise.
+    """
+    from torch._inductor.fx_passes import decompose_mem_bound_mm
+
+    # Its own option for this is read when the module is imported, which may have been at any time.
+    decompose_mem_bound_mm.cpu_max_other_dimension_decomposition = _WIDEST
+    return {"post_grad_fusion_options": {"decompose_mm_pass": {"cpu_max_other_dimension_decomposition": _WIDEST}}}
 
 
 def _check_compiler(device: torch.device) -> None:
