@@ -129,9 +129,10 @@ def _select(part: Method, name: str, shown: Iterable[Signals], complaints: Compl
     if isinstance(part, Stepwise) and type(part).select is Stepwise.select:
         # Each by itself would wait for the device.
         everything = list(shown)
-        with _apart(everything[0], complaints):
-            given = taken([part.steps(signals) for signals in everything])
-        yield from (_formed(one, name, signals) for one, signals in zip(given, everything, strict=True))
+        if everything:
+            with _apart(everything[0], complaints):
+                given = taken([part.steps(signals) for signals in everything])
+            yield from (_formed(one, name, signals) for one, signals in zip(given, everything, strict=True))
         return
     for signals in shown:
         with _apart(signals, complaints):
