@@ -70,7 +70,7 @@ class Refusals:
         pictures = bool(pixels)
         stated = {name: given[name] for name in SIZES if isinstance(given.get(name), Tensor)}
         # All at once: each would wait for the device.
-        arguments = [ids, *(mask for mask in (given.get("attention_mask"),) if isinstance(mask, Tensor))]
+        arguments = [one for one in (ids, given.get("attention_mask")) if isinstance(one, Tensor)]
         broken, read, sizes = read_together([[unfit(pixels, ids.device)], arguments, list(stated.values())])
         told = Told(dict(zip(stated, sizes, strict=True)), tuple(zip(arguments, read, strict=True)))
         if int(broken[0]):
