@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from foveate.ops.device import Steps
+
 from foveate.core import FoveateError, Grid, Keep, Method, Selection, Signals, Site, check_keep, tokens_to_keep
 
 
@@ -41,7 +43,7 @@ class Stepwise(Method):
     Whoever reads what a device has waits for it. What `steps` asks for is read for pictures of all sizes together.
     """
 
-    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+    def steps(self, signals: Signals) -> Steps[Selection]:
         """Yields tensors, is sent the same on the host, as often as it takes, and returns what stays."""
         raise NotImplementedError(f"{type(self).__name__} has no steps()")
 

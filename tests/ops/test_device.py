@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.core import FoveateError
 from foveate.ops import device
-from foveate.ops.device import Complaints, noting, on_host, refuse_any, taken
+from foveate.ops.device import Complaints, Steps, noting, on_host, refuse_any, taken
 from foveate.ops.subsets import top_k
 
 NAN = torch.tensor([[1.0, float("nan"), float("inf")]])
@@ -33,18 +33,15 @@ def test_values_of_several_kinds_are_read_as_they_are() -> None:
     for found, value in zip(on_host(given), given, strict=True):
         assert found.dtype == value.dtype
         assert torch.equal(found, value)
-        assert value.is_floating_point() is False or torch.equal(found.signbit(), value.signbit())
+        assert not value.is_floating_point() or torch.equal(found.signbit(), value.signbit())
     assert on_host([]) == []
     assert on_host([torch.tensor([float("nan")]), torch.ones(1)])[0].isnan()
-
-
-Steps = Generator[Sequence[Tensor], Sequence[Tensor], int]
 
 
 def test_steps_are_taken_together_a_round_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three that ask twice, once and never: two reads, each of whoever still asks."""
 
-    def adding(*asked: Sequence[int]) -> Steps:
+    def adding(*asked: Sequence[int]) -> Steps[int]:
         total = 0
         for numbers in asked:
             total += sum(one.item() for one in (yield [torch.tensor(number) for number in numbers]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import ClassVar
@@ -13,14 +13,13 @@ import pytest
 import torch
 from models import tiny, tiny_calls
 from outside import loaded
-from torch import Tensor
 
 import foveate
 from foveate import methods
 from foveate.core import Selection, Signals, Site
 from foveate.forms import Stepwise
 from foveate.methods.uniform import Uniform
-from foveate.ops.device import on_device
+from foveate.ops.device import Steps, on_device
 from foveate.ops.subsets import top_k
 from foveate.spec import parse
 
@@ -156,7 +155,7 @@ class ByHalves(Stepwise):
     adaptive: ClassVar[bool] = True
     named: list[str] = field(default_factory=list, compare=False)
 
-    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+    def steps(self, signals: Signals) -> Steps[Selection]:
         self.named.append("steps")
         assert signals.features is not None
         mean = signals.features.mean(dim=-1)

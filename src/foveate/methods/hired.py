@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ from foveate.core import (
 from foveate.forms import Stepwise
 from foveate.methods._attention import Attention, attended, attention_signal, check_official
 from foveate.methods._checks import check_share
+from foveate.ops.device import Steps
 from foveate.ops.subsets import best_of_tiles, descending, split_in_proportion
 
 
@@ -87,7 +88,7 @@ class HiRED(Stepwise):
         cut = self.keep if isinstance(self.keep, int) else max(1, int(original * self.keep))
         return (tokens_to_keep(cut, original),)
 
-    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+    def steps(self, signals: Signals) -> Steps[Selection]:
         first, read = (attended(signals.tower[block], self.attention) for block in (0, "read"))
         total = self.wanted(signals)
         order = descending(read)

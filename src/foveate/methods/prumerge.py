@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -31,6 +31,7 @@ from foveate.methods._merged import (
     of_all_rows,
     with_rest,
 )
+from foveate.ops.device import Steps
 from foveate.ops.pooling import nearest_neighbours, others, take, weighted_sums
 from foveate.ops.scores import unsplit_cls_attention
 from foveate.ops.subsets import descending, outlier_counts, outliers
@@ -100,7 +101,7 @@ class PruMerge(Stepwise):
         ranking = cls if self.attention == "cls" else (attention_signal(self.attention, "last"),)
         return (merged_signal(self.space), "tower.last.keys", *ranking)
 
-    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+    def steps(self, signals: Signals) -> Steps[Selection]:
         last, left = signals.tower["last"], signals.shape[1]
         assert last.keys is not None
         total = None if self.keep is None else self.wanted(signals)
@@ -126,9 +127,7 @@ class PruMerge(Stepwise):
         assert last.keys is not None and last.key_cls is not None and last.query_cls is not None
         return unsplit_cls_attention(last.query_cls, last.key_cls, last.keys)
 
-    def _picks(
-        self, weights: Tensor, total: int | None
-    ) -> Generator[Sequence[Tensor], Sequence[Tensor], Iterable[_Pick]]:
+    def _picks(self, weights: Tensor, total: int | None) -> Steps[Iterable[_Pick]]:
         """What to keep of all rows at once, or of one after the other.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.core import Grid
 from foveate.methods.prumerge import PruMerge, _Pick
-from foveate.ops.device import on_device
+from foveate.ops.device import Steps, on_device
 from foveate.ops.pooling import take
 from foveate.ops.subsets import descending, outlier_counts, outliers
 
@@ -65,9 +65,7 @@ class PruMergePlus(PruMerge):
         kept = torch.cat([best, take(remaining, middle.expand(len(order), -1))], dim=1)
         return self._around(kept, order.shape[1])
 
-    def _picks(
-        self, weights: Tensor, total: int | None
-    ) -> Generator[Sequence[Tensor], Sequence[Tensor], Iterable[_Pick]]:
+    def _picks(self, weights: Tensor, total: int | None) -> Steps[Iterable[_Pick]]:
         if not self.official:
             return (yield from super()._picks(weights, total))
         found = [outliers(weights.exp(), together=True)] if total is None else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +11,7 @@ from foveate.core import Keep, Selection, Signals, Site, check_choices, check_ke
 from foveate.forms import Stepwise
 from foveate.methods._merged import Space, everything, in_raster_order, of_all_rows, with_rest
 from foveate.methods._words import WordSpace, check_word_space, question_signals, tokens_and_question
+from foveate.ops.device import Steps
 from foveate.ops.pooling import others, take
 from foveate.ops.scores import cosines
 from foveate.ops.subsets import descending, outlier_counts, outliers
@@ -61,7 +61,7 @@ class TRIM(Stepwise):
     def needs(self) -> tuple[str, ...]:
         return (*(("tower.read.hidden",) if self.space == "clip" else ()), *question_signals(self.space))
 
-    def steps(self, signals: Signals) -> Generator[Sequence[Tensor], Sequence[Tensor], Selection]:
+    def steps(self, signals: Signals) -> Steps[Selection]:
         handed: Tensor | None = signals.tower["read"].hidden if self.space == "clip" else signals.features
         left = signals.shape[1]
         assert handed is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar, overload
+from typing import TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from foveate.core import FoveateError
 
 T = TypeVar("T")
+Steps: TypeAlias = Generator[Sequence[Tensor], Sequence[Tensor], T]
+"""What yields tensors, is sent the same on the host, and comes to a T; `taken` takes them."""
 
 
 class Complaints:
@@ -142,8 +144,8 @@ def read_together(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return [[next(read) for _ in values] for values in lists]
 
 
-def taken(steps: Sequence[Generator[Sequence[Tensor], Sequence[Tensor], T]]) -> list[T]:
-    """What each of these comes to, which yields tensors and is sent them on the host; a round waits once for all."""
+def taken(steps: Sequence[Steps[T]]) -> list[T]:
+    """What each of these comes to; a round of all their questions waits once for the device."""
     found: dict[int, T] = {}
     sent: dict[int, Sequence[Tensor] | None] = dict.fromkeys(range(len(steps)))
     while sent:
