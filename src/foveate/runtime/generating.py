@@ -56,7 +56,7 @@ class Generating(Uncopied):
         self._await_step = await_step
         self._stock: dict[str, Callable[..., Any]] = {}
         # Of static caches, by whether the handle is at work: pruned prompts need none of an unpruned one's length.
-        self._longest: dict[bool, int | None] = {True: None, False: None}
+        self._lengths: dict[bool, int | None] = {True: None, False: None}
 
     def check(self) -> None:
         """Refuse a model of which somebody else has replaced a method.
@@ -70,8 +70,8 @@ class Generating(Uncopied):
 
     def install(self) -> None:
         """Replace the methods on the model."""
-        self._swap_longest(starting=True)
         self._stock = {name: getattr(self.model, name) for name in OVERRIDDEN}
+        self._swap_lengths(starting=True)
         for name, stock in self._stock.items():
             setattr(self.model, name, self._as_method(getattr(self, OVERRIDDEN[name]), stock))
         for name in REFUSED:
@@ -81,17 +81,17 @@ class Generating(Uncopied):
     def remove(self) -> None:
         """The model's own methods are back."""
         if self._stock:
-            self._swap_longest(starting=False)
+            self._swap_lengths(starting=False)
             self._stock = {}
         for name in (*OVERRIDDEN, *REFUSED):
             vars(self.model).pop(name, None)
 
-    def _swap_longest(self, starting: bool) -> None:
+    def _swap_lengths(self, starting: bool) -> None:
         """Static caches are as long as they have been in the other state of the handle; see `_LONGEST`."""
         own = vars(self.model)
-        self._longest[not starting] = own.pop(_LONGEST, None)
-        if self._longest[starting] is not None:
-            own[_LONGEST] = self._longest[starting]
+        self._lengths[not starting] = own.pop(_LONGEST, None)
+        if self._lengths[starting] is not None:
+            own[_LONGEST] = self._lengths[starting]
 
     def _as_method(self, function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
         """One that somebody holds on to after the handle's stop is the stock one again."""
