@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CompileConfig
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from foveate import methods
 from foveate.core import FoveateError
 from foveate.evaluate import bench
+from foveate.inference import grouped as grouping
 from foveate.inference import latency
 from foveate.inference.compiling import check_static, compiled_decoding
 from foveate.spec import parse_stages
@@ -26,33 +29,38 @@ def test_what_generate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     config = options["compile_config"]
     assert config._compile_all_devices, "transformers compiles nothing on a CPU by itself"
     assert config.mode is None, "torch refuses a mode beside options"
+    assert config == compiled_decoding(tiny.model())["compile_config"], "transformers compiles again where they differ"
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_tokens_products_are_written_by_the_compiler_however_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two products with a weight of 4,096 rows, that of one row; BLAS keeps the other."""
+def test_what_a_tokens_graph_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, in products of one row that the compiler writes, however wide, where BLAS keeps others; shared keys."""
     from torch._dynamo.utils import counters
 
     try:
         options = compiled_decoding(tiny.model())["compile_config"].options
     except FoveateError as error:
         pytest.skip(str(error))
-    weight = torch.randn(4096, 64)
+    weight, grouped, group = torch.randn(4096, 64), list[Any](), grouping._group
 
-    def both(one: torch.Tensor, two: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return F.linear(one, weight), F.linear(two, weight)
+    def token(one: Tensor, two: Tensor, query: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        attended = F.scaled_dot_product_attention(query, repeat_kv(keys, 3), repeat_kv(keys, 3), attn_mask=mask)
+        return F.linear(one, weight), F.linear(two, weight), attended
 
-    given = torch.randn(1, 64), torch.randn(2, 64)
+    given = torch.randn(1, 64), torch.randn(2, 64), torch.randn(2, 6, 1, 16), torch.randn(2, 2, 9, 16)
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool).triu(3)
+    monkeypatch.setattr(grouping, "_group", lambda *asked: grouped.append(asked) or group(*asked))
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
     monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     with torch.no_grad():
-        found = torch.compile(both, options=options)(*given)
+        found = torch.compile(token, options=options)(*given, mask)
     torch._dynamo.reset()
     assert counters["inductor"]["decompose_mm"] == 1
-    for one, other in zip(found, both(*given), strict=True):
+    assert len(grouped) == 1
+    for one, other in zip(found, token(*given, mask), strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -41,7 +41,7 @@ def compiled_decoding(model: Any) -> dict[str, Any]:
     config = CompileConfig()
     config._compile_all_devices = True
     if model.device.type == "cpu":
-        config.mode, config.options = None, _products_of_one_row()
+        config.mode, config.options = None, {**_products_of_one_row(), **_grouped_heads()}
     return {"cache_implementation": "static", "compile_config": config}
 
 
@@ -56,6 +56,13 @@ def _products_of_one_row() -> dict[str, Any]:
     # Its own option for this is read when the module is imported, which may have been at any time.
     decompose_mem_bound_mm.cpu_max_other_dimension_decomposition = _WIDEST
     return {"post_grad_fusion_options": {"decompose_mm_pass": {"cpu_max_other_dimension_decomposition": _WIDEST}}}
+
+
+def _grouped_heads() -> dict[str, Any]:
+    """Options by which query heads that share keys read the cache once, where transformers copies it for each."""
+    from foveate.inference.grouped import GroupedHeads  # loads torch's compiler, which a second goes by for
+
+    return {"post_grad_custom_pre_pass": GroupedHeads()}
 
 
 def _check_compiler(device: torch.device) -> None:
