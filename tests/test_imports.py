@@ -31,7 +31,7 @@ AT_LOAD = {
     "spec": {"core", "registry", "paths"},
     "families": {"core"},
     "cost": {"core", "forms", "paths", "families"},
-    "scenes": {"core", "paths", "runs", "checkpoints"},
+    "scenes": {"core", "paths", "runs", "checkpoints", "ops"},
 }
 AT_LOAD["choosing"] = {"core", "trace", "forms", "ops", "spec", "families", "cost"}
 AT_LOAD["runtime"] = AT_LOAD["choosing"] | {"choosing", "registry", "depths", "texts", "paths", "checkpoints"}

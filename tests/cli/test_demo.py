@@ -32,7 +32,7 @@ def test_the_questions_are_of_four_kinds_and_about_the_dog() -> None:
 def test_the_demo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TURNS", 1)
     monkeypatch.setattr(demo, "STEPS", 3)
-    monkeypatch.setattr("foveate.inference.loading._multiplies_bfloat16", lambda: True)  # else stderr has a note
+    monkeypatch.setattr("foveate.ops.precision.cpu_multiplies_bfloat16", lambda: True)  # else stderr has a note
     out = tmp_path / "new" / "demo"
     result = call("demo", "--out", out, "--device", "cpu")
     assert (result.code, result.err) == (0, "")
@@ -56,7 +56,7 @@ def test_the_demo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_cpu_without_bfloat16_is_told_of(
     dtype: str, has: bool, noted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("foveate.inference.loading._multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr("foveate.ops.precision.cpu_multiplies_bfloat16", lambda: has)
     note_precision(tiny.model().to(getattr(torch, dtype)))
     said = capsys.readouterr()
     words = "Note: this CPU has no instructions for bfloat16: prompts are several times faster with --dtype float32.\n"

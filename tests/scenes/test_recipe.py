@@ -27,7 +27,7 @@ SHORT = (
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_bfloat16_cpu", lambda: False)
+    monkeypatch.setattr(recipe, "cpu_multiplies_bfloat16", lambda: False)
 
 
 def lines(folder: Path) -> list[dict]:

@@ -125,15 +125,11 @@ def slow_precision(model: Any) -> str | None:
     """What to say of a model in half precision on a CPU that computes prompts in it many times slower; else None."""
     import torch
 
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or _multiplies_bfloat16():
+    from foveate.ops.precision import cpu_multiplies_bfloat16
+
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or cpu_multiplies_bfloat16():
         return None
     return "this CPU has no instructions for bfloat16: prompts are several times faster with --dtype float32"
-
-
-def _multiplies_bfloat16() -> bool:
-    import torch
-
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _quiet() -> None:

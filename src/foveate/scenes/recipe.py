@@ -18,6 +18,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from foveate.checkpoints import check_names
 from foveate.core import FoveateError
+from foveate.ops.precision import cpu_multiplies_bfloat16
 from foveate.paths import checked
 from foveate.runs import check_run, run_folder
 from foveate.scenes import mini
@@ -262,7 +263,7 @@ class _Session:
         self.names = {parameter: name for name, parameter in self.learner.named_parameters()}
         self.optimizer = self._optimizer()
         self.average = [parameter.detach().clone() for parameter in self.names]
-        self.half = device.type == "cuda" or _bfloat16_cpu()
+        self.half = device.type == "cuda" or cpu_multiplies_bfloat16()
         like = any(phase.like for phase in phases)
         self.before = Learner(copy.deepcopy(model).requires_grad_(False)).to(device) if like else None
         self.done = Progress()
@@ -457,7 +458,3 @@ def first(scenes: Scenes, rows: int) -> Scenes:
 def _exact(*values: float) -> Tensor:
     """Numbers of Python as a tensor that holds every bit of them."""
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _bfloat16_cpu() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
