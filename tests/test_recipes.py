@@ -142,8 +142,9 @@ def test_one_command_writes_whatever_names_a_method(tree: Path) -> None:
 def test_a_row_of_accuracies_is_added_for_it(tree: Path, tmp_path: Path) -> None:
     """On five questions, in a file of their own: the command asks for what the file lacks, here one method."""
     file = tmp_path / "rows.json"
-    run(tree, "-m", "foveate", "eval", "--model", "mini", "--tasks", "scenes", "--samples", "5", "--json", str(file))
-    run(tree, "-m", "foveate", "eval", "--append", str(file), "--prune", "backwards:keep=144")
+    asked = ("--model", "mini", "--tasks", "scenes", "--samples", "5", "--dtype", "float32")
+    run(tree, "-m", "foveate", "eval", *asked, "--json", str(file))
+    run(tree, "-m", "foveate", "eval", "--append", str(file), "--prune", "backwards:keep=144", "--dtype", "float32")
     rows = {row["method"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
     assert list(rows) == ["none", "backwards:keep=144"]
     assert rows["backwards:keep=144"]["tokens"] == 144 and rows["none"]["tokens"] == 576

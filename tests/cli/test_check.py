@@ -93,6 +93,6 @@ def test_what_is_assumed_of_a_model_without_a_row(call: Any, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_mini(call: Any) -> None:
-    result = call("check", "mini", "--device", "cpu")
+    result = call("check", "mini", "--device", "cpu", "--dtype", "float32")
     assert (result.code, result.err) == (0, "")
     assert "tokens    576 of a picture" in result.out

@@ -17,7 +17,7 @@ BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-c
 
 @pytest.fixture(scope="session")
 def mini() -> Loaded:
-    return load("mini", device="cpu")
+    return load("mini", device="cpu", dtype="float32")  # in which every CPU is fast
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from models import tiny, tiny_calls
 from outside import loaded
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
 from foveate import methods
@@ -89,6 +90,30 @@ def test_a_prefill_waits_a_few_times_and_a_token_never(waits: ModuleType, spec: 
     # What a method on the cache did wrong is asked once, when the answer is complete.
     assert counts[1].total - counts[0].total <= 1, counts[1].ours
     assert counts[2].total == counts[1].total, counts[2].ours
+
+
+@pytest.mark.parametrize("rows", [("3i4",), ("3i4", "2i1i5", "1i1i1i2")], ids=["one picture", "a padded batch"])
+@pytest.mark.parametrize("spec", ["fopru:keep=3", "snapkv:capacity=12,window=2"])
+def test_what_chooses_at_the_prompt_alone_adds_no_operation_to_a_token(spec: str, rows: tuple[str, ...]) -> None:
+    model = tiny.model()
+    given = tiny.inputs(model, *rows)
+
+    def operations(tokens: int) -> int:
+        with _Operations() as counted:
+            model.generate(**given, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        return counted.number
+
+    stock = operations(6) - operations(3)
+    with foveate.prune(model, spec):
+        assert operations(6) - operations(3) <= stock
+
+
+class _Operations(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        self.number += 1
+        return function(*given, **(options or {}))
 
 
 # Where windows shrink, their bounds are read.

@@ -85,25 +85,71 @@ class Group:
 
 @dataclass(eq=False)
 class Held:
-    """What one layer holds once entries are evicted from it, each KV head its own. R rows, L slots."""
+    """What one layer holds once entries are evicted from it, each KV head its own. R rows, L slots.
 
-    ages: Tensor  # (R, Hkv, L) layer-0 entry of each slot, ascending
-    valid: Tensor  # (R, L) bool, False in padding and re-padding
+    Tokens that only come are counted, and become tensors once somebody asks for these.
+    """
+
+    _ages: Tensor
+    _valid: Tensor
     scores: Tensor | None  # (R, Hkv, L) attention received so far
     counts: list[int]  # of each row, entries that are no padding
     prompts: list[int]  # of each row, those of them that the prompt left
     order: Tensor | None = None  # (R, Hkv, L) slot of the cache that each entry is in; None: its place here
     room: Any = None  # where all layers' keys and values stand, with a slot to spare, if they do
     stack: Any = None  # of which these are views, where all layers share one
+    _come: range = range(0)  # layer-0 entries of tokens that came one by one, in each head
+
+    @property
+    def ages(self) -> Tensor:
+        """(R, Hkv, L) layer-0 entry of each slot, ascending."""
+        self._settle()
+        return self._ages
+
+    @ages.setter
+    def ages(self, ages: Tensor) -> None:
+        self._settle()
+        self._ages = ages
+
+    @property
+    def valid(self) -> Tensor:
+        """(R, L) bool, False in padding and re-padding."""
+        self._settle()
+        return self._valid
+
+    @valid.setter
+    def valid(self, valid: Tensor) -> None:
+        self._settle()
+        self._valid = valid
+
+    @property
+    def entries(self) -> int:
+        """Slots."""
+        return self._ages.shape[2] + len(self._come)
 
     @property
     def unpadded(self) -> bool:
         """No slot is padding."""
-        return min(self.counts) == self.ages.shape[2]
+        return min(self.counts) == self.entries
+
+    def come(self, age: int) -> None:
+        """Hold one token more, the same in all rows and heads, that is no padding and has no score."""
+        if age != self._come.stop:
+            self._settle()
+            self._come = range(age, age)
+        self._come = range(self._come.start, age + 1)
+        self.counts = [count + 1 for count in self.counts]
+
+    def _settle(self) -> None:
+        if self._come:
+            come, self._come = self._come, range(0)
+            new = torch.arange(come.start, come.stop, device=self._ages.device)
+            self._ages = torch.cat([self._ages, new.expand(*self._ages.shape[:2], -1)], dim=2)
+            self._valid = torch.cat([self._valid, self._valid.new_ones(self._valid.shape[0], len(come))], dim=1)
 
     def cut(self, slots: int) -> None:
         """Only the last `slots` are left."""
-        if slots < self.ages.shape[2]:
+        if slots < self.entries:
             unpadded, self.stack = self.unpadded, None
             self.ages, self.valid = self.ages[:, :, -slots:], self.valid[:, -slots:]
             self.scores = None if self.scores is None else self.scores[:, :, -slots:]
@@ -171,7 +217,7 @@ class Timeline:
     def holds(self, number: int, length: int) -> int:
         """Entries that layer `number` holds, of `length` that layer 0 was given; windows may have forgotten some."""
         if number in self.held:
-            return self.held[number].ages.shape[2]
+            return self.held[number].entries
         group = self.group(number)
         return length if group is None else group.kept.shape[1] + length - group.reach
 

@@ -21,12 +21,13 @@ def command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what MODEL is, which methods work on it, and prune it on random pixels; exit code 1 if that goes wrong."""
-    from foveate.cli.output import show_json, working
+    from foveate.cli.output import note_precision, show_json, working
     from foveate.evaluate.check import check, find
     from foveate.inference.loading import load
 
     with working(f"loading {model}"):
         loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    note_precision(loaded.model)
     find(loaded.model)  # a model that lacks a part is refused before pictures are prepared for it
     with working("pruning random pixels"):
         found = check(loaded.model, _inputs(loaded))

@@ -149,9 +149,11 @@ def _show(
 
 def _answered(loaded: Any, task: Any, everyone: dict[str, Any], among: Processes, **settings: Any) -> Any:
     """The answers of everyone; the first process counts its own."""
-    from foveate.cli.output import counting
+    from foveate.cli.output import counting, note_precision
     from foveate.evaluate.folder_run import answer_folder, asks
 
+    if among.first:
+        note_precision(loaded.model)
     total = len(everyone) * len(asks(task)) // among.count
     with counting("answers", total, seen=among.first) as progress:
         options = {"progress": progress, "among": among, **settings}

@@ -167,9 +167,11 @@ def _write(
 
 def _answered(loaded: Loaded, rivals: dict[str, Any], among: Processes, **settings: Any) -> list[Row]:
     """The rows of the table; the first process counts its own answers."""
-    from foveate.cli.output import counting
+    from foveate.cli.output import counting, note_precision
     from foveate.evaluate.scenes_task import evaluate
 
+    if among.first:
+        note_precision(loaded.model)
     total = (len(rivals) + settings["ceiling"]) * settings["samples"] // among.count
     with counting("answers", total, seen=among.first) as progress:
         options = {"progress": progress, "among": among, **settings}

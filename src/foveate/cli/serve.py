@@ -123,7 +123,7 @@ def _with_transformers(
     *,
     page: bool,
 ) -> Any:
-    from foveate.cli.output import working
+    from foveate.cli.output import note_precision, working
     from foveate.inference.adapters import check_asked, load_tuned
     from foveate.page import mounting
     from foveate.serve.local.limits import Limits
@@ -142,6 +142,7 @@ def _with_transformers(
         app = application(loaded, spec, limits=bounds, key=shared["api_key"], clip=clip)
         if page and mounting.is_installed():
             mounting.mount(app, loaded, spec, shared["api_key"], clip)
+    note_precision(loaded.model)
     if page and not mounting.is_installed():
         typer.echo("no page at /, since gradio is not installed: install foveate[serve], or say --no-page", err=True)
     return lambda: serve(app, shared["host"] or HOST, port, bounds.timeout)

@@ -173,7 +173,7 @@ def _asker(
         named: candidates that the user names; none for all that run.
         run: where answers about a folder are written down.
     """
-    from foveate.cli.output import stderr, working
+    from foveate.cli.output import note_precision, stderr, working
     from foveate.evaluate.askers import OfFolder, OfScenes
     from foveate.evaluate.candidates import candidates
     from foveate.evaluate.folder_run import check_rival, sampler_of
@@ -188,6 +188,7 @@ def _asker(
 
     with working(f"loading {model}"):
         loaded = load_tuned(model, check_processor=check_processor, **place)
+    note_precision(loaded.model)
 
     def check(stages: Any) -> None:
         of = (loaded.model, loaded.processor, stages)

@@ -17,7 +17,7 @@ SPEC = "fopru:keep=0.25"
 
 @pytest.fixture(scope="session")
 def mini() -> Loaded:
-    return load("mini", device="cpu")
+    return load("mini", device="cpu", dtype="float32")  # in which every CPU is fast
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ class Evictor:
         self._windows = [window_of(layer) for layer in self.layers]
         self._needs = frozenset(self.part.needs)
         self._at_tokens = getattr(self.part, "when", "decode") == "decode"
+        self._hears_tokens = self._at_tokens or "cache.scores" in self._needs
         self._alike = self._at_tokens and self._needs == {"cache.scores", "cache.age"}  # all layers' blocks are
 
     def listen(self, probe: DecoderProbe) -> None:
@@ -161,16 +162,19 @@ class Evictor:
 
     def before_layer(self, number: int, timeline: Timeline, descent: Descent | None) -> None:
         """Note which tokens come, and which of them are padding, whose attention does not count."""
-        self.descent, self._listening = descent, True
+        prompt = timeline.seen - timeline.before > 1
+        self.descent, self._listening = descent, prompt or self._hears_tokens
         self._counts, self._counted = self._fresh_counts(timeline), None
-        if timeline.seen - timeline.before > 1:
+        if prompt:
             valid = self._fresh(timeline)[1]
             self._counted = None if min(self._counts) == valid.shape[1] else valid
 
     def after_layer(self, number: int, timeline: Timeline, layer: Any) -> None:
         """Take into account what this layer has just cached, and evict what is over the budget."""
-        heard, held = self._heard.pop(number), timeline.held.get(number)
-        if held is not None and self._waits(number, timeline, layer, held, heard):
+        heard, held = self._heard.pop(number) if self._listening else _Heard(), timeline.held.get(number)
+        if held is not None and self._only_comes(number, held) and _entries(layer) == held.entries + 1:
+            held.come(timeline.before)
+        elif held is not None and self._waits(number, timeline, layer, held, heard):
             assert heard.asked is not None
             self._waiting.append(together.Waiting(number, layer, held, heard.asked))
         else:
@@ -189,10 +193,10 @@ class Evictor:
         if earlier is not None and earlier.order is not None:
             heard.received = together.in_order(layer, earlier, heard.received)
         held = self._grown(number, timeline, earlier, heard)
-        kept = layer.keys.shape[2] if layer.is_initialized else 0
+        kept = _entries(layer)
         slides = self._windows[number] is not None  # and forgets by itself
-        if kept > held.ages.shape[2] or (kept < held.ages.shape[2] and not slides):
-            raise unfit(f"layer {number} of the cache holds {kept} entries where {held.ages.shape[2]} were planned")
+        if kept > held.entries or (kept < held.entries and not slides):
+            raise unfit(f"layer {number} of the cache holds {kept} entries where {held.entries} were planned")
         held.cut(kept)
         timeline.held[number] = held
         prompt = earlier is None or timeline.seen - timeline.before > 1
@@ -200,6 +204,11 @@ class Evictor:
             held.prompts = list(held.counts)
         if prompt or self._at_tokens:
             self._evict(layer, held, heard, timeline.pictured)
+
+    def _only_comes(self, number: int, held: Held) -> bool:
+        """Whether a layer holds one token more and that is all: no score, nothing to leave or be forgotten."""
+        plain = held.order is None and held.scores is None and self._windows[number] is None
+        return plain and not self._listening and self.descent is None and set(self._counts) == {1}
 
     def _waits(self, number: int, timeline: Timeline, layer: Any, held: Held, heard: _Heard) -> bool:
         """Whether what a token drops from this layer is decided together with what it drops from the others."""
@@ -327,3 +336,8 @@ class Evictor:
             kept = getattr(layer, name).flatten(0, 2).index_select(0, entry)
             setattr(layer, name, kept.view(*slots.shape, -1))
         held.take(slots, filled, counts)
+
+
+def _entries(layer: Any) -> int:
+    """What a layer of the cache holds, an empty one included."""
+    return layer.keys.shape[2] if layer.is_initialized else 0
